@@ -1,1 +1,31 @@
-//! setun-backend
+//! Buffers, the memory plan and the operations of a transformer, forward and backward.
+//!
+//! - [`memory`]: the [`Plan`] lays out all memory of a run before step 0; [`Arena`] is
+//!   its one allocation; [`Buf`] is a typed handle into it; [`Lease`] turns handles into
+//!   slices and refuses overlapping writes.
+//! - [`ops`]: the [`Backend`] trait, about 25 coarse operations with named arguments.
+//! - [`kernels`]: the arithmetic, on slices, generic over [`Real`]: f32 follows the order
+//!   of operations that every instruction set must reproduce, f64 is the accuracy oracle.
+//! - [`reference`]: [`Reference`], the kernels one after the other on one thread.
+//! - [`cpu`]: [`Cpu`], the same bits from all cores, blocked for the caches and compiled
+//!   for the instruction set of the machine.
+//!
+//! The only crate of the workspace with `unsafe`; each use carries its argument.
+
+pub mod attention;
+pub mod cpu;
+pub mod kernels;
+pub mod memory;
+pub mod ops;
+pub mod philox;
+pub mod real;
+pub mod reference;
+
+pub use cpu::{Cpu, Isa};
+pub use memory::{Arena, Buf, Category, Lease, Plan, PlanRow};
+pub use ops::{
+    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, ProjectStats, Segment,
+    TernaryBuf, WeightBuf,
+};
+pub use real::Real;
+pub use reference::Reference;

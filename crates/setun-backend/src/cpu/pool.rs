@@ -1,0 +1,324 @@
+//! A small pool of threads that share the tasks of one operation.
+//!
+//! Waiting threads spin for at most 50 microseconds and then park: these run on shared
+//! machines. Which thread runs a task never shows in a result; a task's outputs are its
+//! own. Nothing is allocated after [`Pool::new`].
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a thread spins before it parks.
+const SPIN: Duration = Duration::from_micros(50);
+
+/// A task body: `(task, worker)`.
+type Body<'a> = dyn Fn(usize, usize) + Sync + 'a;
+
+/// The threads.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    /// Rises by one for each job; odd means that the pool is closing.
+    generation: AtomicUsize,
+    next_task: AtomicUsize,
+    /// Workers that have not finished the current job.
+    busy: AtomicUsize,
+    panicked: AtomicBool,
+    job: Mutex<Option<Job>>,
+    wake: Condvar,
+    done: Condvar,
+}
+
+#[derive(Clone, Copy)]
+struct Job {
+    body: *const Body<'static>,
+    tasks: usize,
+}
+
+// SAFETY: the pointer is to a `Sync` closure that `Pool::run` keeps alive until every
+// worker has finished with it.
+unsafe impl Send for Job {}
+
+impl Pool {
+    /// A pool of `threads` threads, the calling one included.
+    pub fn new(threads: usize) -> Self {
+        let shared = Arc::new(Shared {
+            generation: AtomicUsize::new(0),
+            next_task: AtomicUsize::new(0),
+            busy: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            job: Mutex::new(None),
+            wake: Condvar::new(),
+            done: Condvar::new(),
+        });
+        let spawn = |worker| {
+            let shared = Arc::clone(&shared);
+            std::thread::Builder::new()
+                .name(format!("setun-{worker}"))
+                .spawn(move || shared.work(worker))
+                .expect("the system to start a thread")
+        };
+        let workers = (1..threads.max(1)).map(spawn).collect();
+        Self { shared, workers }
+    }
+
+    /// Number of threads.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Runs `body(task, worker)` for every task; `worker < threads()` is different for
+    /// tasks that run at the same time.
+    ///
+    /// # Panics
+    /// If a task panics.
+    pub fn run(&self, tasks: usize, body: &Body<'_>) {
+        if self.workers.is_empty() || tasks <= 1 {
+            (0..tasks).for_each(|task| body(task, 0));
+            return;
+        }
+        let shared = &*self.shared;
+        let body: *const Body<'_> = body;
+        // SAFETY: only the lifetime changes. `finish` below waits until no worker uses
+        // the closure any more, also when this thread's own tasks panic.
+        let body = unsafe { std::mem::transmute::<*const Body<'_>, *const Body<'static>>(body) };
+        let job = Job { body, tasks };
+        {
+            let mut slot = shared.job.lock().expect("no panic while the lock is held");
+            *slot = Some(job);
+            shared.next_task.store(0, Ordering::Relaxed);
+            shared.busy.store(self.workers.len(), Ordering::Relaxed);
+            shared.generation.fetch_add(2, Ordering::Release);
+            shared.wake.notify_all();
+        }
+        shared.drain(job, 0);
+        shared.finish();
+        if shared.panicked.swap(false, Ordering::Relaxed) {
+            panic!("a task of the thread pool panicked");
+        }
+    }
+
+    /// Splits `rows` rows into runs of at most `grain` and calls `body(rows, part)` with
+    /// the part of `out` that belongs to them.
+    pub fn by_rows<O: RowParts>(
+        &self,
+        rows: usize,
+        grain: usize,
+        out: O,
+        body: impl Fn(Range<usize>, O::Part<'_>) + Sync,
+    ) {
+        self.by_rows_worker(rows, grain, out, |rows, part, _| body(rows, part));
+    }
+
+    /// As [`Pool::by_rows`], with the worker's number for its scratch memory.
+    pub fn by_rows_worker<O: RowParts>(
+        &self,
+        rows: usize,
+        grain: usize,
+        out: O,
+        body: impl Fn(Range<usize>, O::Part<'_>, usize) + Sync,
+    ) {
+        let grain = grain.max(1);
+        self.run(rows.div_ceil(grain), &|task, worker| {
+            let rows = task * grain..rows.min((task + 1) * grain);
+            // SAFETY: tasks have disjoint rows, and each runs once.
+            let part = unsafe { out.part(rows.clone()) };
+            body(rows, part, worker);
+        });
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        {
+            let _slot = self.shared.job.lock();
+            self.shared.generation.fetch_add(1, Ordering::Release);
+            self.shared.wake.notify_all();
+        }
+        for worker in self.workers.drain(..) {
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    fn work(&self, worker: usize) {
+        let mut seen = 0;
+        while let Some((generation, job)) = self.next_job(seen) {
+            seen = generation;
+            self.drain(job, worker);
+            if self.busy.fetch_sub(1, Ordering::AcqRel) == 1 {
+                let _slot = self.job.lock();
+                self.done.notify_all();
+            }
+        }
+    }
+
+    /// Waits for a job newer than `seen`; none when the pool closes.
+    fn next_job(&self, seen: usize) -> Option<(usize, Job)> {
+        let start = Instant::now();
+        while self.generation.load(Ordering::Acquire) == seen && start.elapsed() < SPIN {
+            std::hint::spin_loop();
+        }
+        let mut slot = self.job.lock().ok()?;
+        loop {
+            let generation = self.generation.load(Ordering::Acquire);
+            if generation % 2 == 1 {
+                return None;
+            }
+            if let (true, Some(job)) = (generation != seen, *slot) {
+                return Some((generation, job));
+            }
+            slot = self.wake.wait(slot).ok()?;
+        }
+    }
+
+    fn drain(&self, job: Job, worker: usize) {
+        // SAFETY: `Pool::run` keeps the closure alive until `busy` is zero, and `busy`
+        // falls only after this function has returned.
+        let body = unsafe { &*job.body };
+        loop {
+            let task = self.next_task.fetch_add(1, Ordering::Relaxed);
+            if task >= job.tasks {
+                return;
+            }
+            let run = std::panic::AssertUnwindSafe(|| body(task, worker));
+            if std::panic::catch_unwind(run).is_err() {
+                self.panicked.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn finish(&self) {
+        let start = Instant::now();
+        while self.busy.load(Ordering::Acquire) > 0 && start.elapsed() < SPIN {
+            std::hint::spin_loop();
+        }
+        let mut slot = self.job.lock().expect("no panic while the lock is held");
+        while self.busy.load(Ordering::Acquire) > 0 {
+            slot = self.done.wait(slot).expect("no panic while the lock is held");
+        }
+        *slot = None;
+    }
+}
+
+/// Outputs that can be split by rows, so that each task gets its own part.
+///
+/// # Safety
+/// Parts of disjoint row ranges must not overlap.
+pub unsafe trait RowParts: Sync {
+    /// The outputs of a run of rows.
+    type Part<'p>
+    where
+        Self: 'p;
+
+    /// The part of `rows`.
+    ///
+    /// # Safety
+    /// No two parts that are alive may share a row.
+    unsafe fn part(&self, rows: Range<usize>) -> Self::Part<'_>;
+}
+
+/// Rows of `width` values each.
+pub struct RowsMut<'a, T> {
+    start: *mut T,
+    len: usize,
+    width: usize,
+    borrow: std::marker::PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T> RowsMut<'a, T> {
+    /// Splits `values` into rows of `width`.
+    pub fn new(values: &'a mut [T], width: usize) -> Self {
+        let (start, len) = (values.as_mut_ptr(), values.len());
+        Self { start, len, width, borrow: std::marker::PhantomData }
+    }
+}
+
+// SAFETY: shared access reaches elements only through `part`, whose contract keeps the
+// parts disjoint.
+unsafe impl<T: Send> Sync for RowsMut<'_, T> {}
+
+// SAFETY: row `r` is the elements `r * width..(r + 1) * width`.
+unsafe impl<T: Send> RowParts for RowsMut<'_, T> {
+    type Part<'p>
+        = &'p mut [T]
+    where
+        Self: 'p;
+
+    unsafe fn part(&self, rows: Range<usize>) -> &mut [T] {
+        let (start, end) = (rows.start * self.width, (rows.end * self.width).min(self.len));
+        assert!(start <= end && end <= self.len);
+        // SAFETY: in bounds by the assertion; the caller keeps the parts disjoint.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), end - start) }
+    }
+}
+
+// SAFETY: no memory at all.
+unsafe impl RowParts for () {
+    type Part<'p> = ();
+
+    unsafe fn part(&self, _: Range<usize>) {}
+}
+
+// SAFETY: each member keeps its own rows disjoint.
+unsafe impl<A: RowParts, B: RowParts> RowParts for (A, B) {
+    type Part<'p>
+        = (A::Part<'p>, B::Part<'p>)
+    where
+        Self: 'p;
+
+    unsafe fn part(&self, rows: Range<usize>) -> Self::Part<'_> {
+        // SAFETY: the caller's promise holds for each member.
+        unsafe { (self.0.part(rows.clone()), self.1.part(rows)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once() {
+        for threads in [1, 2, 5] {
+            let pool = Pool::new(threads);
+            for tasks in [0, 1, 2, 3, 100] {
+                let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(tasks, &|task, worker| {
+                    assert!(worker < threads);
+                    counts[task].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_split_without_overlap() {
+        let pool = Pool::new(3);
+        let mut a = vec![0u32; 7 * 3];
+        let mut b = vec![0u32; 7];
+        let out = (RowsMut::new(&mut a, 3), RowsMut::new(&mut b, 1));
+        pool.by_rows(7, 2, out, |rows, (a, b)| {
+            for (i, row) in rows.enumerate() {
+                a[i * 3..(i + 1) * 3].fill(row as u32);
+                b[i] += row as u32;
+            }
+        });
+        assert_eq!(b, [0, 1, 2, 3, 4, 5, 6]);
+        assert!(a.chunks(3).zip(&b).all(|(a, b)| a == [*b; 3]));
+    }
+
+    #[test]
+    fn a_panic_in_a_task_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(2);
+        let run = std::panic::AssertUnwindSafe(|| pool.run(8, &|task, _| assert!(task != 5)));
+        assert!(std::panic::catch_unwind(run).is_err());
+        pool.run(4, &|_, _| {});
+    }
+}

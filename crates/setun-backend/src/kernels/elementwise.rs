@@ -1,0 +1,71 @@
+//! SwiGLU, embedding rows and sums.
+
+use crate::kernels::rounding::ActRows;
+use crate::real::Real;
+
+/// `1 / (1 + e^-x)`.
+#[inline(always)]
+fn sigmoid<R: Real>(x: R) -> R {
+    R::ONE / (R::ONE + (-x).exp())
+}
+
+/// `y = silu(gate) * up` (Shazeer, 2020), rounded row by row. `scratch` has a row's width.
+#[inline(always)]
+pub fn swiglu<R: Real>(gate: &[R], up: &[R], y: &mut ActRows<'_, R>, scratch: &mut [R]) {
+    let width = scratch.len();
+    for (row, (gate, up)) in gate.chunks(width).zip(up.chunks(width)).enumerate() {
+        for ((s, &g), &u) in scratch.iter_mut().zip(gate).zip(up) {
+            *s = g * sigmoid(g) * u;
+        }
+        y.write_row(row, scratch);
+    }
+}
+
+/// Replaces `gate` and `up` by their gradients.
+#[inline(always)]
+pub fn swiglu_backward<R: Real>(dy: &[R], gate: &mut [R], up: &mut [R]) {
+    for ((&dy, gate), up) in dy.iter().zip(gate).zip(up) {
+        let (g, u) = (*gate, *up);
+        let s = sigmoid(g);
+        *up = dy * (g * s);
+        *gate = dy * u * (s * (R::ONE + g * (R::ONE - s)));
+    }
+}
+
+/// `y += x`.
+#[inline(always)]
+pub fn add<R: Real>(x: &[R], y: &mut [R]) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y += x;
+    }
+}
+
+/// A row of a ternary matrix as real numbers: `s * t`, exact.
+#[inline(always)]
+pub fn dequantize_row<R: Real>(trits: &[i8], scales: &[f32], group_size: usize, y: &mut [R]) {
+    let groups = y.chunks_mut(group_size).zip(trits.chunks(group_size));
+    for ((y, trits), &scale) in groups.zip(scales) {
+        for (y, &t) in y.iter_mut().zip(trits) {
+            *y = R::from_f32(f32::from(t) * scale);
+        }
+    }
+}
+
+/// Adds `dy[r]` to row `ids[r]` of the rows of `dweight`, which begin at row `start` of
+/// the matrix; other ids are somebody else's.
+#[inline(always)]
+pub fn embedding_backward<R: Real>(
+    ids: &[u32],
+    dy: &[R],
+    width: usize,
+    start: usize,
+    dweight: &mut [R],
+) {
+    let rows = dweight.len() / width;
+    for (&id, dy) in ids.iter().zip(dy.chunks(width)) {
+        let row = (id as usize).wrapping_sub(start);
+        if row < rows {
+            add(dy, &mut dweight[row * width..(row + 1) * width]);
+        }
+    }
+}

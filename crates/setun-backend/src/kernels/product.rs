@@ -1,0 +1,185 @@
+//! Products in their plain form: the definition that blocked kernels reproduce.
+
+use crate::real::Real;
+use setun_ternary::groups_per_row;
+
+/// Order in which a sum of products is taken (DESIGN 3.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// f32: one FMA chain over the ascending index.
+    Sequential,
+    /// bf16, as the AMX unit does it: per 32 values one FMA chain over even and one over
+    /// odd indices, both from zero, then `acc += even + odd`; denormals flushed.
+    EvenOdd,
+}
+
+/// Values of the reduction that share a pair of chains in [`Order::EvenOdd`].
+pub const BLOCK: usize = 32;
+
+/// Below this sum of exponents a product chain may meet denormals: bf16 values have 8
+/// significant bits, so every product and every rounded sum of products is a multiple of
+/// `2^(ea - 7) * 2^(eb - 7)`, and nothing between 0 and 2^-126 can appear while
+/// `ea + eb - 14 >= -126`.
+pub const SAFE_EXPONENTS: i32 = -112;
+
+/// Whether products of values with these least exponents need their denormals flushed.
+pub fn needs_flush(order: Order, min_exponent_a: i32, min_exponent_b: i32) -> bool {
+    order == Order::EvenOdd
+        && min_exponent_a.saturating_add(min_exponent_b) < SAFE_EXPONENTS
+}
+
+/// `acc[l] += sum over r of x[r] * y[r * lanes + l]`, in the given order.
+///
+/// `flush` may be false where [`needs_flush`] is; the result is the same, sooner.
+#[inline(always)]
+pub fn vec_mat<R: Real>(order: Order, flush: bool, x: &[R], y: &[R], lanes: usize, acc: &mut [R]) {
+    debug_assert!(y.len() >= x.len() * lanes && acc.len() == lanes);
+    // Wide enough that the latency of an FMA is hidden, narrow enough for 16 registers.
+    let mut at = 0;
+    if order == Order::Sequential {
+        at = run_chains::<R, 64>(order, flush, x, y, lanes, at, acc);
+    }
+    at = run_chains::<R, 32>(order, flush, x, y, lanes, at, acc);
+    at = run_chains::<R, 8>(order, flush, x, y, lanes, at, acc);
+    run_chains::<R, 1>(order, flush, x, y, lanes, at, acc);
+}
+
+/// Runs the chains from lane `at`, `W` at a time, and returns the first lane left.
+#[inline(always)]
+fn run_chains<R: Real, const W: usize>(
+    order: Order,
+    flush: bool,
+    x: &[R],
+    y: &[R],
+    lanes: usize,
+    mut at: usize,
+    acc: &mut [R],
+) -> usize {
+    while at + W <= lanes {
+        let mut regs = [R::ZERO; W];
+        regs.copy_from_slice(&acc[at..at + W]);
+        chains::<R, W>(order, flush, x, y, lanes, at, &mut regs);
+        acc[at..at + W].copy_from_slice(&regs);
+        at += W;
+    }
+    at
+}
+
+/// The chains of `W` neighbouring lanes from lane `at`.
+#[inline(always)]
+fn chains<R: Real, const W: usize>(
+    order: Order,
+    flush: bool,
+    x: &[R],
+    y: &[R],
+    lanes: usize,
+    at: usize,
+    acc: &mut [R; W],
+) {
+    match (order, flush) {
+        (Order::Sequential, _) => {
+            for (r, &x) in x.iter().enumerate() {
+                fma_row::<R, W, false>(x, &y[r * lanes + at..], acc);
+            }
+        }
+        (Order::EvenOdd, false) => even_odd::<R, W, false>(x, y, lanes, at, acc),
+        (Order::EvenOdd, true) => even_odd::<R, W, true>(x, y, lanes, at, acc),
+    }
+}
+
+#[inline(always)]
+fn even_odd<R: Real, const W: usize, const FLUSH: bool>(
+    x: &[R],
+    y: &[R],
+    lanes: usize,
+    at: usize,
+    acc: &mut [R; W],
+) {
+    let flush = |v: R| if FLUSH { v.flush() } else { v };
+    for (b, block) in x.chunks(BLOCK).enumerate() {
+        let y = &y[b * BLOCK * lanes..];
+        let (mut even, mut odd) = ([R::ZERO; W], [R::ZERO; W]);
+        for (r, &x) in block.iter().enumerate() {
+            let chain = if r % 2 == 0 { &mut even } else { &mut odd };
+            fma_row::<R, W, FLUSH>(x, &y[r * lanes + at..], chain);
+        }
+        for ((acc, &e), &o) in acc.iter_mut().zip(&even).zip(&odd) {
+            // Always flushed: the accumulator itself may come from anywhere.
+            *acc = (*acc + flush(e + o)).flush();
+        }
+    }
+}
+
+#[inline(always)]
+fn fma_row<R: Real, const W: usize, const FLUSH: bool>(x: R, y: &[R], acc: &mut [R; W]) {
+    let y: &[R; W] = y[..W].try_into().expect("W values");
+    for (acc, &y) in acc.iter_mut().zip(y) {
+        *acc = x.mul_add(y, *acc);
+        if FLUSH {
+            *acc = acc.flush();
+        }
+    }
+}
+
+/// One int8 row times one ternary row (DESIGN 3.3):
+/// `y = fma(s[g] * a[g], dot[g], y)` over ascending groups, with exact integer dots.
+#[inline(always)]
+pub fn int8_dot<R: Real>(
+    q: &[i8],
+    a: &[f32],
+    trits: &[i8],
+    scales: &[f32],
+    group_size: usize,
+) -> R {
+    debug_assert_eq!(a.len(), groups_per_row(q.len(), group_size));
+    let groups = q.chunks(group_size).zip(trits.chunks(group_size));
+    let mut y = R::ZERO;
+    for ((q, t), (&a, &s)) in groups.zip(a.iter().zip(scales)) {
+        let dot: i32 = q.iter().zip(t).map(|(&q, &t)| i32::from(q) * i32::from(t)).sum();
+        y = R::from_f32(s * a).mul_add(R::from_f32(dot as f32), y);
+    }
+    y
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize, scale: f32) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919 % 1009) as f32 / 504.5 - 1.0) * scale).collect()
+    }
+
+    #[test]
+    fn even_odd_follows_its_definition() {
+        for (n, lanes) in [(1, 1), (31, 3), (32, 16), (33, 17), (100, 40)] {
+            let x: Vec<f32> = values(n, 1.0).iter().map(|x| x.round_bf16()).collect();
+            let y: Vec<f32> = values(n * lanes, 0.3).iter().map(|x| x.round_bf16()).collect();
+            let mut got = vec![0.5; lanes];
+            vec_mat(Order::EvenOdd, false, &x, &y, lanes, &mut got);
+            for (l, got) in got.iter().enumerate() {
+                let mut acc = 0.5f32;
+                for b in (0..n).step_by(32) {
+                    let mut chain = [0.0f32; 2];
+                    for r in b..n.min(b + 32) {
+                        chain[r % 2] = x[r].mul_add(y[r * lanes + l], chain[r % 2]);
+                    }
+                    acc += chain[0] + chain[1];
+                }
+                assert_eq!(*got, acc);
+            }
+        }
+    }
+
+    #[test]
+    fn skipping_the_flush_is_exact_where_it_is_allowed() {
+        for e in [-100i32, -56, -50] {
+            let x: Vec<f32> = values(97, 2.0f32.powi(e)).iter().map(|x| x.round_bf16()).collect();
+            let y: Vec<f32> = values(97, 2.0f32.powi(-56)).iter().map(|x| x.round_bf16()).collect();
+            let (mut with, mut without) = ([0.0f32], [0.0f32]);
+            vec_mat(Order::EvenOdd, true, &x, &y, 1, &mut with);
+            vec_mat(Order::EvenOdd, false, &x, &y, 1, &mut without);
+            let needed = needs_flush(Order::EvenOdd, f32::min_exponent(&x), f32::min_exponent(&y));
+            assert!(needed || with == without);
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! The memory plan of a run and its one allocation.
+//!
+//! Everything that a run needs is laid out in a [`Plan`] before step 0, so out of memory
+//! happens then or never, and `--dry-run` can print it. Operations receive [`Buf`]
+//! handles; a [`Lease`] resolves them to slices and checks at run time that no slice that
+//! is written overlaps another, so callers need no `unsafe`.
+
+use bytemuck::Pod;
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+
+/// Alignment of every buffer: a cache line, which is also the widest vector.
+const ALIGN: usize = 64;
+
+/// What a buffer is for; the rows that `--dry-run` prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Category {
+    /// Latent weights, their projection, norms.
+    Parameters,
+    /// Gradients of the parameters.
+    Gradients,
+    /// Moments of the optimizer.
+    Optimizer,
+    /// What the forward pass saves for the backward pass.
+    Activations,
+    /// Keys and values of past positions.
+    KvCache,
+    /// Scratch memory.
+    Workspace,
+}
+
+impl Category {
+    /// All categories, in the order in which they are printed.
+    pub const ALL: [Self; 6] = [
+        Self::Parameters,
+        Self::Gradients,
+        Self::Optimizer,
+        Self::Activations,
+        Self::KvCache,
+        Self::Workspace,
+    ];
+
+    /// Name as it is printed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Parameters => "parameters",
+            Self::Gradients => "gradients",
+            Self::Optimizer => "optimizer",
+            Self::Activations => "activations",
+            Self::KvCache => "kv cache",
+            Self::Workspace => "workspace",
+        }
+    }
+}
+
+/// A handle to `len` values of type `T` in an [`Arena`].
+pub struct Buf<T> {
+    offset: usize,
+    len: usize,
+    element: PhantomData<fn() -> T>,
+}
+
+impl<T> Clone for Buf<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Buf<T> {}
+
+impl<T> std::fmt::Debug for Buf<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buf({}..+{})", self.offset, self.len)
+    }
+}
+
+impl<T> Buf<T> {
+    /// Number of values.
+    pub fn len(self) -> usize {
+        self.len
+    }
+
+    /// Whether the buffer has no values.
+    pub fn is_empty(self) -> bool {
+        self.len == 0
+    }
+
+    /// The part of `len` values from `start`.
+    ///
+    /// # Panics
+    /// If the part does not lie inside the buffer.
+    pub fn part(self, start: usize, len: usize) -> Self {
+        assert!(start + len <= self.len, "part outside of a buffer");
+        Self { offset: self.offset + start * size_of::<T>(), len, element: PhantomData }
+    }
+}
+
+/// One line of a [`Plan`].
+#[derive(Clone, Debug)]
+pub struct PlanRow {
+    /// What the buffer is for.
+    pub category: Category,
+    /// Name, for example `layers.0.gate [4096, 1536]`.
+    pub name: String,
+    /// Bytes, rounded up to the alignment.
+    pub bytes: usize,
+}
+
+/// The layout of all memory of a run.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    rows: Vec<PlanRow>,
+    total: usize,
+}
+
+impl Plan {
+    /// An empty plan.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Reserves `len` values of type `T`.
+    pub fn alloc<T: Pod>(
+        &mut self,
+        category: Category,
+        name: impl Into<String>,
+        len: usize,
+    ) -> Buf<T> {
+        let bytes = (len * size_of::<T>()).next_multiple_of(ALIGN);
+        let buf = Buf { offset: self.total, len, element: PhantomData };
+        self.rows.push(PlanRow { category, name: name.into(), bytes });
+        self.total += bytes;
+        buf
+    }
+
+    /// Every buffer, in order.
+    pub fn rows(&self) -> &[PlanRow] {
+        &self.rows
+    }
+
+    /// Bytes of one category.
+    pub fn category_bytes(&self, category: Category) -> usize {
+        let rows = self.rows.iter().filter(|row| row.category == category);
+        rows.map(|row| row.bytes).sum()
+    }
+
+    /// Bytes in all.
+    pub fn total_bytes(&self) -> usize {
+        self.total
+    }
+}
+
+/// The one allocation behind a [`Plan`], zeroed and touched.
+pub struct Arena {
+    base: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: the arena owns its memory and hands out slices only through `&mut self`
+// (`lease`) or `&self` (`read`); it has no interior mutability.
+unsafe impl Send for Arena {}
+// SAFETY: as above; `&Arena` allows reading only.
+unsafe impl Sync for Arena {}
+
+impl Arena {
+    /// Allocates what `plan` asks for and touches every page, so that a lack of memory
+    /// shows now and not in the middle of a run.
+    pub fn new(plan: &Plan) -> Self {
+        let bytes = plan.total.max(ALIGN);
+        let layout = Layout::from_size_align(bytes, ALIGN).expect("a plan below isize::MAX");
+        // SAFETY: the layout has a non-zero size.
+        let base = unsafe { alloc_zeroed(layout) };
+        let Some(base) = NonNull::new(base) else { handle_alloc_error(layout) };
+        for page in (0..bytes).step_by(4096) {
+            // SAFETY: `page < bytes`, inside the allocation. Volatile, because a plain
+            // store of zero into zeroed memory would be removed.
+            unsafe { base.as_ptr().add(page).write_volatile(0) };
+        }
+        Self { base, layout }
+    }
+
+    /// Starts a lease: slices for one operation.
+    pub fn lease(&mut self) -> Lease<'_> {
+        Lease { arena: self, taken: [(0, 0, false); Lease::MAX], count: 0 }
+    }
+
+    /// A buffer to read from.
+    pub fn read<T: Pod>(&self, buf: Buf<T>) -> &[T] {
+        self.check(buf);
+        // SAFETY: `check` proved that the range lies in the allocation and is aligned;
+        // the memory is initialised (zeroed) and any bits are a valid `Pod`. `&self`
+        // keeps writers away for the lifetime of the slice.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(buf.offset).cast(), buf.len) }
+    }
+
+    fn check<T>(&self, buf: Buf<T>) {
+        let end = buf.offset + buf.len * size_of::<T>();
+        assert!(end <= self.layout.size(), "a buffer of another plan");
+        assert!(buf.offset.is_multiple_of(align_of::<T>()), "misaligned buffer");
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: `base` was allocated with this layout and is freed once.
+        unsafe { dealloc(self.base.as_ptr(), self.layout) }
+    }
+}
+
+/// The slices of one operation. Written slices overlap no other slice of the lease;
+/// this is checked, so the interface is safe.
+pub struct Lease<'a> {
+    arena: &'a mut Arena,
+    /// Byte ranges handed out: (start, end, written).
+    taken: [(usize, usize, bool); Lease::MAX],
+    count: usize,
+}
+
+impl<'a> Lease<'a> {
+    /// Slices that one operation may hold.
+    const MAX: usize = 24;
+
+    fn take<T>(&mut self, buf: Buf<T>, write: bool) {
+        self.arena.check(buf);
+        let range = (buf.offset, buf.offset + buf.len * size_of::<T>());
+        for &(start, end, written) in &self.taken[..self.count] {
+            let apart = range.1 <= start || end <= range.0;
+            assert!(apart || !(write || written), "an operation's buffers overlap");
+        }
+        assert!(self.count < Self::MAX, "too many buffers in one operation");
+        self.taken[self.count] = (range.0, range.1, write);
+        self.count += 1;
+    }
+
+    /// A slice to read.
+    ///
+    /// # Panics
+    /// If it overlaps a slice that this lease writes.
+    pub fn read<T: Pod>(&mut self, buf: Buf<T>) -> &'a [T] {
+        self.take(buf, false);
+        // SAFETY: in bounds and aligned (`check`), initialised; `take` proved that no
+        // `&mut` slice of this lease overlaps it, and the lease holds the arena.
+        unsafe {
+            std::slice::from_raw_parts(self.arena.base.as_ptr().add(buf.offset).cast(), buf.len)
+        }
+    }
+
+    /// A slice to write.
+    ///
+    /// # Panics
+    /// If it overlaps any other slice of this lease.
+    pub fn write<T: Pod>(&mut self, buf: Buf<T>) -> &'a mut [T] {
+        self.take(buf, true);
+        // SAFETY: as in `read`; `take` proved that no other slice of this lease overlaps.
+        unsafe {
+            let start = self.arena.base.as_ptr().add(buf.offset).cast();
+            std::slice::from_raw_parts_mut(start, buf.len)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_apart_aligned_and_zeroed() {
+        let mut plan = Plan::new();
+        let a: Buf<f32> = plan.alloc(Category::Parameters, "a", 5);
+        let b: Buf<i8> = plan.alloc(Category::Workspace, "b", 3);
+        assert_eq!(plan.total_bytes(), 128);
+        assert_eq!(plan.category_bytes(Category::Workspace), 64);
+        let mut arena = Arena::new(&plan);
+        let mut lease = arena.lease();
+        lease.write(a).fill(1.0);
+        assert_eq!(lease.read(b), [0; 3]);
+        assert_eq!(arena.read(a.part(1, 2)), [1.0; 2]);
+    }
+
+    #[test]
+    fn overlapping_writes_are_refused() {
+        let mut plan = Plan::new();
+        let a: Buf<f32> = plan.alloc(Category::Parameters, "a", 8);
+        let overlap = |second: Buf<f32>| {
+            std::panic::catch_unwind(move || {
+                let mut plan = Plan::new();
+                let _: Buf<f32> = plan.alloc(Category::Parameters, "a", 8);
+                let mut arena = Arena::new(&plan);
+                let mut lease = arena.lease();
+                lease.read(a.part(0, 4));
+                lease.write(second);
+            })
+            .is_err()
+        };
+        assert!(overlap(a.part(3, 2)));
+        assert!(!overlap(a.part(4, 4)));
+    }
+}

@@ -1,0 +1,363 @@
+//! The operations of a transformer: the seam between the model and a device.
+//!
+//! Rules, once for all: parameter gradients `+=`, activation gradients `=`, the residual
+//! stream `+=`. Rows are tokens. A weight has shape `[out, in]`. What an operation
+//! computes is fixed to the bit by DESIGN 3.1 to 3.4; how is the backend's affair.
+
+use crate::memory::Buf;
+use crate::real::Real;
+use bytemuck::Pod;
+use half::bf16;
+use setun_ternary::{ScaleError, ScaleRule};
+
+/// Ternary weights in a backend: what the forward pass multiplies with.
+#[derive(Clone, Copy, Debug)]
+pub struct TernaryBuf {
+    /// i8 `[out, in]`, values -1, 0, 1.
+    pub trits: Buf<i8>,
+    /// f32 `[out, groups]`, bf16 values that f16 holds.
+    pub scales: Buf<f32>,
+    /// Weights that share a scale.
+    pub group_size: usize,
+}
+
+/// A weight matrix `[out, in]`.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightBuf<R> {
+    /// Output width.
+    pub out: usize,
+    /// Input width.
+    pub inp: usize,
+    /// Its values.
+    pub data: WeightData<R>,
+}
+
+/// The values of a [`WeightBuf`].
+#[derive(Clone, Copy, Debug)]
+pub enum WeightData<R> {
+    /// The weights themselves.
+    Dense(Buf<R>),
+    /// `s * t`.
+    Ternary(TernaryBuf),
+}
+
+/// Activations as they enter products, `[rows, width]`; its variant is the numerics mode.
+#[derive(Clone, Copy, Debug)]
+pub enum ActBuf<R> {
+    /// Numerics `f32` (and the f64 oracle).
+    Real(Buf<R>),
+    /// Numerics `bf16`.
+    Bf16(Buf<bf16>),
+    /// Numerics `int8`: `x = a * q`, one `a` per row and group.
+    Int8 {
+        /// i8 `[rows, width]`.
+        q: Buf<i8>,
+        /// f32 `[rows, groups]`.
+        scales: Buf<f32>,
+        /// Values that share an `a`.
+        group_size: usize,
+    },
+}
+
+impl<R> ActBuf<R> {
+    /// The part that begins at row `start` with `rows` rows of `width` values.
+    pub fn rows(self, start: usize, rows: usize, width: usize) -> Self {
+        match self {
+            Self::Real(x) => Self::Real(x.part(start * width, rows * width)),
+            Self::Bf16(x) => Self::Bf16(x.part(start * width, rows * width)),
+            Self::Int8 { q, scales, group_size } => {
+                let groups = width.div_ceil(group_size);
+                Self::Int8 {
+                    q: q.part(start * width, rows * width),
+                    scales: scales.part(start * groups, rows * groups),
+                    group_size,
+                }
+            }
+        }
+    }
+}
+
+/// Queries, keys or values, `[rows, heads, head_dim]`: f32 in numerics `f32`, else bf16.
+#[derive(Clone, Copy, Debug)]
+pub enum AttnBuf<R> {
+    /// Numerics `f32`.
+    Real(Buf<R>),
+    /// Numerics `bf16` and `int8`.
+    Bf16(Buf<bf16>),
+}
+
+impl<R> AttnBuf<R> {
+    /// The part that begins at row `start` with `rows` rows of `width` values.
+    pub fn rows(self, start: usize, rows: usize, width: usize) -> Self {
+        match self {
+            Self::Real(x) => Self::Real(x.part(start * width, rows * width)),
+            Self::Bf16(x) => Self::Bf16(x.part(start * width, rows * width)),
+        }
+    }
+}
+
+/// Queries that attend to a run of keys: the last `q_len` of its `kv_len` positions.
+/// Query `i` sees the keys up to position `kv_len - q_len + i`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Row of the first query.
+    pub q_start: usize,
+    /// Number of queries.
+    pub q_len: usize,
+    /// Row of the key at position 0.
+    pub kv_start: usize,
+    /// Number of keys.
+    pub kv_len: usize,
+}
+
+impl Segment {
+    /// `len` tokens that attend to each other only, as in training.
+    pub fn own(start: usize, len: usize) -> Self {
+        Self { q_start: start, q_len: len, kv_start: start, kv_len: len }
+    }
+}
+
+/// Causal attention with grouped heads: query head `h` reads key head
+/// `h / (num_heads / num_kv_heads)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Attention<'a, R> {
+    /// `[q rows, num_heads, head_dim]`, after norm and RoPE.
+    pub q: AttnBuf<R>,
+    /// `[kv rows, num_kv_heads, head_dim]`, after norm and RoPE.
+    pub k: AttnBuf<R>,
+    /// `[kv rows, num_kv_heads, head_dim]`.
+    pub v: AttnBuf<R>,
+    /// `[q rows, num_heads, head_dim]`.
+    pub out: Buf<R>,
+    /// `[q rows, num_heads]`: log of the sum of the exponentials, kept for backward.
+    pub lse: Buf<R>,
+    /// Who attends to whom.
+    pub segments: &'a [Segment],
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+/// Gradients of [`Attention`].
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionBackward<'a, R> {
+    /// The forward operation, its `out` and `lse` as it left them.
+    pub forward: Attention<'a, R>,
+    /// `[q rows, num_heads, head_dim]`.
+    pub dout: Buf<R>,
+    /// `[q rows, num_heads]`: scratch for `rowsum(dout * out)`.
+    pub delta: Buf<R>,
+    /// `[q rows, num_heads, head_dim]`, `=`.
+    pub dq: Buf<R>,
+    /// `[kv rows, num_kv_heads, head_dim]`, `=`.
+    pub dk: Buf<R>,
+    /// `[kv rows, num_kv_heads, head_dim]`, `=`.
+    pub dv: Buf<R>,
+}
+
+/// RMSNorm over the last dimension: `y = x * inv * weight`, `inv = 1 / sqrt(mean x^2 + eps)`.
+#[derive(Clone, Copy, Debug)]
+pub struct RmsNorm<R> {
+    /// `[rows, width]`.
+    pub x: Buf<R>,
+    /// `[width]`.
+    pub weight: Buf<R>,
+    /// `[rows]`, kept for backward.
+    pub inv: Buf<R>,
+    /// Width of a row.
+    pub width: usize,
+    /// Added to the mean square.
+    pub eps: f64,
+}
+
+/// Per-head RMSNorm and rotary embedding of queries or keys.
+#[derive(Clone, Copy, Debug)]
+pub struct NormRope<R> {
+    /// The norm over each head: x `[rows, heads, head_dim]`, inv `[rows, heads]`.
+    pub norm: RmsNorm<R>,
+    /// Heads.
+    pub heads: usize,
+    /// `[positions, head_dim / 2]`.
+    pub cos: Buf<R>,
+    /// `[positions, head_dim / 2]`.
+    pub sin: Buf<R>,
+    /// `[rows]`: position of each row.
+    pub positions: Buf<u32>,
+}
+
+/// Softmax cross entropy of a chunk of logits.
+#[derive(Clone, Copy, Debug)]
+pub struct CrossEntropy<R> {
+    /// `[rows, vocab]`; overwritten with its gradient where `gradient_scale` is given.
+    pub logits: Buf<R>,
+    /// `[rows]`.
+    pub targets: Buf<u32>,
+    /// `[rows]`: negative log-likelihood of each target.
+    pub losses: Buf<R>,
+    /// Weight of a row in the loss whose gradient is taken, `1 / tokens` for a mean.
+    pub gradient_scale: Option<f64>,
+}
+
+/// One AdamW update (Loshchilov and Hutter, 2019), in PyTorch's order of operations.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW<R> {
+    /// Weights.
+    pub weight: Buf<R>,
+    /// Their gradient.
+    pub grad: Buf<R>,
+    /// First moment.
+    pub m: Buf<R>,
+    /// Second moment.
+    pub v: Buf<R>,
+    /// Factor on the gradient: the clipping.
+    pub grad_scale: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+    /// Decoupled decay.
+    pub weight_decay: f64,
+    /// Number of this update, from 1.
+    pub step: u64,
+}
+
+/// What a projection did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProjectStats {
+    /// Weights that are zero now.
+    pub zeros: u64,
+    /// Trits that differ from those before.
+    pub flips: u64,
+}
+
+/// A scale that cannot be shipped, with its place.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ProjectError {
+    /// Row of the matrix.
+    pub row: usize,
+    /// Group in the row.
+    pub group: usize,
+    /// What is wrong.
+    pub why: ScaleError,
+}
+
+/// A device. All methods block until their result is there.
+pub trait Backend {
+    /// Floating-point type of the residual stream, the losses and the gradients.
+    type Real: Real;
+
+    /// Threads that share the work; results do not depend on it.
+    fn threads(&self) -> usize;
+    /// Copies a buffer out.
+    fn read<T: Pod>(&self, buf: Buf<T>, out: &mut [T]);
+    /// Copies values in.
+    fn write<T: Pod>(&mut self, buf: Buf<T>, values: &[T]);
+    /// Sets all bytes to zero.
+    fn zero<T: Pod>(&mut self, buf: Buf<T>);
+    /// `to = from`.
+    fn copy(&mut self, from: Buf<Self::Real>, to: Buf<Self::Real>);
+    /// `to += from`.
+    fn add(&mut self, from: Buf<Self::Real>, to: Buf<Self::Real>);
+
+    /// Projects latent weights `[out, cols]` into `to` (DESIGN 3.1).
+    fn project(
+        &mut self,
+        latent: Buf<Self::Real>,
+        cols: usize,
+        rule: ScaleRule,
+        to: TernaryBuf,
+    ) -> Result<ProjectStats, ProjectError>;
+
+    /// `y[r] = weight[ids[r]]`, unrounded.
+    fn embedding(&mut self, ids: Buf<u32>, weight: WeightBuf<Self::Real>, y: Buf<Self::Real>);
+    /// `dweight[ids[r]] += dy[r]`, over ascending r.
+    fn embedding_backward(
+        &mut self,
+        ids: Buf<u32>,
+        dy: Buf<Self::Real>,
+        dweight: Buf<Self::Real>,
+    );
+
+    /// RMSNorm, rounded for the products that follow.
+    fn rms_norm(&mut self, norm: RmsNorm<Self::Real>, y: ActBuf<Self::Real>);
+    /// `dx += `, `dweight += `; `dy` is left as scratch.
+    fn rms_norm_backward(
+        &mut self,
+        norm: RmsNorm<Self::Real>,
+        dy: Buf<Self::Real>,
+        dx: Buf<Self::Real>,
+        dweight: Buf<Self::Real>,
+    );
+
+    /// Norm and RoPE of queries or keys.
+    fn norm_rope(&mut self, op: NormRope<Self::Real>, y: AttnBuf<Self::Real>);
+    /// `dy` becomes dx in place; `dweight +=`.
+    fn norm_rope_backward(
+        &mut self,
+        op: NormRope<Self::Real>,
+        dy: Buf<Self::Real>,
+        dweight: Buf<Self::Real>,
+    );
+
+    /// Rounds activations `[rows, width]` for products.
+    fn round_activation(&mut self, x: Buf<Self::Real>, width: usize, y: ActBuf<Self::Real>);
+    /// Rounds values for attention.
+    fn round_attention(&mut self, x: Buf<Self::Real>, y: AttnBuf<Self::Real>);
+
+    /// `y[r, n] = sum_k x[r, k] * w[n, k]`.
+    fn linear(&mut self, x: ActBuf<Self::Real>, w: WeightBuf<Self::Real>, y: Buf<Self::Real>);
+    /// `dx[r, k] (+)= sum_n dy[r, n] * w[n, k]`.
+    fn linear_dx(
+        &mut self,
+        dy: Buf<Self::Real>,
+        w: WeightBuf<Self::Real>,
+        dx: Buf<Self::Real>,
+        numerics_f32: bool,
+        accumulate: bool,
+    );
+    /// `dw[n, k] += sum_r dy[r, n] * x[r, k]`, over ascending r.
+    fn linear_dw(
+        &mut self,
+        dy: Buf<Self::Real>,
+        x: ActBuf<Self::Real>,
+        out: usize,
+        inp: usize,
+        dw: Buf<Self::Real>,
+    );
+
+    /// Attention, tile by tile with the online softmax; keeps `out` and `lse`.
+    fn attention(&mut self, op: Attention<'_, Self::Real>);
+    /// Its gradients, recomputed tile by tile.
+    fn attention_backward(&mut self, op: AttentionBackward<'_, Self::Real>);
+
+    /// `y = silu(gate) * up`, rounded.
+    fn swiglu(
+        &mut self,
+        gate: Buf<Self::Real>,
+        up: Buf<Self::Real>,
+        width: usize,
+        y: ActBuf<Self::Real>,
+    );
+    /// `gate` and `up` become their gradients in place.
+    fn swiglu_backward(
+        &mut self,
+        dy: Buf<Self::Real>,
+        gate: Buf<Self::Real>,
+        up: Buf<Self::Real>,
+    );
+
+    /// Losses of a chunk of logits and, where asked for, its gradient in place.
+    fn cross_entropy(&mut self, op: CrossEntropy<Self::Real>);
+
+    /// Sum of squares in f64, over fixed chunks in ascending order.
+    fn sum_squares(&mut self, x: Buf<Self::Real>) -> f64;
+    /// One update.
+    fn adamw(&mut self, op: AdamW<Self::Real>);
+}

@@ -1,0 +1,305 @@
+//! The floating-point type of a backend: f32, whose every operation is fixed to the bit,
+//! or f64, the accuracy oracle.
+
+use bytemuck::Pod;
+use half::bf16;
+use std::fmt::Debug;
+use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
+
+/// f32 or f64.
+pub trait Real:
+    Pod
+    + Debug
+    + Send
+    + Sync
+    + PartialOrd
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+    + AddAssign
+{
+    /// 0.
+    const ZERO: Self;
+    /// 1.
+    const ONE: Self;
+    /// Negative infinity, the score of a masked key.
+    const NEG_INFINITY: Self;
+
+    /// Nearest value of this type.
+    fn from_f64(x: f64) -> Self;
+    /// Exact conversion.
+    fn from_f32(x: f32) -> Self;
+    /// Exact conversion.
+    fn to_f64(self) -> f64;
+    /// Nearest f32.
+    fn to_f32(self) -> f32;
+    /// `self * a + b`, rounded once.
+    fn mul_add(self, a: Self, b: Self) -> Self;
+    /// Correctly rounded square root.
+    fn sqrt(self) -> Self;
+    /// Magnitude.
+    fn abs(self) -> Self;
+    /// The larger one; NaN if either is.
+    fn maximum(self, other: Self) -> Self;
+    /// e^x; at f32 the one polynomial that every instruction set uses.
+    fn exp(self) -> Self;
+    /// Natural logarithm.
+    fn ln(self) -> Self;
+    /// Nearest bf16 (ties to even), denormals to zero.
+    fn to_bf16(self) -> bf16;
+    /// Denormals to zero, as the bf16 products define it.
+    fn flush(self) -> Self;
+    /// Lower bound on the binary exponents of the non-zero values; `i32::MAX` without any.
+    fn min_exponent(values: &[Self]) -> i32;
+
+    /// Value of a bf16.
+    fn from_bf16(x: bf16) -> Self {
+        Self::from_f32(x.to_f32())
+    }
+
+    /// Rounded to bf16 and back.
+    fn round_bf16(self) -> Self {
+        Self::from_bf16(self.to_bf16())
+    }
+}
+
+impl Real for f32 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+    const NEG_INFINITY: Self = f32::NEG_INFINITY;
+
+    #[inline(always)]
+    fn from_f64(x: f64) -> Self {
+        x as f32
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        f32::mul_add(self, a, b)
+    }
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        f32::sqrt(self)
+    }
+    #[inline(always)]
+    fn abs(self) -> Self {
+        f32::abs(self)
+    }
+    #[inline(always)]
+    fn maximum(self, other: Self) -> Self {
+        if self > other || self.is_nan() { self } else { other }
+    }
+    #[inline(always)]
+    fn exp(self) -> Self {
+        exp_f32(self)
+    }
+    #[inline(always)]
+    fn ln(self) -> Self {
+        libm::log(f64::from(self)) as f32
+    }
+
+    #[inline(always)]
+    fn to_bf16(self) -> bf16 {
+        let bits = self.to_bits();
+        let magnitude = bits & 0x7fff_ffff;
+        let rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        let quiet_nan = bits >> 16 | 0x40;
+        let kept = if magnitude > 0x7f80_0000 { quiet_nan } else { rounded };
+        let flushed = if magnitude < 0x0080_0000 { bits >> 16 & 0x8000 } else { kept };
+        bf16::from_bits(flushed as u16)
+    }
+
+    #[inline(always)]
+    fn flush(self) -> Self {
+        if self.abs() < f32::MIN_POSITIVE { 0.0 } else { self }
+    }
+
+    #[inline(always)]
+    fn min_exponent(values: &[Self]) -> i32 {
+        // Zero wraps to the largest integer and so never wins.
+        let bits = |x: &f32| (x.to_bits() & 0x7fff_ffff).wrapping_sub(1);
+        let least = values.iter().fold(u32::MAX, |least, x| least.min(bits(x)));
+        if least == u32::MAX { i32::MAX } else { ((least + 1) >> 23) as i32 - 127 }
+    }
+}
+
+impl Real for f64 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+    const NEG_INFINITY: Self = f64::NEG_INFINITY;
+
+    fn from_f64(x: f64) -> Self {
+        x
+    }
+    fn from_f32(x: f32) -> Self {
+        f64::from(x)
+    }
+    fn to_f64(self) -> f64 {
+        self
+    }
+    fn to_f32(self) -> f32 {
+        self as f32
+    }
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        f64::mul_add(self, a, b)
+    }
+    fn sqrt(self) -> Self {
+        f64::sqrt(self)
+    }
+    fn abs(self) -> Self {
+        f64::abs(self)
+    }
+    fn maximum(self, other: Self) -> Self {
+        if self > other || self.is_nan() { self } else { other }
+    }
+    fn exp(self) -> Self {
+        libm::exp(self)
+    }
+    fn ln(self) -> Self {
+        libm::log(self)
+    }
+    fn to_bf16(self) -> bf16 {
+        (self as f32).to_bf16()
+    }
+    fn flush(self) -> Self {
+        self
+    }
+    fn min_exponent(_: &[Self]) -> i32 {
+        0
+    }
+}
+
+/// e^x in f32, the same operations on every instruction set: `x = n ln 2 + r`, a
+/// polynomial of degree 6 in r (Taylor's coefficients; |r| <= 0.347), times 2^n.
+/// Relative error below 3e-7. Below -87 the result is 0, so that it is never a
+/// denormal; above 88.7 it is infinite.
+#[inline(always)]
+pub fn exp_f32(x: f32) -> f32 {
+    /// Adding it leaves the nearest integer in the low bits of the sum.
+    const ROUND: f32 = 12_582_912.0;
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    let clamped = if x < -87.0 { -87.0 } else { x };
+    let clamped = if clamped > 88.7 { 88.7 } else { clamped };
+    let shifted = f32::mul_add(clamped, std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = f32::mul_add(n, -LN_2_HIGH, clamped);
+    let r = f32::mul_add(n, -LN_2_LOW, r);
+    let p = f32::mul_add(r, 1.0 / 720.0, 1.0 / 120.0);
+    let p = f32::mul_add(p, r, 1.0 / 24.0);
+    let p = f32::mul_add(p, r, 1.0 / 6.0);
+    let p = f32::mul_add(p, r, 0.5);
+    let p = f32::mul_add(p, r, 1.0);
+    let p = f32::mul_add(p, r, 1.0);
+    // 2^n in two factors: n = 128 alone would overflow the exponent field.
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    let half = n >> 1;
+    let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
+    let y = p * power(half) * power(n - half);
+    let y = if x < -87.0 { 0.0 } else { y };
+    if x > 88.7 { f32::INFINITY } else { y }
+}
+
+/// Sum in the fixed order of DESIGN: 16 lanes by index mod 16, then one tree.
+#[inline(always)]
+pub fn sum_lanes<R: Real>(values: impl ExactSizeIterator<Item = R>) -> R {
+    let mut lanes = [R::ZERO; 16];
+    for (i, x) in values.enumerate() {
+        lanes[i % 16] += x;
+    }
+    tree(lanes)
+}
+
+/// `sum of f(i)` for `i < n` in the same order as [`sum_lanes`], in a form that compilers
+/// vectorise.
+#[inline(always)]
+pub fn sum_indexed<R: Real>(n: usize, f: impl Fn(usize) -> R) -> R {
+    let mut lanes = [R::ZERO; 16];
+    let whole = n / 16 * 16;
+    let mut i = 0;
+    while i < whole {
+        for (l, lane) in lanes.iter_mut().enumerate() {
+            *lane += f(i + l);
+        }
+        i += 16;
+    }
+    for (l, lane) in lanes.iter_mut().enumerate().take(n - whole) {
+        *lane += f(whole + l);
+    }
+    tree(lanes)
+}
+
+#[inline(always)]
+fn tree<R: Real>(mut lanes: [R; 16]) -> R {
+    let mut width = 8;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = lanes[i] + lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_over_its_range() {
+        let mut worst = 0.0f64;
+        for i in -870_000..=887_000 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x).exp();
+            worst = worst.max((f64::from(exp_f32(x)) - exact).abs() / exact);
+        }
+        assert!(worst < 3e-7, "relative error {worst}");
+        assert_eq!(exp_f32(0.0), 1.0);
+        assert_eq!(exp_f32(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp_f32(-87.5), 0.0);
+        assert_eq!(exp_f32(100.0), f32::INFINITY);
+        assert!(exp_f32(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn bf16_rounding_equals_the_half_crate_on_normal_values() {
+        for i in 0..100_000u32 {
+            let x = f32::from_bits(i.wrapping_mul(42_949) ^ 0x3f80_0000);
+            if x.is_normal() {
+                assert_eq!(x.to_bf16(), bf16::from_f32(x), "{x}");
+            }
+        }
+        assert_eq!(Real::to_bf16(1e-40f32).to_f32(), 0.0);
+        assert!(Real::to_bf16(f32::NAN).is_nan());
+        assert_eq!(Real::to_bf16(f32::MAX).to_f32(), f32::INFINITY);
+    }
+
+    #[test]
+    fn min_exponent_ignores_zeros() {
+        assert_eq!(f32::min_exponent(&[0.0, 3.0, -0.3, 0.0]), -2);
+        assert_eq!(f32::min_exponent(&[0.0, -0.0]), i32::MAX);
+    }
+
+    #[test]
+    fn the_two_sums_agree_bit_for_bit() {
+        for n in 0..100 {
+            let x: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).sin()).collect();
+            let a = sum_lanes(x.iter().copied());
+            let b = sum_indexed(n, |i| x[i]);
+            assert_eq!(a.to_bits(), b.to_bits());
+        }
+    }
+}

@@ -1,0 +1,571 @@
+//! Directories that appear whole or not at all, and prove later that they are undamaged.
+//!
+//! The protocol: write into `.tmp-NAME-PID` beside the target, hashing while writing;
+//! sync each file; write and sync `MANIFEST.json`; sync the directory; rename it to its
+//! name; sync the parent; read everything back. A crash at any point leaves either no
+//! target or a whole one. What an error interrupts is removed.
+
+use crate::IoError;
+use crate::manifest::{FileEntry, MANIFEST, Manifest, is_plain_name, verify_manifest};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// Start of the names of directories and files that are being written.
+pub(crate) const TEMPORARY: &str = ".tmp-";
+
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Writes a directory that appears under its name only when it is whole.
+///
+/// Dropped without [`DirWriter::commit`], it removes what it wrote.
+pub struct DirWriter {
+    ops: Box<dyn FileOps + Send>,
+    parent: PathBuf,
+    target: PathBuf,
+    temporary: PathBuf,
+    files: BTreeMap<String, FileEntry>,
+    failed: bool,
+    committed: bool,
+}
+
+impl DirWriter {
+    /// Begins the directory `parent/name`; `parent` is created if it is missing.
+    ///
+    /// # Errors
+    /// The target exists already, or the operating system refuses.
+    pub fn create(parent: &Path, name: &str) -> Result<Self, IoError> {
+        Self::create_with(Box::new(RealOps), parent, name)
+    }
+
+    fn create_with(
+        ops: Box<dyn FileOps + Send>,
+        parent: &Path,
+        name: &str,
+    ) -> Result<Self, IoError> {
+        check_name(name)?;
+        let target = parent.join(name);
+        refuse_existing(&target)?;
+        create_parent(ops.as_ref(), parent)?;
+        // A process that died may have had the same number: take the next free name.
+        for attempt in 0u32.. {
+            let temporary = parent.join(temporary_name(name, attempt));
+            match ops.create_dir(&temporary) {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
+                Err(e) => return Err(IoError::file("create", &temporary, e)),
+                Ok(()) => {
+                    return Ok(Self {
+                        ops,
+                        parent: parent.to_owned(),
+                        target,
+                        temporary,
+                        files: BTreeMap::new(),
+                        failed: false,
+                        committed: false,
+                    });
+                }
+            }
+        }
+        Err(IoError::Exists { path: target })
+    }
+
+    /// Writes one file through `write`, which may stream: hashing, buffering and syncing
+    /// are done here.
+    ///
+    /// # Errors
+    /// A name that is taken or not plain, what `write` returns, and a refusing operating
+    /// system. After an error the directory can no longer be committed.
+    pub fn file(
+        &mut self,
+        name: &str,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), IoError> {
+        check_name(name)?;
+        if name == MANIFEST || self.files.contains_key(name) {
+            return Err(IoError::Exists {
+                path: self.target.join(name),
+            });
+        }
+        let path = self.temporary.join(name);
+        self.failed = true;
+        let entry = write_file(self.ops.as_ref(), &path, write)
+            .map_err(|e| IoError::file("write", &self.target.join(name), e))?;
+        self.failed = false;
+        self.files.insert(name.to_owned(), entry);
+        Ok(())
+    }
+
+    /// Makes the directory appear under its name, durably, and reads it back.
+    ///
+    /// `extra` is kept in the manifest. Returns the path of the directory.
+    ///
+    /// # Errors
+    /// An earlier error of [`DirWriter::file`], a target that came into being meanwhile,
+    /// a refusing operating system, and contents that do not read back. In all cases
+    /// nothing stays behind.
+    pub fn commit(mut self, extra: serde_json::Value) -> Result<PathBuf, IoError> {
+        if self.failed {
+            let place = self.target.display();
+            return Err(IoError::Refused(format!(
+                "{place} cannot be committed: writing one of its files failed"
+            )));
+        }
+        let manifest = Manifest {
+            files: std::mem::take(&mut self.files),
+            extra,
+        };
+        let path = self.temporary.join(MANIFEST);
+        write_file(self.ops.as_ref(), &path, |out| {
+            out.write_all(&manifest.to_bytes()?)
+        })
+        .map_err(|e| IoError::file("write", &self.target.join(MANIFEST), e))?;
+        self.sync_dir(&self.temporary)?;
+        refuse_existing(&self.target)?;
+        self.ops
+            .rename(&self.temporary, &self.target)
+            .map_err(|e| IoError::file("rename to", &self.target, e))?;
+        let durable = self.sync_dir(&self.parent);
+        if let Err(error) = durable.and_then(|()| verify_manifest(&self.target).map(drop)) {
+            // Back under the temporary name, where dropping `self` removes it: a caller
+            // that tries again must find the name free.
+            let _ = self.ops.rename(&self.target, &self.temporary);
+            return Err(error);
+        }
+        self.committed = true;
+        Ok(self.target.clone())
+    }
+
+    fn sync_dir(&self, dir: &Path) -> Result<(), IoError> {
+        self.ops
+            .sync_dir(dir)
+            .map_err(|e| IoError::file("sync", dir, e))
+    }
+}
+
+impl Drop for DirWriter {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nothing can be done about a failure here; the next start removes leftovers.
+            let _ = self.ops.remove_dir_all(&self.temporary);
+        }
+    }
+}
+
+/// Replaces the file `path` by `bytes`: readers see the old contents or the new ones.
+///
+/// # Errors
+/// A refusing operating system; the old file then stays as it was.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), IoError> {
+    write_atomic_with(&RealOps, path, bytes)
+}
+
+fn write_atomic_with(ops: &dyn FileOps, path: &Path, bytes: &[u8]) -> Result<(), IoError> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name =
+        name.ok_or_else(|| IoError::Refused(format!("{} has no file name", path.display())))?;
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let temporary = parent.join(temporary_name(name, 0));
+    // A leftover of a process that died with the same number is nobody's.
+    match ops.remove_file(&temporary) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            return Err(IoError::file("remove", &temporary, e));
+        }
+        _ => {}
+    }
+    let written = write_file(ops, &temporary, |out| out.write_all(bytes))
+        .and_then(|_| ops.rename(&temporary, path));
+    if let Err(e) = written {
+        let _ = ops.remove_file(&temporary);
+        return Err(IoError::file("write", path, e));
+    }
+    ops.sync_dir(parent)
+        .map_err(|e| IoError::file("sync", parent, e))
+}
+
+/// The file operations of a commit, so that tests can make each of them fail.
+pub(crate) trait FileOps {
+    fn create_dir(&self, path: &Path) -> io::Result<()>;
+    /// Creates a file that must not exist yet.
+    fn create_file(&self, path: &Path) -> io::Result<File>;
+    fn write(&self, file: &mut File, bytes: &[u8]) -> io::Result<usize>;
+    fn sync_file(&self, file: &File) -> io::Result<()>;
+    fn sync_dir(&self, path: &Path) -> io::Result<()>;
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    fn remove_file(&self, path: &Path) -> io::Result<()>;
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()>;
+}
+
+/// The operating system.
+pub(crate) struct RealOps;
+
+impl FileOps for RealOps {
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        fs::create_dir(path)
+    }
+
+    fn create_file(&self, path: &Path) -> io::Result<File> {
+        File::create_new(path)
+    }
+
+    fn write(&self, file: &mut File, bytes: &[u8]) -> io::Result<usize> {
+        file.write(bytes)
+    }
+
+    fn sync_file(&self, file: &File) -> io::Result<()> {
+        file.sync_all()
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        // Other systems cannot open a directory; their renames are journaled.
+        if cfg!(unix) {
+            File::open(path)?.sync_all()?;
+        }
+        Ok(())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+        fs::remove_dir_all(path)
+    }
+}
+
+fn check_name(name: &str) -> Result<(), IoError> {
+    if is_plain_name(name) {
+        return Ok(());
+    }
+    let problem = "use letters, digits, '-' and '_', with no '/' and no '.' in front";
+    Err(IoError::Refused(format!(
+        "{name:?} is not a plain file name: {problem}"
+    )))
+}
+
+fn refuse_existing(target: &Path) -> Result<(), IoError> {
+    // Rename alone would replace an empty directory.
+    match fs::symlink_metadata(target) {
+        Ok(_) => Err(IoError::Exists {
+            path: target.to_owned(),
+        }),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(IoError::file("read", target, e)),
+    }
+}
+
+fn create_parent(ops: &dyn FileOps, parent: &Path) -> Result<(), IoError> {
+    if parent.is_dir() || parent.as_os_str().is_empty() {
+        return Ok(());
+    }
+    let above = match parent.parent() {
+        Some(above) if !above.as_os_str().is_empty() => above,
+        _ => Path::new("."),
+    };
+    create_parent(ops, above)?;
+    match ops.create_dir(parent) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+            Err(IoError::file("create", parent, e))
+        }
+        _ => ops
+            .sync_dir(above)
+            .map_err(|e| IoError::file("sync", above, e)),
+    }
+}
+
+fn temporary_name(name: &str, attempt: u32) -> String {
+    let pid = std::process::id();
+    match attempt {
+        0 => format!("{TEMPORARY}{name}-{pid}"),
+        n => format!("{TEMPORARY}{name}-{pid}-{n}"),
+    }
+}
+
+fn write_file(
+    ops: &dyn FileOps,
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<FileEntry> {
+    let file = ops.create_file(path)?;
+    let sink = BufWriter::with_capacity(BUFFER_BYTES, OpsFile { ops, file });
+    let mut out = HashingWriter {
+        sink,
+        hasher: blake3::Hasher::new(),
+        bytes: 0,
+    };
+    write(&mut out)?;
+    out.flush()?;
+    ops.sync_file(&out.sink.get_ref().file)?;
+    Ok(FileEntry {
+        bytes: out.bytes,
+        blake3: out.hasher.finalize().to_hex().to_string(),
+    })
+}
+
+struct HashingWriter<W: Write> {
+    sink: W,
+    hasher: blake3::Hasher,
+    bytes: u64,
+}
+
+impl<W: Write> Write for HashingWriter<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.sink.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
+}
+
+struct OpsFile<'a> {
+    ops: &'a dyn FileOps,
+    file: File,
+}
+
+impl Write for OpsFile<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.ops.write(&mut self.file, bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::Scratch;
+    use serde_json::json;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicI64, Ordering};
+
+    /// Counts operations down; at zero one fails, or with `persistent` all from there on.
+    struct FailingOps {
+        left: Arc<AtomicI64>,
+        persistent: bool,
+        kind: io::ErrorKind,
+    }
+
+    impl FailingOps {
+        fn pass(&self) -> io::Result<()> {
+            let left = self.left.fetch_sub(1, Ordering::Relaxed);
+            if left == 0 || self.persistent && left < 0 {
+                return Err(self.kind.into());
+            }
+            Ok(())
+        }
+    }
+
+    impl FileOps for FailingOps {
+        fn create_dir(&self, path: &Path) -> io::Result<()> {
+            self.pass()?;
+            RealOps.create_dir(path)
+        }
+        fn create_file(&self, path: &Path) -> io::Result<File> {
+            self.pass()?;
+            RealOps.create_file(path)
+        }
+        fn write(&self, file: &mut File, bytes: &[u8]) -> io::Result<usize> {
+            if self.pass().is_err() {
+                // A full disk takes a part first.
+                file.write_all(&bytes[..bytes.len() / 2])?;
+                return Err(self.kind.into());
+            }
+            RealOps.write(file, bytes)
+        }
+        fn sync_file(&self, file: &File) -> io::Result<()> {
+            self.pass()?;
+            RealOps.sync_file(file)
+        }
+        fn sync_dir(&self, path: &Path) -> io::Result<()> {
+            self.pass()?;
+            RealOps.sync_dir(path)
+        }
+        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+            self.pass()?;
+            RealOps.rename(from, to)
+        }
+        fn remove_file(&self, path: &Path) -> io::Result<()> {
+            self.pass()?;
+            RealOps.remove_file(path)
+        }
+        fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+            self.pass()?;
+            RealOps.remove_dir_all(path)
+        }
+    }
+
+    fn save(ops: Box<dyn FileOps + Send>, parent: &Path, name: &str) -> Result<PathBuf, IoError> {
+        let mut dir = DirWriter::create_with(ops, parent, name)?;
+        dir.file("weights.bin", |out| out.write_all(&[7; 10_000]))?;
+        dir.file("state.json", |out| write!(out, "{{\"name\": \"{name}\"}}"))?;
+        dir.commit(json!({"name": name}))
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(dir).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_committed_directory_reads_back() {
+        let scratch = Scratch::new("commit-good");
+        let path = save(Box::new(RealOps), &scratch.join("new/parent"), "one").unwrap();
+        let manifest = verify_manifest(&path).unwrap();
+        assert_eq!(manifest.files["weights.bin"].bytes, 10_000);
+        assert_eq!(
+            manifest.files["weights.bin"].blake3,
+            blake3::hash(&[7; 10_000]).to_hex().as_str()
+        );
+        assert_eq!(manifest.extra, json!({"name": "one"}));
+        assert_eq!(names(&scratch.join("new/parent")), ["one"]);
+    }
+
+    #[test]
+    fn an_existing_target_is_never_replaced() {
+        let scratch = Scratch::new("commit-exists");
+        fs::create_dir(scratch.join("empty")).unwrap();
+        let refused = save(Box::new(RealOps), scratch.path(), "empty").unwrap_err();
+        assert!(matches!(refused, IoError::Exists { .. }), "{refused}");
+        // The target comes into being after the start.
+        let mut dir = DirWriter::create(scratch.path(), "late").unwrap();
+        dir.file("a", |out| out.write_all(b"a")).unwrap();
+        fs::create_dir(scratch.join("late")).unwrap();
+        let refused = dir.commit(json!(null)).unwrap_err();
+        assert!(matches!(refused, IoError::Exists { .. }), "{refused}");
+        assert_eq!(names(scratch.path()), ["empty", "late"]);
+        assert!(names(&scratch.join("late")).is_empty());
+    }
+
+    #[test]
+    fn dropped_or_failed_writers_leave_nothing() {
+        let scratch = Scratch::new("commit-drop");
+        let mut dir = DirWriter::create(scratch.path(), "x").unwrap();
+        dir.file("a", |out| out.write_all(b"a")).unwrap();
+        assert_eq!(names(scratch.path()).len(), 1);
+        drop(dir);
+        assert!(names(scratch.path()).is_empty());
+
+        let mut dir = DirWriter::create(scratch.path(), "x").unwrap();
+        let failed = dir.file("a", |_| Err(io::Error::other("the source broke")));
+        assert!(failed.unwrap_err().to_string().contains("the source broke"));
+        assert!(dir.commit(json!(null)).is_err());
+        assert!(names(scratch.path()).is_empty());
+    }
+
+    #[test]
+    fn two_writers_of_one_name_do_not_meet() {
+        let scratch = Scratch::new("commit-two");
+        let mut first = DirWriter::create(scratch.path(), "x").unwrap();
+        let mut second = DirWriter::create(scratch.path(), "x").unwrap();
+        first.file("a", |out| out.write_all(b"1")).unwrap();
+        second.file("a", |out| out.write_all(b"2")).unwrap();
+        let path = first.commit(json!(null)).unwrap();
+        assert!(second.commit(json!(null)).is_err());
+        assert_eq!(fs::read(path.join("a")).unwrap(), b"1");
+        assert_eq!(names(scratch.path()), ["x"]);
+    }
+
+    #[test]
+    fn names_cannot_lead_out() {
+        let scratch = Scratch::new("commit-names");
+        for name in ["", ".", "..", "../x", "a/b", ".hidden", "a\0b", "C:x"] {
+            assert!(DirWriter::create(scratch.path(), name).is_err(), "{name:?}");
+        }
+        let mut dir = DirWriter::create(scratch.path(), "x").unwrap();
+        dir.file("a", |_| Ok(())).unwrap();
+        for name in ["../a", "a", MANIFEST] {
+            assert!(dir.file(name, |_| Ok(())).is_err(), "{name:?}");
+        }
+    }
+
+    /// SQLite's loop: fail the first operation, then the second, ... until all succeed.
+    #[test]
+    fn every_failing_operation_leaves_the_earlier_directory() {
+        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::Other] {
+            for persistent in [false, true] {
+                let scratch = Scratch::new("commit-sweep");
+                save(Box::new(RealOps), scratch.path(), "old").unwrap();
+                let failures = (0..)
+                    .take_while(|&n| fails_cleanly(&scratch, n, persistent, kind))
+                    .count();
+                // 1 directory, 3 x (create, write, sync), 2 directory syncs, 1 rename.
+                assert_eq!(failures, 13);
+            }
+        }
+    }
+
+    fn fails_cleanly(scratch: &Scratch, n: i64, persistent: bool, kind: io::ErrorKind) -> bool {
+        let ops = FailingOps {
+            left: Arc::new(AtomicI64::new(n)),
+            persistent,
+            kind,
+        };
+        let result = save(Box::new(ops), scratch.path(), "new");
+        verify_manifest(&scratch.join("old")).unwrap();
+        let Err(error) = result else {
+            verify_manifest(&scratch.join("new")).unwrap();
+            return false;
+        };
+        let named = error
+            .to_string()
+            .contains(scratch.path().to_str().expect("a UTF-8 path"));
+        assert!(named, "{error}");
+        if persistent {
+            // Removing fails too, so what is left is either marked as temporary or whole.
+            for name in names(scratch.path()) {
+                let path = scratch.join(&name);
+                match name.as_str() {
+                    "old" => {}
+                    "new" => drop(verify_manifest(&path).unwrap()),
+                    other => assert!(other.starts_with(TEMPORARY), "{other}"),
+                }
+                if name != "old" {
+                    fs::remove_dir_all(&path).unwrap();
+                }
+            }
+        } else {
+            assert_eq!(names(scratch.path()), ["old"], "operation {n}");
+        }
+        true
+    }
+
+    #[test]
+    fn write_atomic_replaces_or_keeps() {
+        let scratch = Scratch::new("commit-atomic");
+        let path = scratch.join("best.json");
+        write_atomic(&path, b"old").unwrap();
+        for n in 0.. {
+            let ops = FailingOps {
+                left: Arc::new(AtomicI64::new(n)),
+                persistent: false,
+                kind: io::ErrorKind::StorageFull,
+            };
+            let result = write_atomic_with(&ops, &path, b"new");
+            let contents = fs::read(&path).unwrap();
+            assert_eq!(names(scratch.path()), ["best.json"]);
+            if result.is_ok() {
+                assert_eq!((n, contents.as_slice()), (6, b"new".as_slice()));
+                break;
+            }
+            // Only the last step, syncing the directory, comes after the replacement.
+            assert_eq!(contents, if n < 5 { b"old" } else { b"new" });
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! The canonical hash of a ternary model: equal in every format that holds it.
+
+use setun_ternary::PackedMatrix;
+
+/// Hashes all ternary matrices of a model, added in the order of
+/// [`Qwen3Config::parameters`](setun_formats::config::Qwen3Config::parameters).
+///
+/// BLAKE3 over, for each matrix: the length of the name, rows, columns and group size
+/// (u64, little-endian), the name, the packed trits, and the scales (f16, little-endian).
+/// The lengths make the encoding unambiguous.
+#[derive(Clone, Debug, Default)]
+pub struct TernaryHasher {
+    hasher: blake3::Hasher,
+}
+
+impl TernaryHasher {
+    /// A hash over nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds the matrix called `name` (the Hugging Face parameter name).
+    pub fn add(&mut self, name: &str, m: &PackedMatrix) {
+        for number in [name.len(), m.rows, m.cols, m.group_size] {
+            self.hasher.update(&(number as u64).to_le_bytes());
+        }
+        self.hasher.update(name.as_bytes());
+        self.hasher.update(&m.trits);
+        for scales in m.scales.chunks(4096) {
+            let bytes: Vec<u8> = scales.iter().flat_map(|s| s.to_le_bytes()).collect();
+            self.hasher.update(&bytes);
+        }
+    }
+
+    /// The hash, 64 hexadecimal digits.
+    pub fn finish(self) -> String {
+        self.hasher.finalize().to_hex().to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use setun_ternary::ScaleRule;
+
+    fn matrix(cols: usize) -> PackedMatrix {
+        let latents: Vec<f32> = (0..3 * cols).map(|i| (i % 7) as f32 - 3.0).collect();
+        PackedMatrix::from_latents(&latents, cols, 4, ScaleRule::Mean).expect("finite latents")
+    }
+
+    fn hash(parts: &[(&str, &PackedMatrix)]) -> String {
+        let mut hasher = TernaryHasher::new();
+        for (name, m) in parts {
+            hasher.add(name, m);
+        }
+        hasher.finish()
+    }
+
+    #[test]
+    fn every_part_counts() {
+        let m = matrix(8);
+        let reference = hash(&[("a", &m)]);
+        assert_eq!(reference.len(), 64);
+        assert_eq!(reference, hash(&[("a", &m.clone())]));
+        let mut trit = m.clone();
+        trit.trits[0] ^= 1;
+        let mut scale = m.clone();
+        scale.scales.swap(0, 1);
+        assert_ne!(scale.scales, m.scales);
+        let mut shape = m.clone();
+        (shape.rows, shape.cols) = (shape.cols, shape.rows);
+        for other in [
+            hash(&[("b", &m)]),
+            hash(&[("a", &trit)]),
+            hash(&[("a", &scale)]),
+            hash(&[("a", &shape)]),
+            hash(&[("a", &m), ("a", &m)]),
+            hash(&[]),
+        ] {
+            assert_ne!(reference, other);
+        }
+    }
+}

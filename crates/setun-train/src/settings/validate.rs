@@ -1,0 +1,317 @@
+//! Settings that cannot be run, each refused with what to do about it.
+
+use super::{ExportFormat, Override, ScheduleKind, Settings, SettingsError, SplitOn, schema};
+use setun_ternary::Numerics;
+
+type Checked = Result<(), SettingsError>;
+
+/// Bytes and the end-of-text token: the smallest byte-level vocabulary.
+const MIN_VOCAB_SIZE: usize = 257;
+
+/// Checks everything that does not depend on the shape of the model.
+pub(super) fn validate(settings: &Settings) -> Checked {
+    validate_run(settings)?;
+    validate_data(settings)?;
+    validate_number_format(settings)?;
+    validate_training(settings)?;
+    validate_schedule(settings)?;
+    validate_sampling(settings)
+}
+
+/// Checks the shape of the model and the lengths that it limits.
+pub(super) fn validate_shape(settings: &Settings) -> Checked {
+    let model = &settings.model;
+    at_least_one("model.hidden_size", model.hidden_size)?;
+    at_least_one("model.intermediate_size", model.intermediate_size)?;
+    at_least_one("model.num_hidden_layers", model.num_hidden_layers)?;
+    at_least_one("model.num_attention_heads", model.num_attention_heads)?;
+    at_least_one("model.num_key_value_heads", model.num_key_value_heads)?;
+    at_least_one("model.head_dim", model.head_dim)?;
+    at_least_one(
+        "model.max_position_embeddings",
+        model.max_position_embeddings,
+    )?;
+    above_zero("model.rope_theta", model.rope_theta)?;
+    above_zero("model.rms_norm_eps", model.rms_norm_eps)?;
+
+    let (heads, kv_heads) = (model.num_attention_heads, model.num_key_value_heads);
+    refuse_if(
+        !heads.is_multiple_of(kv_heads),
+        || format!("{heads} query heads cannot share {kv_heads} key and value heads evenly"),
+        "make model.num_attention_heads a multiple of model.num_key_value_heads",
+    )?;
+    refuse_if(
+        !model.head_dim.is_multiple_of(2),
+        || {
+            format!(
+                "model.head_dim = {} is odd; rotary positions turn pairs",
+                model.head_dim
+            )
+        },
+        "make it even",
+    )?;
+    validate_lengths(settings)
+}
+
+/// Refuses overrides that would make a resumed run compute something else.
+pub(super) fn validate_resumed(overrides: &[Override]) -> Checked {
+    const SECTIONS: [&str; 5] = ["eval", "checkpoint", "sample", "export", "log"];
+    const KEYS: [&str; 3] = ["run.threads", "train.recompute", "train.head_chunk"];
+    for Override { key, .. } in overrides {
+        let Some(known) = schema::find(key) else {
+            continue; // reported with the nearest key when it is applied
+        };
+        refuse_if(
+            !SECTIONS.contains(&known.section) && !KEYS.contains(&known.path),
+            || format!("--{key} would change what the resumed run computes"),
+            "start a new run with --init RUN instead",
+        )?;
+    }
+    Ok(())
+}
+
+fn validate_run(settings: &Settings) -> Checked {
+    let name = &settings.run.name;
+    refuse_if(
+        name.contains(['/', '\\']) || name == "." || name == "..",
+        || format!("run.name = \"{name}\" is not a file name"),
+        "choose a name without slashes, or set run.output to a path",
+    )
+}
+
+fn validate_data(settings: &Settings) -> Checked {
+    let data = &settings.data;
+    refuse_if(
+        data.train.is_empty(),
+        || "there is no training data".to_owned(),
+        "add --data.train FILE (several separated by commas; folders and patterns work too), \
+         or set train in the [data] section of the recipe",
+    )?;
+    let fraction = data.valid_fraction;
+    refuse_if(
+        !(fraction > 0.0 && fraction < 1.0),
+        || format!("data.valid_fraction = {fraction} is not between 0 and 1"),
+        "hold out a share such as 0.1, or name held-out files in data.valid",
+    )?;
+    refuse_if(
+        data.text_field.is_empty(),
+        || "data.text_field is empty".to_owned(),
+        "name the field of a .jsonl line that holds the text, as \"text\"",
+    )?;
+    // Reading it from text compiles a pattern.
+    let pattern = data.split_on.to_string().parse::<SplitOn>();
+    pattern.map_err(|error| SettingsError::Impossible {
+        problem: format!("data.split_on: {error}"),
+        remedy: "mend the pattern".to_owned(),
+    })?;
+    let vocab_size = settings.tokenizer.vocab_size;
+    refuse_if(
+        settings.tokenizer.path.is_none() && vocab_size < MIN_VOCAB_SIZE,
+        || {
+            format!(
+                "tokenizer.vocab_size = {vocab_size}: no room for the 256 bytes and <|endoftext|>"
+            )
+        },
+        "make it at least 257",
+    )
+}
+
+fn validate_number_format(settings: &Settings) -> Checked {
+    let model = &settings.model;
+    at_least_one("model.group_size", model.group_size)?;
+    not_negative("model.init_std", model.init_std)?;
+    refuse_if(
+        !model.ternary && settings.numerics() == Numerics::Int8,
+        || "model.numerics = \"int8\" needs ternary weights, but model.ternary = false".to_owned(),
+        "set model.numerics to auto, bf16 or f32",
+    )?;
+    refuse_if(
+        !model.ternary && settings.export.formats.contains(&ExportFormat::Packed),
+        || "a dense model (model.ternary = false) cannot be exported as packed".to_owned(),
+        "set export.formats to hf",
+    )
+}
+
+fn validate_training(settings: &Settings) -> Checked {
+    let train = &settings.train;
+    at_least_one("train.batch_size", train.batch_size)?;
+    at_least_one("train.micro_batch_size", train.micro_batch_size)?;
+    at_least_one("train.seq_len", train.seq_len)?;
+    at_least_one("train.max_bad_steps", train.max_bad_steps)?;
+    at_least_one("train.early_stop_patience", train.early_stop_patience)?;
+    at_least_one("eval.batch_size", settings.eval.batch_size)?;
+    at_least_one("checkpoint.keep", settings.checkpoint.keep)?;
+    refuse_if(
+        settings.log.every == 0,
+        || "log.every must be at least 1".to_owned(),
+        "set log.every = 1 for every step",
+    )?;
+    let (micro, batch) = (train.micro_batch_size, train.batch_size);
+    refuse_if(
+        !batch.is_multiple_of(micro),
+        || format!("train.micro_batch_size = {micro} does not divide train.batch_size = {batch}"),
+        "choose a divisor, or 0 for the whole batch",
+    )?;
+    within("train.beta1", train.beta1, 0.0, 1.0, Upper::Excluded)?;
+    within("train.beta2", train.beta2, 0.0, 1.0, Upper::Excluded)?;
+    above_zero("train.eps", train.eps)?;
+    not_negative("train.weight_decay", train.weight_decay)?;
+    not_negative("train.grad_clip", train.grad_clip)?;
+    refuse_if(
+        train.early_stop && settings.eval.every == 0,
+        || "train.early_stop needs evaluations, but eval.every = 0".to_owned(),
+        "set eval.every to a number of steps",
+    )
+}
+
+fn validate_schedule(settings: &Settings) -> Checked {
+    let train = &settings.train;
+    refuse_if(
+        train.steps == 0,
+        || "train.steps must be at least 1".to_owned(),
+        "give a larger value",
+    )?;
+    above_zero("train.lr", train.lr)?;
+    within(
+        "train.min_lr_ratio",
+        train.min_lr_ratio,
+        0.0,
+        1.0,
+        Upper::Included,
+    )?;
+    within(
+        "train.second_peak_ratio",
+        train.second_peak_ratio,
+        0.0,
+        1.0,
+        Upper::Included,
+    )?;
+    within(
+        "train.decay_start",
+        train.decay_start,
+        0.0,
+        1.0,
+        Upper::Excluded,
+    )?;
+    // Warm-up must be over before the schedule's next corner.
+    let (limit, what) = match train.schedule {
+        ScheduleKind::TwoStage => (train.steps as f64 * 0.5, "half of train.steps"),
+        ScheduleKind::Wsd => (
+            train.steps as f64 * train.decay_start,
+            "train.decay_start of train.steps",
+        ),
+        _ => (train.steps as f64, "train.steps"),
+    };
+    let (warmup, steps) = (train.warmup_steps, train.steps);
+    refuse_if(
+        warmup as f64 > limit,
+        || format!("train.warmup_steps = {warmup} is more than {what} = {steps} allows"),
+        "lower train.warmup_steps, or train for more steps",
+    )?;
+    refuse_if(
+        train.schedule == ScheduleKind::TwoStage && train.second_peak_ratio < train.min_lr_ratio,
+        || {
+            format!(
+                "train.second_peak_ratio = {} is below train.min_lr_ratio = {}: \
+                 the second half would rise",
+                train.second_peak_ratio, train.min_lr_ratio
+            )
+        },
+        "raise the one or lower the other",
+    )
+}
+
+fn validate_sampling(settings: &Settings) -> Checked {
+    let sample = &settings.sample;
+    not_negative("sample.temperature", sample.temperature)?;
+    within("sample.min_p", sample.min_p, 0.0, 1.0, Upper::Excluded)?;
+    refuse_if(
+        !(sample.top_p > 0.0 && sample.top_p <= 1.0),
+        || {
+            format!(
+                "sample.top_p = {} is not above 0 and at most 1",
+                sample.top_p
+            )
+        },
+        "use 1 for all tokens",
+    )?;
+    if sample.prompts > 0 {
+        at_least_one("sample.prompt_tokens", sample.prompt_tokens)?;
+    }
+    Ok(())
+}
+
+fn validate_lengths(settings: &Settings) -> Checked {
+    let limit = settings.model.max_position_embeddings;
+    let seq_len = settings.train.seq_len;
+    refuse_if(
+        seq_len > limit,
+        || {
+            format!(
+                "train.seq_len = {seq_len} is more than model.max_position_embeddings = {limit}"
+            )
+        },
+        "shorten the sequences, or (for a new model) raise model.max_position_embeddings",
+    )?;
+    let sample = &settings.sample;
+    let sampled = sample.prompt_tokens.saturating_add(sample.max_tokens);
+    refuse_if(
+        sample.prompts > 0 && sampled > limit,
+        || format!("samples of {sampled} tokens exceed model.max_position_embeddings = {limit}"),
+        "lower sample.max_tokens, or set sample.prompts = 0",
+    )
+}
+
+fn refuse_if(bad: bool, problem: impl FnOnce() -> String, remedy: &str) -> Checked {
+    if !bad {
+        return Ok(());
+    }
+    Err(SettingsError::Impossible {
+        problem: problem(),
+        remedy: remedy.to_owned(),
+    })
+}
+
+fn at_least_one(key: &str, size: usize) -> Checked {
+    refuse_if(
+        size == 0,
+        || format!("{key} must be at least 1"),
+        "give a larger value",
+    )
+}
+
+fn above_zero(key: &str, number: f64) -> Checked {
+    refuse_if(
+        number <= 0.0,
+        || format!("{key} = {number} must be above 0"),
+        "give a larger value",
+    )
+}
+
+fn not_negative(key: &str, number: f64) -> Checked {
+    refuse_if(
+        number < 0.0,
+        || format!("{key} = {number} is below 0"),
+        "use 0 or more",
+    )
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Upper {
+    Included,
+    Excluded,
+}
+
+fn within(key: &str, number: f64, low: f64, high: f64, upper: Upper) -> Checked {
+    let too_high = number > high || (upper == Upper::Excluded && number == high);
+    let than = if upper == Upper::Included {
+        "at most"
+    } else {
+        "below"
+    };
+    refuse_if(
+        number < low || too_high,
+        || format!("{key} = {number} is out of range"),
+        &format!("give a value of at least {low} and {than} {high}"),
+    )
+}

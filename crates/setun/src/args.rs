@@ -1,0 +1,360 @@
+//! What the user asked for, as plain values.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::ArgMatches;
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use setun_train::data::DocumentOptions;
+use setun_train::settings::{ExportDtype, ExportFormat, Override, schema};
+
+use crate::flags;
+
+/// A command with its arguments.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    /// `setun train`
+    Train(TrainArgs),
+    /// `setun verify`
+    Verify(VerifyArgs),
+    /// `setun generate`
+    Generate(GenerateArgs),
+    /// `setun eval`
+    Eval(EvalArgs),
+    /// `setun tokenize`
+    Tokenize(TokenizeArgs),
+    /// `setun tokenizer train`
+    TokenizerTrain(TokenizerTrainArgs),
+    /// `setun tokenizer show`
+    TokenizerShow(TokenizerShowArgs),
+    /// `setun export`
+    Export(ExportArgs),
+    /// `setun report`
+    Report(ReportArgs),
+}
+
+/// Arguments of `setun train`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainArgs {
+    /// Recipe to read; `None` starts from the defaults.
+    pub recipe: Option<PathBuf>,
+    /// Settings given as flags, in the order of the settings table; `--init` is among
+    /// them as `model.init_from`.
+    pub overrides: Vec<Override>,
+    /// Run to go on with; excludes a recipe and `--init`.
+    pub resume: Option<PathBuf>,
+    /// Whether to stop before the first step.
+    pub dry_run: bool,
+}
+
+/// Arguments of `setun verify`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VerifyArgs {
+    /// Run, checkpoint, export or model file.
+    pub path: PathBuf,
+    /// Whether to print JSON.
+    pub json: bool,
+}
+
+/// Arguments of `setun generate`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateArgs {
+    /// Run, checkpoint or export.
+    pub model: PathBuf,
+    /// Which checkpoint, if `model` is a run.
+    pub checkpoint: CheckpointChoice,
+    /// Text to continue.
+    pub prompt: String,
+    /// Most tokens to generate.
+    pub max_tokens: usize,
+    /// Softmax temperature; 0 is greedy.
+    pub temperature: f64,
+    /// Number of likeliest tokens to choose from; 0 for all.
+    pub top_k: usize,
+    /// Total probability of the tokens to choose from, above 0 and at most 1.
+    pub top_p: f64,
+    /// Least probability relative to the likeliest token, at least 0 and below 1.
+    pub min_p: f64,
+    /// Divisor of the logits of tokens that occurred; 1 is off.
+    pub repetition_penalty: f64,
+    /// Seed of the sampling.
+    pub seed: u64,
+    /// Number of threads; 0 for all cores.
+    pub threads: usize,
+    /// Whether to print tokens and speed.
+    pub stats: bool,
+}
+
+/// Arguments of `setun eval`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EvalArgs {
+    /// Run, checkpoint or export.
+    pub model: PathBuf,
+    /// Which checkpoint, if `model` is a run.
+    pub checkpoint: CheckpointChoice,
+    /// Files, folders and patterns.
+    pub data: Vec<PathBuf>,
+    /// How text files are read.
+    pub documents: DocumentOptions,
+    /// Tokens in a window; `None` for the run's own, or the model's limit.
+    pub seq_len: Option<usize>,
+    /// Windows processed at a time, at least 1.
+    pub batch_size: usize,
+    /// Number of threads; 0 for all cores.
+    pub threads: usize,
+    /// Whether to print JSON.
+    pub json: bool,
+}
+
+/// Arguments of `setun tokenize`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenizeArgs {
+    /// Where the tokenizer is.
+    pub tokenizer: TokenizerSource,
+    /// Token file to write.
+    pub output: PathBuf,
+    /// Files, folders and patterns.
+    pub sources: Vec<PathBuf>,
+    /// How text files are read.
+    pub documents: DocumentOptions,
+}
+
+/// Arguments of `setun tokenizer train`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenizerTrainArgs {
+    /// Number of entries, special tokens included.
+    pub vocab_size: usize,
+    /// `tokenizer.json` to write.
+    pub output: PathBuf,
+    /// Files, folders and patterns.
+    pub sources: Vec<PathBuf>,
+    /// How text files are read.
+    pub documents: DocumentOptions,
+}
+
+/// Arguments of `setun tokenizer show`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenizerShowArgs {
+    /// A `tokenizer.json`, or a run or model that has one.
+    pub file: PathBuf,
+    /// Text to split into tokens.
+    pub text: Option<String>,
+}
+
+/// Arguments of `setun export`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExportArgs {
+    /// Run, checkpoint or export.
+    pub model: PathBuf,
+    /// Which checkpoint, if `model` is a run.
+    pub checkpoint: CheckpointChoice,
+    /// Directory to write.
+    pub output: PathBuf,
+    /// Format to write.
+    pub format: ExportFormat,
+    /// Number type of the matrices of an hf export.
+    pub dtype: ExportDtype,
+}
+
+/// Arguments of `setun report`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReportArgs {
+    /// Run directory.
+    pub run: PathBuf,
+}
+
+/// Which checkpoint of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckpointChoice {
+    /// The one with the lowest held-out loss.
+    Best,
+    /// The newest one that verifies.
+    Newest,
+    /// The one written after this many steps.
+    Step(u64),
+}
+
+impl CheckpointChoice {
+    /// Reads `best`, `newest` or a number of steps.
+    ///
+    /// # Errors
+    /// Anything else, with what is allowed.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "best" => Ok(Self::Best),
+            "newest" => Ok(Self::Newest),
+            _ => text
+                .parse()
+                .map(Self::Step)
+                .map_err(|_| "it is best, newest or a number of steps".to_owned()),
+        }
+    }
+}
+
+/// Where a tokenizer comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenizerSource {
+    /// A `tokenizer.json`.
+    File(PathBuf),
+    /// A run or model that has one.
+    Model(PathBuf),
+}
+
+/// Reads a command line, program name first.
+///
+/// # Errors
+/// Wrong usage, and the requests for help or version; the error prints itself and
+/// knows its exit code.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::Error> {
+    let mut definition = flags::definition();
+    let matches = definition.try_get_matches_from_mut(flags::join_switch_values(args))?;
+    let command = match matches.subcommand() {
+        Some(("train", matches)) => Command::Train(train(matches)),
+        Some(("verify", matches)) => Command::Verify(VerifyArgs {
+            path: value(matches, "path"),
+            json: matches.get_flag("json"),
+        }),
+        Some(("generate", matches)) => Command::Generate(generate(matches)),
+        Some(("eval", matches)) => Command::Eval(eval(matches)),
+        Some(("tokenize", matches)) => Command::Tokenize(tokenize(matches)),
+        Some(("tokenizer", matches)) => match matches.subcommand() {
+            Some(("train", matches)) => Command::TokenizerTrain(tokenizer_train(matches)),
+            Some(("show", matches)) => Command::TokenizerShow(TokenizerShowArgs {
+                file: value(matches, "file"),
+                text: matches.get_one("text").cloned(),
+            }),
+            _ => return Err(definition.error(ErrorKind::MissingSubcommand, "train or show?")),
+        },
+        Some(("export", matches)) => {
+            let args = export(matches);
+            let dtype_given = matches.value_source("dtype") == Some(ValueSource::CommandLine);
+            if dtype_given && args.format == ExportFormat::Packed {
+                let message = "--dtype belongs to --format hf: a packed file holds trits";
+                return Err(definition.error(ErrorKind::ArgumentConflict, message));
+            }
+            Command::Export(args)
+        }
+        Some(("report", matches)) => Command::Report(ReportArgs {
+            run: value(matches, "run"),
+        }),
+        _ => return Err(definition.error(ErrorKind::MissingSubcommand, "which command?")),
+    };
+    Ok(command)
+}
+
+fn train(matches: &ArgMatches) -> TrainArgs {
+    let mut overrides = Vec::new();
+    for key in schema::keys() {
+        let Some(values) = matches.get_many::<String>(key.path) else {
+            continue;
+        };
+        // A repeated flag adds to a list; of anything else the last one counts.
+        let values: Vec<&str> = values.map(String::as_str).collect();
+        let skipped = if key.is_list { 0 } else { values.len() - 1 };
+        overrides.push(Override {
+            key: key.path.to_owned(),
+            value: values[skipped..].join(","),
+        });
+    }
+    if let Some(model) = matches.get_one::<PathBuf>("init") {
+        overrides.push(Override {
+            key: "model.init_from".to_owned(),
+            value: model.to_string_lossy().into_owned(),
+        });
+    }
+    TrainArgs {
+        recipe: matches.get_one("recipe").cloned(),
+        overrides,
+        resume: matches.get_one("resume").cloned(),
+        dry_run: matches.get_flag("dry-run"),
+    }
+}
+
+fn generate(matches: &ArgMatches) -> GenerateArgs {
+    GenerateArgs {
+        model: value(matches, "model"),
+        checkpoint: value(matches, "checkpoint"),
+        prompt: value(matches, "prompt"),
+        max_tokens: value(matches, "max-tokens"),
+        temperature: value(matches, "temperature"),
+        top_k: value(matches, "top-k"),
+        top_p: value(matches, "top-p"),
+        min_p: value(matches, "min-p"),
+        repetition_penalty: value(matches, "repetition-penalty"),
+        seed: value(matches, "seed"),
+        threads: value(matches, "threads"),
+        stats: matches.get_flag("stats"),
+    }
+}
+
+fn eval(matches: &ArgMatches) -> EvalArgs {
+    EvalArgs {
+        model: value(matches, "model"),
+        checkpoint: value(matches, "checkpoint"),
+        data: paths(matches, "data"),
+        documents: document_options(matches),
+        seq_len: matches.get_one("seq-len").copied(),
+        batch_size: value(matches, "batch-size"),
+        threads: value(matches, "threads"),
+        json: matches.get_flag("json"),
+    }
+}
+
+fn tokenize(matches: &ArgMatches) -> TokenizeArgs {
+    let file = matches.get_one("tokenizer").cloned();
+    TokenizeArgs {
+        tokenizer: match file {
+            Some(file) => TokenizerSource::File(file),
+            None => TokenizerSource::Model(value(matches, "model")),
+        },
+        output: value(matches, "output"),
+        sources: paths(matches, "sources"),
+        documents: document_options(matches),
+    }
+}
+
+fn tokenizer_train(matches: &ArgMatches) -> TokenizerTrainArgs {
+    TokenizerTrainArgs {
+        vocab_size: value(matches, "vocab-size"),
+        output: value(matches, "output"),
+        sources: paths(matches, "sources"),
+        documents: document_options(matches),
+    }
+}
+
+fn export(matches: &ArgMatches) -> ExportArgs {
+    ExportArgs {
+        model: value(matches, "model"),
+        checkpoint: value(matches, "checkpoint"),
+        output: value(matches, "output"),
+        format: value(matches, "format"),
+        dtype: value(matches, "dtype"),
+    }
+}
+
+fn document_options(matches: &ArgMatches) -> DocumentOptions {
+    let defaults = DocumentOptions::default();
+    DocumentOptions {
+        split_on: optional(matches, "split-on").unwrap_or(defaults.split_on),
+        text_field: optional(matches, "text-field").unwrap_or(defaults.text_field),
+        min_document_chars: optional(matches, "min-document-chars")
+            .unwrap_or(defaults.min_document_chars),
+    }
+}
+
+fn optional<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) -> Option<T> {
+    matches.get_one::<T>(name).cloned()
+}
+
+fn value<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) -> T {
+    optional(matches, name).expect("the definition makes it required or gives it a default")
+}
+
+fn paths(matches: &ArgMatches, name: &str) -> Vec<PathBuf> {
+    let values = matches.get_many::<PathBuf>(name);
+    values.into_iter().flatten().cloned().collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,377 @@
+use setun_train::data::SplitOn;
+
+use super::*;
+
+fn parsed(line: &[&str]) -> Result<Command, clap::Error> {
+    let program = ["setun"];
+    parse(program.iter().chain(line).map(OsString::from))
+}
+
+fn train_args(line: &[&str]) -> TrainArgs {
+    let mut all = vec!["train"];
+    all.extend_from_slice(line);
+    match parsed(&all).unwrap() {
+        Command::Train(args) => args,
+        other => panic!("{other:?} is not train"),
+    }
+}
+
+/// The message and exit code of a wrong command line.
+fn refusal(line: &[&str]) -> String {
+    let error = parsed(line).expect_err("this is wrong usage");
+    assert_eq!(error.exit_code(), 2, "{error}");
+    error.to_string()
+}
+
+fn setting(key: &str, value: &str) -> Override {
+    Override {
+        key: key.to_owned(),
+        value: value.to_owned(),
+    }
+}
+
+#[test]
+fn the_definition_is_consistent() {
+    flags::definition().debug_assert();
+}
+
+#[test]
+fn settings_are_flags_in_both_spellings() {
+    let snake = train_args(&["r.toml", "--train.batch_size", "4", "--train.lr=1e-3"]);
+    let kebab = train_args(&["--train.batch-size=4", "--train.lr", "1e-3", "r.toml"]);
+    assert_eq!(snake, kebab);
+    assert_eq!(snake.recipe, Some(PathBuf::from("r.toml")));
+    let expected = [
+        setting("train.batch_size", "4"),
+        setting("train.lr", "1e-3"),
+    ];
+    assert_eq!(snake.overrides, expected);
+}
+
+#[test]
+fn switches_work_bare_and_with_a_value() {
+    let bare = train_args(&["--train.recompute", "r.toml", "--model.ternary", "false"]);
+    let expected = [
+        setting("model.ternary", "false"),
+        setting("train.recompute", "true"),
+    ];
+    assert_eq!(bare.overrides, expected);
+    assert_eq!(bare.recipe, Some(PathBuf::from("r.toml")));
+    let dashed = train_args(&["--train.early-stop", "true", "--train.recompute=false"]);
+    let expected = [
+        setting("train.recompute", "false"),
+        setting("train.early_stop", "true"),
+    ];
+    assert_eq!(dashed.overrides, expected);
+}
+
+#[test]
+fn repeated_flags_add_to_lists_and_replace_single_values() {
+    let args = train_args(&[
+        "--data.train",
+        "a,b",
+        "--data.train",
+        "c",
+        "--train.lr",
+        "1",
+        "--train.lr",
+        "2",
+    ]);
+    let expected = [setting("data.train", "a,b,c"), setting("train.lr", "2")];
+    assert_eq!(args.overrides, expected);
+}
+
+#[test]
+fn init_is_a_setting_and_resume_stands_alone() {
+    let args = train_args(&["r.toml", "--init", "old", "--dry-run"]);
+    assert_eq!(args.overrides, [setting("model.init_from", "old")]);
+    assert!(args.dry_run);
+    assert_eq!(
+        train_args(&["--resume", "run"]).resume,
+        Some(PathBuf::from("run"))
+    );
+    refusal(&["train", "r.toml", "--resume", "run"]);
+    refusal(&["train", "--init", "old", "--resume", "run"]);
+}
+
+#[test]
+fn wrong_usage_says_what_would_be_right() {
+    let message = refusal(&["train", "--train.steeps", "3"]);
+    assert!(message.contains("'--train.steps'"), "{message}");
+    let message = refusal(&["train", "--data.train", "a.txt", "b.txt"]);
+    assert!(message.contains("a recipe ends in .toml"), "{message}");
+    let message = refusal(&["trian"]);
+    assert!(message.contains("'train'"), "{message}");
+    let message = refusal(&[
+        "generate", "--model", "m", "--prompt", "p", "--top-p", "1.5",
+    ]);
+    assert!(message.contains("above 0 and at most 1"), "{message}");
+    let message = refusal(&[
+        "generate",
+        "--model",
+        "m",
+        "--prompt",
+        "p",
+        "--checkpoint",
+        "last",
+    ]);
+    assert!(
+        message.contains("best, newest or a number of steps"),
+        "{message}"
+    );
+    let message = refusal(&["export", "m", "out", "--format", "gguf"]);
+    assert!(message.contains("one of hf, packed"), "{message}");
+    let message = refusal(&["export", "m", "out", "--format", "packed", "--dtype", "f16"]);
+    assert!(
+        message.contains("--dtype belongs to --format hf"),
+        "{message}"
+    );
+    refusal(&["generate", "--model", "m"]);
+    refusal(&["tokenize", "--output", "o", "a.txt"]);
+    refusal(&[
+        "tokenize",
+        "--tokenizer",
+        "t",
+        "--model",
+        "m",
+        "--output",
+        "o",
+        "a.txt",
+    ]);
+    refusal(&[
+        "tokenizer",
+        "train",
+        "--vocab-size",
+        "0",
+        "--output",
+        "o",
+        "a.txt",
+    ]);
+    refusal(&["tokenizer"]);
+    refusal(&[]);
+}
+
+#[test]
+fn help_and_version_are_no_errors() {
+    for line in [&["--help"][..], &["--version"], &["train", "--help"]] {
+        assert_eq!(parsed(line).unwrap_err().exit_code(), 0);
+    }
+    let help = parsed(&["train", "--help"]).unwrap_err().to_string();
+    for key in schema::keys() {
+        assert!(help.contains(&format!("--{} {}", key.path, key.placeholder)));
+    }
+}
+
+#[test]
+fn generate_reads_its_numbers() {
+    let line = [
+        "generate",
+        "--model",
+        "m",
+        "--prompt",
+        "p",
+        "--temperature",
+        "0",
+        "--checkpoint",
+        "200",
+    ];
+    let Command::Generate(args) = parsed(&line).unwrap() else {
+        panic!("not generate");
+    };
+    assert_eq!(args.checkpoint, CheckpointChoice::Step(200));
+    assert_eq!((args.temperature, args.top_p, args.min_p), (0.0, 0.95, 0.0));
+    assert_eq!((args.max_tokens, args.top_k, args.threads), (100, 40, 0));
+    assert_eq!(
+        (args.repetition_penalty, args.seed, args.stats),
+        (1.0, 1, false)
+    );
+}
+
+#[test]
+fn tokenize_and_tokenizer_train_read_their_sources() {
+    let line = [
+        "tokenize", "--model", "run", "--output", "o.tokens", "a.txt", "b.txt",
+    ];
+    let expected = Command::Tokenize(TokenizeArgs {
+        tokenizer: TokenizerSource::Model("run".into()),
+        output: "o.tokens".into(),
+        sources: vec!["a.txt".into(), "b.txt".into()],
+        documents: DocumentOptions::default(),
+    });
+    assert_eq!(parsed(&line).unwrap(), expected);
+
+    let line = [
+        "tokenizer",
+        "train",
+        "--vocab-size",
+        "512",
+        "--output",
+        "o",
+        "--split-on",
+        "file",
+    ];
+    let expected = Command::TokenizerTrain(TokenizerTrainArgs {
+        vocab_size: 512,
+        output: "o".into(),
+        sources: vec!["a".into()],
+        documents: DocumentOptions {
+            split_on: SplitOn::File,
+            ..DocumentOptions::default()
+        },
+    });
+    let line: Vec<&str> = line.into_iter().chain(["a"]).collect();
+    assert_eq!(parsed(&line).unwrap(), expected);
+}
+
+#[test]
+fn eval_and_export_read_their_arguments() {
+    let line = [
+        "eval",
+        "--data",
+        "a.txt",
+        "b.txt",
+        "--model",
+        "m",
+        "--seq-len",
+        "64",
+    ];
+    let expected = Command::Eval(EvalArgs {
+        model: "m".into(),
+        checkpoint: CheckpointChoice::Newest,
+        data: vec!["a.txt".into(), "b.txt".into()],
+        documents: DocumentOptions::default(),
+        seq_len: Some(64),
+        batch_size: 8,
+        threads: 0,
+        json: false,
+    });
+    assert_eq!(parsed(&line).unwrap(), expected);
+
+    let line = [
+        "export",
+        "m",
+        "out",
+        "--dtype",
+        "f16",
+        "--checkpoint",
+        "best",
+    ];
+    let expected = Command::Export(ExportArgs {
+        model: "m".into(),
+        checkpoint: CheckpointChoice::Best,
+        output: "out".into(),
+        format: ExportFormat::Hf,
+        dtype: ExportDtype::F16,
+    });
+    assert_eq!(parsed(&line).unwrap(), expected);
+}
+
+/// Scripts depend on these names: adding one is fine, changing or removing one is not.
+#[test]
+fn the_list_of_flags_is_frozen() {
+    let mut lines = Vec::new();
+    for command in flags::definition().get_subcommands() {
+        list_flags(command, command.get_name(), &mut lines);
+    }
+    assert_eq!(lines.join("\n"), FLAGS.trim());
+}
+
+fn list_flags(command: &clap::Command, name: &str, lines: &mut Vec<String>) {
+    let mut line = format!("{name}:");
+    for argument in command.get_arguments() {
+        let (id, long) = (argument.get_id(), argument.get_long());
+        if id.as_str().contains('.') {
+            lines.push(std::mem::take(&mut line));
+        }
+        let positional = || argument.get_value_names().unwrap_or_default().join(" ");
+        let text = long.map_or_else(positional, |long| format!("--{long}"));
+        line = if line.is_empty() {
+            format!("  {text}")
+        } else {
+            format!("{line} {text}")
+        };
+    }
+    lines.push(line);
+    for child in command.get_subcommands() {
+        list_flags(child, &format!("{name} {}", child.get_name()), lines);
+    }
+}
+
+const FLAGS: &str = "
+train: RECIPE.toml --init --resume --dry-run
+  --run.name
+  --run.output
+  --run.seed
+  --run.threads
+  --data.train
+  --data.valid
+  --data.valid_fraction
+  --data.split_on
+  --data.text_field
+  --data.min_document_chars
+  --data.document_mask
+  --data.drop_near_duplicates
+  --tokenizer.path
+  --tokenizer.vocab_size
+  --model.hidden_size
+  --model.intermediate_size
+  --model.num_hidden_layers
+  --model.num_attention_heads
+  --model.num_key_value_heads
+  --model.head_dim
+  --model.tie_word_embeddings
+  --model.max_position_embeddings
+  --model.rope_theta
+  --model.rms_norm_eps
+  --model.ternary
+  --model.group_size
+  --model.scale_rule
+  --model.numerics
+  --model.init_std
+  --model.init_depth_scale
+  --model.init_from
+  --train.steps
+  --train.batch_size
+  --train.micro_batch_size
+  --train.seq_len
+  --train.lr
+  --train.min_lr_ratio
+  --train.warmup_steps
+  --train.schedule
+  --train.second_peak_ratio
+  --train.decay_start
+  --train.weight_decay
+  --train.beta1
+  --train.beta2
+  --train.eps
+  --train.grad_clip
+  --train.recompute
+  --train.max_bad_steps
+  --train.head_chunk
+  --train.early_stop
+  --train.early_stop_patience
+  --eval.every
+  --eval.batch_size
+  --checkpoint.every
+  --checkpoint.keep
+  --sample.prompts
+  --sample.max_tokens
+  --sample.temperature
+  --sample.top_k
+  --sample.top_p
+  --sample.min_p
+  --sample.prompt_tokens
+  --export.formats
+  --export.dtype
+  --log.every
+  --log.tensorboard
+verify: PATH --json
+generate: --model --prompt --checkpoint --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --threads --stats
+eval: --model --data --checkpoint --seq-len --batch-size --threads --json --split-on --text-field --min-document-chars
+tokenize: --tokenizer --model --output SOURCES --split-on --text-field --min-document-chars
+tokenizer:
+tokenizer train: --vocab-size --output SOURCES --split-on --text-field --min-document-chars
+tokenizer show: FILE --text
+export: MODEL OUT --format --dtype --checkpoint
+report: RUN
+";
