@@ -6,26 +6,25 @@
 //! - [`ops`]: the [`Backend`] trait, about 25 coarse operations with named arguments.
 //! - [`kernels`]: the arithmetic, on slices, generic over [`Real`]: f32 follows the order
 //!   of operations that every instruction set must reproduce, f64 is the accuracy oracle.
-//! - [`reference`]: [`Reference`], the kernels one after the other on one thread.
-//! - [`cpu`]: [`Cpu`], the same bits from all cores, blocked for the caches and compiled
-//!   for the instruction set of the machine.
+//! - [`cpu`]: instruction sets, the thread pool and blocked products.
+//! - [`host`]: [`Host`], the backend of the machine's own processor.
 //!
 //! The only crate of the workspace with `unsafe`; each use carries its argument.
 
 pub mod attention;
 pub mod cpu;
+pub mod host;
 pub mod kernels;
 pub mod memory;
 pub mod ops;
 pub mod philox;
 pub mod real;
-pub mod reference;
 
-pub use cpu::{Cpu, Isa};
+pub use cpu::Isa;
+pub use host::{Host, HostWorkspace, Limits};
 pub use memory::{Arena, Buf, Category, Lease, Plan, PlanRow};
 pub use ops::{
-    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, ProjectStats, Segment,
-    TernaryBuf, WeightBuf,
+    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, CrossEntropy, NormRope,
+    ProjectError, ProjectStats, RmsNorm, Segment, TernaryBuf, WeightBuf, WeightData,
 };
 pub use real::Real;
-pub use reference::Reference;

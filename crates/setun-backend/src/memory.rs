@@ -92,7 +92,11 @@ impl<T> Buf<T> {
     /// If the part does not lie inside the buffer.
     pub fn part(self, start: usize, len: usize) -> Self {
         assert!(start + len <= self.len, "part outside of a buffer");
-        Self { offset: self.offset + start * size_of::<T>(), len, element: PhantomData }
+        Self {
+            offset: self.offset + start * size_of::<T>(),
+            len,
+            element: PhantomData,
+        }
     }
 }
 
@@ -128,8 +132,16 @@ impl Plan {
         len: usize,
     ) -> Buf<T> {
         let bytes = (len * size_of::<T>()).next_multiple_of(ALIGN);
-        let buf = Buf { offset: self.total, len, element: PhantomData };
-        self.rows.push(PlanRow { category, name: name.into(), bytes });
+        let buf = Buf {
+            offset: self.total,
+            len,
+            element: PhantomData,
+        };
+        self.rows.push(PlanRow {
+            category,
+            name: name.into(),
+            bytes,
+        });
         self.total += bytes;
         buf
     }
@@ -171,7 +183,9 @@ impl Arena {
         let layout = Layout::from_size_align(bytes, ALIGN).expect("a plan below isize::MAX");
         // SAFETY: the layout has a non-zero size.
         let base = unsafe { alloc_zeroed(layout) };
-        let Some(base) = NonNull::new(base) else { handle_alloc_error(layout) };
+        let Some(base) = NonNull::new(base) else {
+            handle_alloc_error(layout)
+        };
         for page in (0..bytes).step_by(4096) {
             // SAFETY: `page < bytes`, inside the allocation. Volatile, because a plain
             // store of zero into zeroed memory would be removed.
@@ -182,7 +196,11 @@ impl Arena {
 
     /// Starts a lease: slices for one operation.
     pub fn lease(&mut self) -> Lease<'_> {
-        Lease { arena: self, taken: [(0, 0, false); Lease::MAX], count: 0 }
+        Lease {
+            arena: self,
+            taken: [(0, 0, false); Lease::MAX],
+            count: 0,
+        }
     }
 
     /// A buffer to read from.
@@ -197,7 +215,10 @@ impl Arena {
     fn check<T>(&self, buf: Buf<T>) {
         let end = buf.offset + buf.len * size_of::<T>();
         assert!(end <= self.layout.size(), "a buffer of another plan");
-        assert!(buf.offset.is_multiple_of(align_of::<T>()), "misaligned buffer");
+        assert!(
+            buf.offset.is_multiple_of(align_of::<T>()),
+            "misaligned buffer"
+        );
     }
 }
 
@@ -226,7 +247,10 @@ impl<'a> Lease<'a> {
         let range = (buf.offset, buf.offset + buf.len * size_of::<T>());
         for &(start, end, written) in &self.taken[..self.count] {
             let apart = range.1 <= start || end <= range.0;
-            assert!(apart || !(write || written), "an operation's buffers overlap");
+            assert!(
+                apart || !(write || written),
+                "an operation's buffers overlap"
+            );
         }
         assert!(self.count < Self::MAX, "too many buffers in one operation");
         self.taken[self.count] = (range.0, range.1, write);

@@ -65,7 +65,11 @@ impl<R> ActBuf<R> {
         match self {
             Self::Real(x) => Self::Real(x.part(start * width, rows * width)),
             Self::Bf16(x) => Self::Bf16(x.part(start * width, rows * width)),
-            Self::Int8 { q, scales, group_size } => {
+            Self::Int8 {
+                q,
+                scales,
+                group_size,
+            } => {
                 let groups = width.div_ceil(group_size);
                 Self::Int8 {
                     q: q.part(start * width, rows * width),
@@ -113,7 +117,12 @@ pub struct Segment {
 impl Segment {
     /// `len` tokens that attend to each other only, as in training.
     pub fn own(start: usize, len: usize) -> Self {
-        Self { q_start: start, q_len: len, kv_start: start, kv_len: len }
+        Self {
+            q_start: start,
+            q_len: len,
+            kv_start: start,
+            kv_len: len,
+        }
     }
 }
 
@@ -278,12 +287,7 @@ pub trait Backend {
     /// `y[r] = weight[ids[r]]`, unrounded.
     fn embedding(&mut self, ids: Buf<u32>, weight: WeightBuf<Self::Real>, y: Buf<Self::Real>);
     /// `dweight[ids[r]] += dy[r]`, over ascending r.
-    fn embedding_backward(
-        &mut self,
-        ids: Buf<u32>,
-        dy: Buf<Self::Real>,
-        dweight: Buf<Self::Real>,
-    );
+    fn embedding_backward(&mut self, ids: Buf<u32>, dy: Buf<Self::Real>, dweight: Buf<Self::Real>);
 
     /// RMSNorm, rounded for the products that follow.
     fn rms_norm(&mut self, norm: RmsNorm<Self::Real>, y: ActBuf<Self::Real>);
@@ -346,12 +350,7 @@ pub trait Backend {
         y: ActBuf<Self::Real>,
     );
     /// `gate` and `up` become their gradients in place.
-    fn swiglu_backward(
-        &mut self,
-        dy: Buf<Self::Real>,
-        gate: Buf<Self::Real>,
-        up: Buf<Self::Real>,
-    );
+    fn swiglu_backward(&mut self, dy: Buf<Self::Real>, gate: Buf<Self::Real>, up: Buf<Self::Real>);
 
     /// Losses of a chunk of logits and, where asked for, its gradient in place.
     fn cross_entropy(&mut self, op: CrossEntropy<Self::Real>);

@@ -100,7 +100,11 @@ impl Real for f32 {
     }
     #[inline(always)]
     fn maximum(self, other: Self) -> Self {
-        if self > other || self.is_nan() { self } else { other }
+        if self > other || self.is_nan() {
+            self
+        } else {
+            other
+        }
     }
     #[inline(always)]
     fn exp(self) -> Self {
@@ -117,14 +121,26 @@ impl Real for f32 {
         let magnitude = bits & 0x7fff_ffff;
         let rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
         let quiet_nan = bits >> 16 | 0x40;
-        let kept = if magnitude > 0x7f80_0000 { quiet_nan } else { rounded };
-        let flushed = if magnitude < 0x0080_0000 { bits >> 16 & 0x8000 } else { kept };
+        let kept = if magnitude > 0x7f80_0000 {
+            quiet_nan
+        } else {
+            rounded
+        };
+        let flushed = if magnitude < 0x0080_0000 {
+            bits >> 16 & 0x8000
+        } else {
+            kept
+        };
         bf16::from_bits(flushed as u16)
     }
 
     #[inline(always)]
     fn flush(self) -> Self {
-        if self.abs() < f32::MIN_POSITIVE { 0.0 } else { self }
+        if self.abs() < f32::MIN_POSITIVE {
+            0.0
+        } else {
+            self
+        }
     }
 
     #[inline(always)]
@@ -132,7 +148,11 @@ impl Real for f32 {
         // Zero wraps to the largest integer and so never wins.
         let bits = |x: &f32| (x.to_bits() & 0x7fff_ffff).wrapping_sub(1);
         let least = values.iter().fold(u32::MAX, |least, x| least.min(bits(x)));
-        if least == u32::MAX { i32::MAX } else { ((least + 1) >> 23) as i32 - 127 }
+        if least == u32::MAX {
+            i32::MAX
+        } else {
+            ((least + 1) >> 23) as i32 - 127
+        }
     }
 }
 
@@ -163,7 +183,11 @@ impl Real for f64 {
         f64::abs(self)
     }
     fn maximum(self, other: Self) -> Self {
-        if self > other || self.is_nan() { self } else { other }
+        if self > other || self.is_nan() {
+            self
+        } else {
+            other
+        }
     }
     fn exp(self) -> Self {
         libm::exp(self)

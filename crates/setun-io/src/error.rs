@@ -75,7 +75,7 @@ pub enum IoError {
 impl IoError {
     /// Wraps an operating system error; takes out an [`IoError`] that travelled through
     /// a [`io::Write`] closure.
-    pub(crate) fn file(action: &'static str, path: &Path, source: io::Error) -> Self {
+    pub fn file(action: &'static str, path: &Path, source: io::Error) -> Self {
         match source.downcast::<IoError>() {
             Ok(inner) => inner,
             Err(source) => Self::File {

@@ -1,1 +1,19 @@
-//! setun-model
+//! Qwen3 on a [`Backend`](setun_backend::Backend): parameters, forward, backward.
+//!
+//! One definition of the architecture, dense and ternary, for training, evaluation,
+//! prefill and decode. No files, sockets, clocks or state of random numbers in here.
+//!
+//! Shape suffixes and letters in comments: b batch, t tokens (rows), d `hidden_size`,
+//! f `intermediate_size`, h query heads, k key heads, e `head_dim`, v vocabulary, l layers.
+#![forbid(unsafe_code)]
+
+mod buffers;
+mod init;
+mod parameters;
+mod qwen3;
+mod rope;
+
+pub use buffers::{Purpose, TrainShape};
+pub use parameters::{Parameter, Parameters, ProjectFailure, Scheme, SetError};
+pub use qwen3::{ModelSpec, Qwen3};
+pub use rope::{RopeTable, inverse_frequencies};

@@ -1,1 +1,23 @@
-//! setun-train
+//! Training: data, optimizer, schedules, checkpoints, evaluation, the run and its report.
+//!
+//! [`run::train`] is the whole of `setun train`; [`trainer::Trainer::step`] is one step.
+#![forbid(unsafe_code)]
+
+pub mod checkpoint;
+pub mod data;
+pub mod evaluate;
+pub mod finish;
+pub mod machine;
+pub mod metrics;
+pub mod optimizer;
+pub mod prepare;
+pub mod report;
+pub mod run;
+pub mod schedule;
+pub mod settings;
+pub mod tensorboard;
+pub mod trainer;
+
+mod error;
+
+pub use error::TrainError;

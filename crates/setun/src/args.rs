@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::ArgMatches;
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
+use setun_ternary::Numerics;
 use setun_train::data::DocumentOptions;
 use setun_train::settings::{ExportDtype, ExportFormat, Override, schema};
 
@@ -103,6 +104,10 @@ pub struct EvalArgs {
     pub batch_size: usize,
     /// Number of threads; 0 for all cores.
     pub threads: usize,
+    /// Other numerics than the model's record says.
+    pub numerics: Option<Numerics>,
+    /// Where to write the logits of every token.
+    pub logits: Option<PathBuf>,
     /// Whether to print JSON.
     pub json: bool,
 }
@@ -297,6 +302,8 @@ fn eval(matches: &ArgMatches) -> EvalArgs {
         seq_len: matches.get_one("seq-len").copied(),
         batch_size: value(matches, "batch-size"),
         threads: value(matches, "threads"),
+        numerics: matches.get_one("numerics").copied(),
+        logits: matches.get_one("logits").cloned(),
         json: matches.get_flag("json"),
     }
 }

@@ -1,6 +1,7 @@
 //! Definition of every subcommand and flag, with help texts. `args` turns what was
 //! matched into plain values. The flags of settings follow from the settings table.
 
+use setun_ternary::Numerics;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
@@ -201,6 +202,15 @@ fn eval() -> Command {
             )
             .default_value("8"),
             threads_flag(),
+            Arg::new("numerics")
+                .long("numerics")
+                .value_name("MODE")
+                .value_parser(|text: &str| {
+                    Numerics::from_name(text).ok_or("it is int8, bf16 or f32")
+                })
+                .help("Arithmetic to use instead of the model's own: int8, bf16 or f32"),
+            path_flag("logits", "FILE")
+                .help("Also write the logits of every token, as a safetensors file"),
             json_flag(),
         ])
         .args(document_flags())

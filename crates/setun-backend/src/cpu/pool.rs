@@ -110,7 +110,7 @@ impl Pool {
         rows: usize,
         grain: usize,
         out: O,
-        body: impl Fn(Range<usize>, O::Part<'_>) + Sync,
+        body: impl Fn(Range<usize>, O::Part) + Sync,
     ) {
         self.by_rows_worker(rows, grain, out, |rows, part, _| body(rows, part));
     }
@@ -121,7 +121,7 @@ impl Pool {
         rows: usize,
         grain: usize,
         out: O,
-        body: impl Fn(Range<usize>, O::Part<'_>, usize) + Sync,
+        body: impl Fn(Range<usize>, O::Part, usize) + Sync,
     ) {
         let grain = grain.max(1);
         self.run(rows.div_ceil(grain), &|task, worker| {
@@ -201,7 +201,10 @@ impl Shared {
         }
         let mut slot = self.job.lock().expect("no panic while the lock is held");
         while self.busy.load(Ordering::Acquire) > 0 {
-            slot = self.done.wait(slot).expect("no panic while the lock is held");
+            slot = self
+                .done
+                .wait(slot)
+                .expect("no panic while the lock is held");
         }
         *slot = None;
     }
@@ -213,15 +216,13 @@ impl Shared {
 /// Parts of disjoint row ranges must not overlap.
 pub unsafe trait RowParts: Sync {
     /// The outputs of a run of rows.
-    type Part<'p>
-    where
-        Self: 'p;
+    type Part;
 
     /// The part of `rows`.
     ///
     /// # Safety
     /// No two parts that are alive may share a row.
-    unsafe fn part(&self, rows: Range<usize>) -> Self::Part<'_>;
+    unsafe fn part(&self, rows: Range<usize>) -> Self::Part;
 }
 
 /// Rows of `width` values each.
@@ -236,7 +237,12 @@ impl<'a, T> RowsMut<'a, T> {
     /// Splits `values` into rows of `width`.
     pub fn new(values: &'a mut [T], width: usize) -> Self {
         let (start, len) = (values.as_mut_ptr(), values.len());
-        Self { start, len, width, borrow: std::marker::PhantomData }
+        Self {
+            start,
+            len,
+            width,
+            borrow: std::marker::PhantomData,
+        }
     }
 }
 
@@ -245,14 +251,14 @@ impl<'a, T> RowsMut<'a, T> {
 unsafe impl<T: Send> Sync for RowsMut<'_, T> {}
 
 // SAFETY: row `r` is the elements `r * width..(r + 1) * width`.
-unsafe impl<T: Send> RowParts for RowsMut<'_, T> {
-    type Part<'p>
-        = &'p mut [T]
-    where
-        Self: 'p;
+unsafe impl<'a, T: Send> RowParts for RowsMut<'a, T> {
+    type Part = &'a mut [T];
 
-    unsafe fn part(&self, rows: Range<usize>) -> &mut [T] {
-        let (start, end) = (rows.start * self.width, (rows.end * self.width).min(self.len));
+    unsafe fn part(&self, rows: Range<usize>) -> &'a mut [T] {
+        let (start, end) = (
+            rows.start * self.width,
+            (rows.end * self.width).min(self.len),
+        );
         assert!(start <= end && end <= self.len);
         // SAFETY: in bounds by the assertion; the caller keeps the parts disjoint.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), end - start) }
@@ -261,19 +267,16 @@ unsafe impl<T: Send> RowParts for RowsMut<'_, T> {
 
 // SAFETY: no memory at all.
 unsafe impl RowParts for () {
-    type Part<'p> = ();
+    type Part = ();
 
     unsafe fn part(&self, _: Range<usize>) {}
 }
 
 // SAFETY: each member keeps its own rows disjoint.
 unsafe impl<A: RowParts, B: RowParts> RowParts for (A, B) {
-    type Part<'p>
-        = (A::Part<'p>, B::Part<'p>)
-    where
-        Self: 'p;
+    type Part = (A::Part, B::Part);
 
-    unsafe fn part(&self, rows: Range<usize>) -> Self::Part<'_> {
+    unsafe fn part(&self, rows: Range<usize>) -> Self::Part {
         // SAFETY: the caller's promise holds for each member.
         unsafe { (self.0.part(rows.clone()), self.1.part(rows)) }
     }

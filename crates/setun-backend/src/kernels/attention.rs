@@ -98,7 +98,9 @@ impl<S> View<'_, S> {
     /// Positions `first..end` that query `i` of `segment` sees.
     fn visible(&self, segment: Segment, i: usize) -> (usize, usize) {
         let end = segment.kv_len - segment.q_len + i + 1;
-        let first = self.first_key.map_or(0, |f| f[segment.q_start + i] as usize);
+        let first = self
+            .first_key
+            .map_or(0, |f| f[segment.q_start + i] as usize);
         (first, end)
     }
 
@@ -129,7 +131,10 @@ fn pack_rows<'a, R: Real, T: Copy>(
             *to = load(x);
         }
     }
-    Panel { min_exponent: R::min_exponent(to), values: to }
+    Panel {
+        min_exponent: R::min_exponent(to),
+        values: to,
+    }
 }
 
 /// Transposes a panel `[n, width]` to `[width, tile]`, zeros behind the n-th lane.
@@ -147,14 +152,17 @@ fn transpose<'a, R: Real>(
             to[d * tile + lane] = x;
         }
     }
-    Panel { values: to, min_exponent: panel.min_exponent }
+    Panel {
+        values: to,
+        min_exponent: panel.min_exponent,
+    }
 }
 
 /// `acc += x * panel`, flushing denormals only where they can occur.
 #[inline(always)]
 fn multiply<R: Real, S: Store<R>>(x: &[R], panel: &Panel<'_, R>, lanes: usize, acc: &mut [R]) {
-    let flush = S::ORDER == Order::EvenOdd
-        && needs_flush(S::ORDER, R::min_exponent(x), panel.min_exponent);
+    let flush =
+        S::ORDER == Order::EvenOdd && needs_flush(S::ORDER, R::min_exponent(x), panel.min_exponent);
     vec_mat(S::ORDER, flush, x, panel.values, lanes, acc);
 }
 
@@ -197,7 +205,11 @@ pub fn forward_block<R: Real, S: Store<R>>(
             if end <= j0 {
                 continue;
             }
-            load_row(view.q, ((segment.q_start + i) * view.num_heads + head) * e, q_row);
+            load_row(
+                view.q,
+                ((segment.q_start + i) * view.num_heads + head) * e,
+                q_row,
+            );
             scores.fill(R::ZERO);
             multiply::<R, S>(q_row, &keys, tile, scores);
             mask(scores, scale, first.saturating_sub(j0), end - j0);
@@ -210,7 +222,11 @@ pub fn forward_block<R: Real, S: Store<R>>(
         let nothing = sum[r] == R::ZERO;
         let factor = if nothing { R::ZERO } else { R::ONE / sum[r] };
         acc.iter_mut().for_each(|x| *x = *x * factor);
-        let lse = if nothing { R::NEG_INFINITY } else { max[r] + sum[r].ln() };
+        let lse = if nothing {
+            R::NEG_INFINITY
+        } else {
+            max[r] + sum[r].ln()
+        };
         put(first_row + r, acc, lse);
     }
 }
@@ -329,7 +345,12 @@ pub fn dq_block<R: Real, S: Store<R>>(
     let (p, scratch) = scratch.split_at_mut(tile);
     let (ds, scratch) = scratch.split_at_mut(tile);
     let (q, scratch) = scratch.split_at_mut(e);
-    let mut row = RowGradient { p, ds, q, dout: &mut scratch[..e] };
+    let mut row = RowGradient {
+        p,
+        ds,
+        q,
+        dout: &mut scratch[..e],
+    };
     acc[..(rows.1 - rows.0) * e].fill(R::ZERO);
     let kv_at = (view.num_kv_heads * e, view.key_head(head) * e, e);
     for j0 in (0..view.visible(segment, rows.1 - 1).1).step_by(tile) {
@@ -391,9 +412,22 @@ pub fn dkdv_tile<R: Real, S: Store<R>>(
             if view.visible(segment, i1 - 1).1 <= j0 {
                 continue;
             }
-            let block = QueryBlock { segment, head, j0, n, rows: (i0, i1) };
+            let block = QueryBlock {
+                segment,
+                head,
+                j0,
+                n,
+                rows: (i0, i1),
+            };
             let panels = (&keys_t, &values_t);
-            block.add(view, saved, panels, (&mut *rows_a, &mut *rows_b), scratch, (dk, dv));
+            block.add(
+                view,
+                saved,
+                panels,
+                (&mut *rows_a, &mut *rows_b),
+                scratch,
+                (dk, dv),
+            );
         }
     }
     let scale = view.scale::<R>();
@@ -430,7 +464,12 @@ impl QueryBlock {
         let (p, scratch) = scratch.split_at_mut(tile);
         let (ds, scratch) = scratch.split_at_mut(tile);
         let (q, scratch) = scratch.split_at_mut(e);
-        let mut row = RowGradient { p, ds, q, dout: &mut scratch[..e] };
+        let mut row = RowGradient {
+            p,
+            ds,
+            q,
+            dout: &mut scratch[..e],
+        };
         let num_rows = self.rows.1 - self.rows.0;
         for i in self.rows.0..self.rows.1 {
             let r = i - self.rows.0;
@@ -454,7 +493,12 @@ impl QueryBlock {
         let douts = pack_rows(saved.dout, from, at, S::round, dout_rows);
         for lane in 0..self.n {
             let rows = lane * tile..lane * tile + num_rows;
-            multiply::<R, S>(&p_t[rows.clone()], &douts, e, &mut dv[lane * e..(lane + 1) * e]);
+            multiply::<R, S>(
+                &p_t[rows.clone()],
+                &douts,
+                e,
+                &mut dv[lane * e..(lane + 1) * e],
+            );
             multiply::<R, S>(&ds_t[rows], &queries, e, &mut dk[lane * e..(lane + 1) * e]);
         }
     }

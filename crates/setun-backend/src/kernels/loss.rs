@@ -5,11 +5,7 @@ use crate::real::{Real, sum_indexed};
 /// Returns the negative log-likelihood of `target`; with `gradient_scale` the logits
 /// become `(softmax - onehot) * scale`.
 #[inline(always)]
-pub fn cross_entropy_row<R: Real>(
-    logits: &mut [R],
-    target: usize,
-    gradient_scale: Option<R>,
-) -> R {
+pub fn cross_entropy_row<R: Real>(logits: &mut [R], target: usize, gradient_scale: Option<R>) -> R {
     let max = row_max(logits);
     let sum = sum_indexed(logits.len(), |i| (logits[i] - max).exp());
     let lse = max + sum.ln();
@@ -35,5 +31,6 @@ pub fn row_max<R: Real>(x: &[R]) -> R {
         }
     }
     let rest = chunks.remainder().iter();
-    rest.chain(&lanes).fold(R::NEG_INFINITY, |max, &x| max.maximum(x))
+    rest.chain(&lanes)
+        .fold(R::NEG_INFINITY, |max, &x| max.maximum(x))
 }

@@ -45,7 +45,10 @@ fn rms_norm_dx<R: Real>(x: &[R], weight: &[R], inv: R, dy: &[R], mut put: impl F
 #[inline(always)]
 pub fn rms_norm_backward<R: Real>(x: &[R], weight: &[R], inv: &[R], dy: &[R], dx: &mut [R]) {
     let width = weight.len();
-    let rows = x.chunks(width).zip(dy.chunks(width)).zip(dx.chunks_mut(width));
+    let rows = x
+        .chunks(width)
+        .zip(dy.chunks(width))
+        .zip(dx.chunks_mut(width));
     for (((x, dy), dx), &inv) in rows.zip(inv) {
         rms_norm_dx(x, weight, inv, dy, |i, d| dx[i] += d);
     }

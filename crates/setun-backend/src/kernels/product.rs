@@ -24,8 +24,7 @@ pub const SAFE_EXPONENTS: i32 = -112;
 
 /// Whether products of values with these least exponents need their denormals flushed.
 pub fn needs_flush(order: Order, min_exponent_a: i32, min_exponent_b: i32) -> bool {
-    order == Order::EvenOdd
-        && min_exponent_a.saturating_add(min_exponent_b) < SAFE_EXPONENTS
+    order == Order::EvenOdd && min_exponent_a.saturating_add(min_exponent_b) < SAFE_EXPONENTS
 }
 
 /// `acc[l] += sum over r of x[r] * y[r * lanes + l]`, in the given order.
@@ -135,7 +134,11 @@ pub fn int8_dot<R: Real>(
     let groups = q.chunks(group_size).zip(trits.chunks(group_size));
     let mut y = R::ZERO;
     for ((q, t), (&a, &s)) in groups.zip(a.iter().zip(scales)) {
-        let dot: i32 = q.iter().zip(t).map(|(&q, &t)| i32::from(q) * i32::from(t)).sum();
+        let dot: i32 = q
+            .iter()
+            .zip(t)
+            .map(|(&q, &t)| i32::from(q) * i32::from(t))
+            .sum();
         y = R::from_f32(s * a).mul_add(R::from_f32(dot as f32), y);
     }
     y
@@ -146,14 +149,19 @@ mod tests {
     use super::*;
 
     fn values(n: usize, scale: f32) -> Vec<f32> {
-        (0..n).map(|i| ((i * 7919 % 1009) as f32 / 504.5 - 1.0) * scale).collect()
+        (0..n)
+            .map(|i| ((i * 7919 % 1009) as f32 / 504.5 - 1.0) * scale)
+            .collect()
     }
 
     #[test]
     fn even_odd_follows_its_definition() {
         for (n, lanes) in [(1, 1), (31, 3), (32, 16), (33, 17), (100, 40)] {
             let x: Vec<f32> = values(n, 1.0).iter().map(|x| x.round_bf16()).collect();
-            let y: Vec<f32> = values(n * lanes, 0.3).iter().map(|x| x.round_bf16()).collect();
+            let y: Vec<f32> = values(n * lanes, 0.3)
+                .iter()
+                .map(|x| x.round_bf16())
+                .collect();
             let mut got = vec![0.5; lanes];
             vec_mat(Order::EvenOdd, false, &x, &y, lanes, &mut got);
             for (l, got) in got.iter().enumerate() {
@@ -173,8 +181,14 @@ mod tests {
     #[test]
     fn skipping_the_flush_is_exact_where_it_is_allowed() {
         for e in [-100i32, -56, -50] {
-            let x: Vec<f32> = values(97, 2.0f32.powi(e)).iter().map(|x| x.round_bf16()).collect();
-            let y: Vec<f32> = values(97, 2.0f32.powi(-56)).iter().map(|x| x.round_bf16()).collect();
+            let x: Vec<f32> = values(97, 2.0f32.powi(e))
+                .iter()
+                .map(|x| x.round_bf16())
+                .collect();
+            let y: Vec<f32> = values(97, 2.0f32.powi(-56))
+                .iter()
+                .map(|x| x.round_bf16())
+                .collect();
             let (mut with, mut without) = ([0.0f32], [0.0f32]);
             vec_mat(Order::EvenOdd, true, &x, &y, 1, &mut with);
             vec_mat(Order::EvenOdd, false, &x, &y, 1, &mut without);

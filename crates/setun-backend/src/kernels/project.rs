@@ -20,9 +20,15 @@ pub fn project_rows<R: Real>(
     let mut stats = ProjectStats::default();
     let (mut values, mut fresh) = ([0.0f32; MAX_GROUP], [0i8; MAX_GROUP]);
     let groups = groups_per_row(cols, group_size);
-    let rows = latents.chunks(cols).zip(trits.chunks_mut(cols)).zip(scales.chunks_mut(groups));
+    let rows = latents
+        .chunks(cols)
+        .zip(trits.chunks_mut(cols))
+        .zip(scales.chunks_mut(groups));
     for (row, ((latents, trits), scales)) in rows.enumerate() {
-        let parts = latents.chunks(group_size).zip(trits.chunks_mut(group_size)).zip(scales);
+        let parts = latents
+            .chunks(group_size)
+            .zip(trits.chunks_mut(group_size))
+            .zip(scales);
         for (group, ((latents, trits), scale)) in parts.enumerate() {
             let n = latents.len();
             for (value, latent) in values.iter_mut().zip(latents) {

@@ -29,7 +29,11 @@ impl<R: Real> ActRows<'_, R> {
         match self {
             Self::Real(y) => y[at].copy_from_slice(x),
             Self::Bf16(y) => round_bf16(x, &mut y[at]),
-            Self::Int8 { q, scales, group_size } => {
+            Self::Int8 {
+                q,
+                scales,
+                group_size,
+            } => {
                 let groups = width.div_ceil(*group_size);
                 let scales = &mut scales[row * groups..(row + 1) * groups];
                 let parts = x.chunks(*group_size).zip(q[at].chunks_mut(*group_size));
@@ -82,12 +86,17 @@ mod tests {
 
     #[test]
     fn int8_follows_its_definition() {
-        let x: Vec<f32> = (0..200).map(|i| ((i * 37 % 199) as f32 - 99.0) * 0.013).collect();
+        let x: Vec<f32> = (0..200)
+            .map(|i| ((i * 37 % 199) as f32 - 99.0) * 0.013)
+            .collect();
         let mut q = vec![0i8; 200];
         let a = round_int8(&x, &mut q);
         assert_eq!(a, x.iter().fold(0.0f32, |m, x| m.max(x.abs())) / 127.0);
         for (x, q) in x.iter().zip(&q) {
-            assert_eq!(f32::from(*q), (x / a).round_ties_even().clamp(-127.0, 127.0));
+            assert_eq!(
+                f32::from(*q),
+                (x / a).round_ties_even().clamp(-127.0, 127.0)
+            );
         }
         assert!(q.contains(&127) || q.contains(&-127));
     }

@@ -1,0 +1,10 @@
+//! The CPU: instruction sets, threads and blocked products.
+
+pub mod gemm;
+pub mod int8;
+pub(crate) mod isa;
+pub mod pool;
+
+pub use isa::Isa;
+pub(crate) use isa::multiversion;
+pub use pool::{Pool, RowParts, RowsMut};

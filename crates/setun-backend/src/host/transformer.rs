@@ -1,0 +1,642 @@
+//! The operations of [`Host`]: leases, a split over threads, a kernel.
+
+use super::*;
+use crate::cpu::multiversion;
+use crate::kernels::attention::{Saved, Store, View, dkdv_tile, dq_block, forward_block};
+use crate::kernels::{norm::Rotation, project::project_rows};
+use crate::memory::Lease;
+use crate::ops::*;
+use crate::real::sum_lanes;
+use bytemuck::Pod;
+use setun_ternary::ScaleRule;
+
+impl<R: Real> Backend for Host<R> {
+    type Real = R;
+
+    fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    fn read<T: Pod>(&self, buf: Buf<T>, out: &mut [T]) {
+        out.copy_from_slice(self.arena.read(buf));
+    }
+
+    fn write<T: Pod>(&mut self, buf: Buf<T>, values: &[T]) {
+        self.arena.lease().write(buf).copy_from_slice(values);
+    }
+
+    fn zero<T: Pod>(&mut self, buf: Buf<T>) {
+        self.arena.lease().write(buf).fill(T::zeroed());
+    }
+
+    fn copy(&mut self, from: Buf<R>, to: Buf<R>) {
+        let mut lease = self.arena.lease();
+        lease.write(to).copy_from_slice(lease.read(from));
+    }
+
+    fn add(&mut self, from: Buf<R>, to: Buf<R>) {
+        let mut lease = self.arena.lease();
+        let (from, to) = (lease.read(from), RowsMut::new(lease.write(to), 1));
+        self.pool.by_rows(from.len(), RUN, to, |rows, to| {
+            add_run(self.isa, &from[rows], to)
+        });
+    }
+
+    fn project(
+        &mut self,
+        latent: Buf<R>,
+        cols: usize,
+        rule: ScaleRule,
+        to: TernaryBuf,
+    ) -> Result<ProjectStats, ProjectError> {
+        let mut lease = self.arena.lease();
+        let latent = lease.read(latent);
+        let groups = cols.div_ceil(to.group_size);
+        let trits = RowsMut::new(lease.write(to.trits), cols);
+        let scales = RowsMut::new(lease.write(to.scales), groups);
+        // The first error in row order, whichever thread meets one first.
+        let result = std::sync::Mutex::new((ProjectStats::default(), None::<ProjectError>));
+        let rows = latent.len() / cols;
+        self.pool
+            .by_rows(rows, GRAIN, (trits, scales), |rows, (trits, scales)| {
+                let part = rows_of(latent, &rows, cols);
+                let one = project_rows(part, cols, to.group_size, rule, trits, scales);
+                let mut all = result.lock().expect("no panic while the lock is held");
+                match one {
+                    Ok(stats) => {
+                        all.0.zeros += stats.zeros;
+                        all.0.flips += stats.flips;
+                    }
+                    Err(e) => {
+                        let e = ProjectError {
+                            row: rows.start + e.row,
+                            ..e
+                        };
+                        all.1 = Some(all.1.filter(|first| first.row < e.row).unwrap_or(e));
+                    }
+                }
+            });
+        match result
+            .into_inner()
+            .expect("no panic while the lock is held")
+        {
+            (_, Some(error)) => Err(error),
+            (stats, None) => Ok(stats),
+        }
+    }
+
+    fn embedding(&mut self, ids: Buf<u32>, weight: WeightBuf<R>, y: Buf<R>) {
+        let width = weight.inp;
+        let mut lease = self.arena.lease();
+        let ids = lease.read(ids);
+        let y = RowsMut::new(lease.write(y), width);
+        match weight.data {
+            WeightData::Dense(w) => {
+                let w = lease.read(w);
+                self.pool.by_rows(ids.len(), GRAIN, y, |rows, y| {
+                    for (y, &id) in y.chunks_mut(width).zip(&ids[rows]) {
+                        y.copy_from_slice(&w[id as usize * width..][..width]);
+                    }
+                });
+            }
+            WeightData::Ternary(w) => {
+                let groups = width.div_ceil(w.group_size);
+                let (trits, scales) = (lease.read(w.trits), lease.read(w.scales));
+                self.pool.by_rows(ids.len(), GRAIN, y, |rows, y| {
+                    for (y, &id) in y.chunks_mut(width).zip(&ids[rows]) {
+                        let trits = &trits[id as usize * width..][..width];
+                        let scales = &scales[id as usize * groups..][..groups];
+                        elementwise::dequantize_row(trits, scales, w.group_size, y);
+                    }
+                });
+            }
+        }
+    }
+
+    fn embedding_backward(&mut self, ids: Buf<u32>, dy: Buf<R>, dweight: Buf<R>) {
+        let width = dy.len() / ids.len();
+        let mut lease = self.arena.lease();
+        let (ids, dy) = (lease.read(ids), lease.read(dy));
+        let rows = dweight.len() / width;
+        let dweight = RowsMut::new(lease.write(dweight), width);
+        let grain = rows.div_ceil(self.pool.threads());
+        self.pool.by_rows(rows, grain, dweight, |rows, dw| {
+            embedding_backward_rows(self.isa, ids, dy, width, rows.start, dw);
+        });
+    }
+
+    fn rms_norm(&mut self, norm: RmsNorm<R>, y: ActBuf<R>) {
+        let width = norm.width;
+        let mut lease = self.arena.lease();
+        let (x, weight) = (lease.read(norm.x), lease.read(norm.weight));
+        let inv = RowsMut::new(lease.write(norm.inv), 1);
+        let y = ActParts::lease(&mut lease, y, width);
+        let scratch = Scratch::lease(&mut lease, &self.workspace);
+        let rows = x.len() / width;
+        self.pool
+            .by_rows_worker(rows, GRAIN, (inv, y), |rows, (inv, mut y), worker| {
+                let scratch = &mut scratch.of(worker)[..width];
+                let x = rows_of(x, &rows, width);
+                rms_norm_rows(self.isa, x, weight, norm.eps, inv, &mut y, scratch);
+            });
+    }
+
+    fn rms_norm_backward(&mut self, norm: RmsNorm<R>, dy: Buf<R>, dx: Buf<R>, dweight: Buf<R>) {
+        let width = norm.width;
+        let mut lease = self.arena.lease();
+        let (x, weight) = (lease.read(norm.x), lease.read(norm.weight));
+        let (inv, dy) = (lease.read(norm.inv), lease.read(dy));
+        let dx = RowsMut::new(lease.write(dx), width);
+        self.pool.by_rows(x.len() / width, GRAIN, dx, |rows, dx| {
+            let (x, dy) = (rows_of(x, &rows, width), rows_of(dy, &rows, width));
+            rms_norm_backward_rows(self.isa, x, weight, &inv[rows], dy, dx);
+        });
+        let dweight = RowsMut::new(lease.write(dweight), 1);
+        self.pool.by_rows(width, 64, dweight, |columns, dw| {
+            rms_norm_dweight_columns(self.isa, x, inv, dy, width, columns.start, dw);
+        });
+    }
+
+    fn norm_rope(&mut self, op: NormRope<R>, y: AttnBuf<R>) {
+        let width = op.heads * op.norm.width;
+        let mut lease = self.arena.lease();
+        let tables = Rotations::lease(&mut lease, &op);
+        let (x, weight) = (lease.read(op.norm.x), lease.read(op.norm.weight));
+        let inv = RowsMut::new(lease.write(op.norm.inv), op.heads);
+        let y = ActParts::lease(&mut lease, y.into(), width);
+        let scratch = Scratch::lease(&mut lease, &self.workspace);
+        self.pool.by_rows_worker(
+            x.len() / width,
+            GRAIN,
+            (inv, y),
+            |rows, (inv, y), worker| {
+                let scratch = &mut scratch.of(worker)[..width];
+                let x = rows_of(x, &rows, width);
+                let part = NormRopeRows {
+                    first: rows.start,
+                    x,
+                    weight,
+                    eps: op.norm.eps,
+                };
+                norm_rope_rows(self.isa, part, tables, inv, y, scratch);
+            },
+        );
+    }
+
+    fn norm_rope_backward(&mut self, op: NormRope<R>, dy: Buf<R>, dweight: Buf<R>) {
+        let (width, head_dim) = (op.heads * op.norm.width, op.norm.width);
+        let mut lease = self.arena.lease();
+        let tables = Rotations::lease(&mut lease, &op);
+        let (x, weight) = (lease.read(op.norm.x), lease.read(op.norm.weight));
+        let inv = lease.read(op.norm.inv);
+        let rows = x.len() / width;
+        let dy = lease.write(dy);
+        self.pool
+            .by_rows(rows, GRAIN, RowsMut::new(&mut *dy, width), |rows, dy| {
+                for (row, dy) in rows.zip(dy.chunks_mut(width)) {
+                    norm::rope_backward_row(dy, head_dim, tables.of(row));
+                }
+            });
+        let dw = RowsMut::new(lease.write(dweight), 1);
+        let turned = &*dy;
+        self.pool.by_rows(head_dim, 16, dw, |columns, dw| {
+            rms_norm_dweight_columns(self.isa, x, inv, turned, head_dim, columns.start, dw);
+        });
+        self.pool
+            .by_rows(rows, GRAIN, RowsMut::new(dy, width), |rows, dy| {
+                let inv = rows_of(inv, &rows, op.heads);
+                let x = rows_of(x, &rows, width);
+                norm::rms_norm_backward_in_place(x, weight, inv, dy);
+            });
+    }
+
+    fn round_activation(&mut self, x: Buf<R>, width: usize, y: ActBuf<R>) {
+        let mut lease = self.arena.lease();
+        let x = lease.read(x);
+        let y = ActParts::lease(&mut lease, y, width);
+        self.pool.by_rows(x.len() / width, GRAIN, y, |rows, mut y| {
+            round_rows(self.isa, rows_of(x, &rows, width), width, &mut y);
+        });
+    }
+
+    fn round_attention(&mut self, x: Buf<R>, y: AttnBuf<R>) {
+        let mut lease = self.arena.lease();
+        let x = lease.read(x);
+        match y {
+            AttnBuf::Real(y) => lease.write(y).copy_from_slice(x),
+            AttnBuf::Bf16(y) => {
+                let y = RowsMut::new(lease.write(y), 1);
+                self.pool.by_rows(x.len(), RUN, y, |rows, y| {
+                    round_bf16_run(self.isa, &x[rows], y);
+                });
+            }
+        }
+    }
+
+    fn linear(&mut self, x: ActBuf<R>, w: WeightBuf<R>, y: Buf<R>) {
+        self.linear_op(x, w, y);
+    }
+
+    fn linear_dx(
+        &mut self,
+        dy: Buf<R>,
+        w: WeightBuf<R>,
+        dx: Buf<R>,
+        numerics_f32: bool,
+        accumulate: bool,
+    ) {
+        self.linear_dx_op(dy, w, dx, numerics_f32, accumulate);
+    }
+
+    fn linear_dw(&mut self, dy: Buf<R>, x: ActBuf<R>, out: usize, inp: usize, dw: Buf<R>) {
+        self.linear_dw_op(dy, x, out, inp, dw);
+    }
+
+    fn attention(&mut self, op: Attention<'_, R>) {
+        let mut lease = self.arena.lease();
+        let width = op.num_heads * op.head_dim;
+        let out = RowsMut::new(lease.write(op.out), op.head_dim);
+        let lse = RowsMut::new(lease.write(op.lse), 1);
+        let scratch = Scratch::lease(&mut lease, &self.workspace);
+        let (isa, pool) = (self.isa, &self.pool);
+        debug_assert!(op.out.len().is_multiple_of(width));
+        match (op.q, op.k, op.v) {
+            (AttnBuf::Real(q), AttnBuf::Real(k), AttnBuf::Real(v)) => {
+                let view = view(&op, lease.read(q), lease.read(k), lease.read(v));
+                attention_forward(pool, isa, view, op.segments, (out, lse), &scratch);
+            }
+            (AttnBuf::Bf16(q), AttnBuf::Bf16(k), AttnBuf::Bf16(v)) => {
+                let view = view(&op, lease.read(q), lease.read(k), lease.read(v));
+                attention_forward(pool, isa, view, op.segments, (out, lse), &scratch);
+            }
+            _ => panic!("queries, keys and values must be stored alike"),
+        }
+    }
+
+    fn attention_backward(&mut self, op: AttentionBackward<'_, R>) {
+        let forward = op.forward;
+        let mut lease = self.arena.lease();
+        let (dout, out) = (lease.read(op.dout), lease.read(forward.out));
+        let lse = lease.read(forward.lse);
+        let delta = lease.write(op.delta);
+        let e = forward.head_dim;
+        self.pool.by_rows(
+            delta.len(),
+            64,
+            RowsMut::new(&mut *delta, 1),
+            |rows, delta| {
+                for (row, delta) in rows.zip(delta) {
+                    let at = row * e..(row + 1) * e;
+                    *delta = crate::kernels::attention::row_delta(&dout[at.clone()], &out[at]);
+                }
+            },
+        );
+        let saved = Saved { lse, dout, delta };
+        let dq = RowsMut::new(lease.write(op.dq), e);
+        let dk = RowsMut::new(lease.write(op.dk), e);
+        let dv = RowsMut::new(lease.write(op.dv), e);
+        let scratch = Scratch::lease(&mut lease, &self.workspace);
+        let grads = Gradients { dq, dk, dv };
+        let (isa, pool, segments) = (self.isa, &self.pool, forward.segments);
+        match (forward.q, forward.k, forward.v) {
+            (AttnBuf::Real(q), AttnBuf::Real(k), AttnBuf::Real(v)) => {
+                let view = view(&forward, lease.read(q), lease.read(k), lease.read(v));
+                attention_gradients(pool, isa, view, saved, segments, grads, &scratch);
+            }
+            (AttnBuf::Bf16(q), AttnBuf::Bf16(k), AttnBuf::Bf16(v)) => {
+                let view = view(&forward, lease.read(q), lease.read(k), lease.read(v));
+                attention_gradients(pool, isa, view, saved, segments, grads, &scratch);
+            }
+            _ => panic!("queries, keys and values must be stored alike"),
+        }
+    }
+
+    fn swiglu(&mut self, gate: Buf<R>, up: Buf<R>, width: usize, y: ActBuf<R>) {
+        let mut lease = self.arena.lease();
+        let (gate, up) = (lease.read(gate), lease.read(up));
+        let y = ActParts::lease(&mut lease, y, width);
+        let scratch = Scratch::lease(&mut lease, &self.workspace);
+        self.pool
+            .by_rows_worker(gate.len() / width, GRAIN, y, |rows, mut y, worker| {
+                let scratch = &mut scratch.of(worker)[..width];
+                let (gate, up) = (rows_of(gate, &rows, width), rows_of(up, &rows, width));
+                swiglu_rows(self.isa, gate, up, &mut y, scratch);
+            });
+    }
+
+    fn swiglu_backward(&mut self, dy: Buf<R>, gate: Buf<R>, up: Buf<R>) {
+        let mut lease = self.arena.lease();
+        let dy = lease.read(dy);
+        let gate = RowsMut::new(lease.write(gate), 1);
+        let up = RowsMut::new(lease.write(up), 1);
+        self.pool
+            .by_rows(dy.len(), RUN, (gate, up), |rows, (gate, up)| {
+                swiglu_backward_run(self.isa, &dy[rows], gate, up);
+            });
+    }
+
+    fn cross_entropy(&mut self, op: CrossEntropy<R>) {
+        let vocab = op.logits.len() / op.targets.len();
+        let mut lease = self.arena.lease();
+        let targets = lease.read(op.targets);
+        let logits = RowsMut::new(lease.write(op.logits), vocab);
+        let losses = RowsMut::new(lease.write(op.losses), 1);
+        let scale = op.gradient_scale.map(R::from_f64);
+        self.pool.by_rows(
+            targets.len(),
+            4,
+            (logits, losses),
+            |rows, (logits, losses)| {
+                let each = logits.chunks_mut(vocab).zip(losses).zip(&targets[rows]);
+                for ((logits, loss), &target) in each {
+                    *loss = cross_entropy_row(self.isa, logits, target as usize, scale);
+                }
+            },
+        );
+    }
+
+    fn sum_squares(&mut self, x: Buf<R>) -> f64 {
+        let x = self.arena.read(x);
+        // Partial sums of up to `BATCH` chunks, then added in order: any number of
+        // threads gives the same sum, and nothing is allocated.
+        const BATCH: usize = 256;
+        let mut total = 0.0;
+        for x in x.chunks(BATCH * optimizer::NORM_CHUNK) {
+            let mut sums = [0.0f64; BATCH];
+            let chunks = x.len().div_ceil(optimizer::NORM_CHUNK);
+            self.pool
+                .by_rows(chunks, 8, RowsMut::new(&mut sums, 1), |rows, sums| {
+                    for (i, sum) in rows.zip(sums) {
+                        let start = i * optimizer::NORM_CHUNK;
+                        let end = x.len().min(start + optimizer::NORM_CHUNK);
+                        *sum = sum_squares_chunk(self.isa, &x[start..end]);
+                    }
+                });
+            total += sum_lanes(sums[..chunks].iter().copied());
+        }
+        total
+    }
+
+    fn adamw(&mut self, op: AdamW<R>) {
+        let mut lease = self.arena.lease();
+        let grad = lease.read(op.grad);
+        let weight = RowsMut::new(lease.write(op.weight), 1);
+        let m = RowsMut::new(lease.write(op.m), 1);
+        let v = RowsMut::new(lease.write(op.v), 1);
+        let scalars = optimizer::AdamWScalars::new(&op);
+        self.pool
+            .by_rows(grad.len(), RUN, (weight, (m, v)), |rows, (w, (m, v))| {
+                adamw_run(self.isa, scalars, w, &grad[rows], m, v);
+            });
+    }
+}
+
+/// Values of a task in operations without rows.
+const RUN: usize = 16 * 1024;
+
+/// The scratch memory of all workers.
+struct Scratch<'a, R> {
+    rows: RowsMut<'a, R>,
+}
+
+impl<'a, R: Real> Scratch<'a, R> {
+    fn lease(lease: &mut Lease<'a>, workspace: &HostWorkspace<R>) -> Self {
+        Self {
+            rows: RowsMut::new(lease.write(workspace.real), workspace.real_len),
+        }
+    }
+
+    /// The scratch of one worker.
+    #[allow(clippy::mut_from_ref)]
+    fn of(&self, worker: usize) -> &mut [R] {
+        // SAFETY: a worker runs one task at a time, and a task asks once.
+        unsafe { self.rows.part(worker..worker + 1) }
+    }
+}
+
+impl<R> From<AttnBuf<R>> for ActBuf<R> {
+    fn from(x: AttnBuf<R>) -> Self {
+        match x {
+            AttnBuf::Real(x) => Self::Real(x),
+            AttnBuf::Bf16(x) => Self::Bf16(x),
+        }
+    }
+}
+
+/// RoPE tables and the positions of the rows.
+#[derive(Clone, Copy)]
+pub(super) struct Rotations<'a, R> {
+    cos: &'a [R],
+    sin: &'a [R],
+    positions: &'a [u32],
+    half: usize,
+}
+
+impl<'a, R: Real> Rotations<'a, R> {
+    fn lease(lease: &mut Lease<'a>, op: &NormRope<R>) -> Self {
+        Self {
+            cos: lease.read(op.cos),
+            sin: lease.read(op.sin),
+            positions: lease.read(op.positions),
+            half: op.norm.width / 2,
+        }
+    }
+
+    fn of(&self, row: usize) -> Rotation<'a, R> {
+        let at = self.positions[row] as usize * self.half;
+        Rotation {
+            cos: &self.cos[at..at + self.half],
+            sin: &self.sin[at..at + self.half],
+        }
+    }
+}
+
+pub(super) struct NormRopeRows<'a, R> {
+    first: usize,
+    x: &'a [R],
+    weight: &'a [R],
+    eps: f64,
+}
+
+multiversion! {
+    /// Norm and rotation of a run of rows.
+    fn norm_rope_rows[R: Real][R](
+        part: NormRopeRows<'_, R>,
+        tables: Rotations<'_, R>,
+        inv: &mut [R],
+        y: ActRows<'_, R>,
+        scratch: &mut [R],
+    ) = norm_rope_rows_kernel;
+}
+
+#[inline(always)]
+fn norm_rope_rows_kernel<R: Real>(
+    part: NormRopeRows<'_, R>,
+    tables: Rotations<'_, R>,
+    inv: &mut [R],
+    mut y: ActRows<'_, R>,
+    scratch: &mut [R],
+) {
+    let heads = scratch.len() / part.weight.len();
+    let rows = part.x.chunks(scratch.len()).zip(inv.chunks_mut(heads));
+    for (i, (x, inv)) in rows.enumerate() {
+        let at = tables.of(part.first + i);
+        norm::norm_rope_row(x, part.weight, part.eps, at, inv, scratch);
+        y.write_row(i, scratch);
+    }
+}
+
+fn view<'a, R, S>(op: &Attention<'_, R>, q: &'a [S], k: &'a [S], v: &'a [S]) -> View<'a, S> {
+    View {
+        q,
+        k,
+        v,
+        num_heads: op.num_heads,
+        num_kv_heads: op.num_kv_heads,
+        head_dim: op.head_dim,
+        tile: TILE,
+        first_key: None,
+    }
+}
+
+/// One piece of an attention: a segment and the first of its rows or keys.
+fn piece(
+    segments: &[Segment],
+    mut index: usize,
+    len: impl Fn(&Segment) -> usize,
+) -> (Segment, usize) {
+    for segment in segments {
+        let blocks = len(segment).div_ceil(TILE);
+        if index < blocks {
+            return (*segment, index * TILE);
+        }
+        index -= blocks;
+    }
+    unreachable!("a task outside of the segments")
+}
+
+fn pieces(segments: &[Segment], len: impl Fn(&Segment) -> usize) -> usize {
+    segments.iter().map(|s| len(s).div_ceil(TILE)).sum()
+}
+
+fn attention_forward<R: Real, S: Store<R>>(
+    pool: &Pool,
+    isa: Isa,
+    view: View<'_, S>,
+    segments: &[Segment],
+    (out, lse): (RowsMut<'_, R>, RowsMut<'_, R>),
+    scratch: &Scratch<'_, R>,
+) {
+    let heads = view.num_heads;
+    pool.run(pieces(segments, |s| s.q_len) * heads, &|task, worker| {
+        let (segment, start) = piece(segments, task / heads, |s| s.q_len);
+        let head = task % heads;
+        let rows = (start, segment.q_len.min(start + TILE));
+        let mut put = |row: usize, values: &[R], log_sum: R| {
+            let at = (segment.q_start + row) * heads + head;
+            // SAFETY: row `at` of this head belongs to this task alone.
+            unsafe {
+                out.part(at..at + 1).copy_from_slice(values);
+                lse.part(at..at + 1)[0] = log_sum;
+            }
+        };
+        forward_task(isa, view, segment, head, rows, &mut put, scratch.of(worker));
+    });
+}
+
+struct Gradients<'a, R> {
+    dq: RowsMut<'a, R>,
+    dk: RowsMut<'a, R>,
+    dv: RowsMut<'a, R>,
+}
+
+fn attention_gradients<R: Real, S: Store<R>>(
+    pool: &Pool,
+    isa: Isa,
+    view: View<'_, S>,
+    saved: Saved<'_, R>,
+    segments: &[Segment],
+    grads: Gradients<'_, R>,
+    scratch: &Scratch<'_, R>,
+) {
+    let heads = view.num_heads;
+    let grads = &grads;
+    pool.run(pieces(segments, |s| s.q_len) * heads, &|task, worker| {
+        let (segment, start) = piece(segments, task / heads, |s| s.q_len);
+        let head = task % heads;
+        let rows = (start, segment.q_len.min(start + TILE));
+        let mut put = |row: usize, values: &[R]| {
+            let at = (segment.q_start + row) * heads + head;
+            // SAFETY: row `at` of this head belongs to this task alone.
+            unsafe { grads.dq.part(at..at + 1) }.copy_from_slice(values);
+        };
+        dq_task(
+            isa,
+            view,
+            saved,
+            segment,
+            head,
+            rows,
+            &mut put,
+            scratch.of(worker),
+        );
+    });
+    let kv_heads = view.num_kv_heads;
+    pool.run(
+        pieces(segments, |s| s.kv_len) * kv_heads,
+        &|task, worker| {
+            let (segment, j0) = piece(segments, task / kv_heads, |s| s.kv_len);
+            let key_head = task % kv_heads;
+            let mut put = |position: usize, dk: &[R], dv: &[R]| {
+                let at = (segment.kv_start + position) * kv_heads + key_head;
+                // SAFETY: key `at` of this head belongs to this task alone.
+                unsafe {
+                    grads.dk.part(at..at + 1).copy_from_slice(dk);
+                    grads.dv.part(at..at + 1).copy_from_slice(dv);
+                }
+            };
+            let sums = 2 * view.head_dim * TILE;
+            let (sums, scratch) = scratch.of(worker).split_at_mut(sums);
+            dkdv_task(
+                isa, view, saved, segment, key_head, j0, &mut put, scratch, sums,
+            );
+        },
+    );
+}
+
+multiversion! {
+    /// [`forward_block`]
+    fn forward_task[R: Real, S: Store<R>][R, S](
+        view: View<'_, S>,
+        segment: Segment,
+        head: usize,
+        rows: (usize, usize),
+        put: &mut dyn FnMut(usize, &[R], R),
+        scratch: &mut [R],
+    ) = forward_block;
+}
+multiversion! {
+    /// [`dq_block`]
+    fn dq_task[R: Real, S: Store<R>][R, S](
+        view: View<'_, S>,
+        saved: Saved<'_, R>,
+        segment: Segment,
+        head: usize,
+        rows: (usize, usize),
+        put: &mut dyn FnMut(usize, &[R]),
+        scratch: &mut [R],
+    ) = dq_block;
+}
+multiversion! {
+    /// [`dkdv_tile`]
+    fn dkdv_task[R: Real, S: Store<R>][R, S](
+        view: View<'_, S>,
+        saved: Saved<'_, R>,
+        segment: Segment,
+        key_head: usize,
+        j0: usize,
+        put: &mut dyn FnMut(usize, &[R], &[R]),
+        scratch: &mut [R],
+        sums: &mut [R],
+    ) = dkdv_tile;
+}

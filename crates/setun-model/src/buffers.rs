@@ -1,0 +1,308 @@
+//! Activations of a model: what the forward pass writes and the backward pass reads.
+
+use crate::qwen3::ModelSpec;
+use half::bf16;
+use setun_backend::{ActBuf, AttnBuf, Buf, Category, Plan, Real};
+use setun_ternary::{Numerics, groups_per_row};
+
+/// What a model is laid out for.
+#[derive(Clone, Copy, Debug)]
+pub enum Purpose {
+    /// Forward and backward over whole windows.
+    Train(TrainShape),
+    /// Forward over new tokens against a cache of keys and values.
+    Infer {
+        /// Most new tokens of a call.
+        rows: usize,
+        /// Most positions in the cache.
+        context: usize,
+    },
+}
+
+/// Sizes of a training.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainShape {
+    /// Most tokens of a micro-batch.
+    pub rows: usize,
+    /// Most positions of a window.
+    pub positions: usize,
+    /// Keep only each layer's input, and compute the rest again in backward.
+    pub recompute: bool,
+    /// Rows of logits that exist at a time.
+    pub head_chunk: usize,
+}
+
+/// Saved activations of one layer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LayerBuffers<R> {
+    /// Residual stream behind the attention `[t, d]`.
+    pub x_mid: Buf<R>,
+    /// `[t]`
+    pub inv_input: Buf<R>,
+    /// `[t]`
+    pub inv_post: Buf<R>,
+    /// Normed input of q, k, v `[t, d]`.
+    pub act_qkv: ActBuf<R>,
+    /// Queries before norm and RoPE `[t, h, e]`.
+    pub q_pre: Buf<R>,
+    /// Keys before norm and RoPE `[t, k, e]`.
+    pub k_pre: Buf<R>,
+    /// `[t, h]`
+    pub inv_q: Buf<R>,
+    /// `[t, k]`
+    pub inv_k: Buf<R>,
+    /// Queries `[t, h, e]`.
+    pub q: AttnBuf<R>,
+    /// Keys: `[t, k, e]`, or the cache `[context, k, e]`.
+    pub k: AttnBuf<R>,
+    /// Values: `[t, k, e]`, or the cache `[context, k, e]`.
+    pub v: AttnBuf<R>,
+    /// Attention output `[t, h, e]`.
+    pub attn: Buf<R>,
+    /// `[t, h]`
+    pub lse: Buf<R>,
+    /// Attention output, rounded `[t, h * e]`.
+    pub act_o: ActBuf<R>,
+    /// Normed input of gate and up `[t, d]`.
+    pub act_mlp: ActBuf<R>,
+    /// `[t, f]`
+    pub gate: Buf<R>,
+    /// `[t, f]`
+    pub up: Buf<R>,
+    /// SwiGLU output, rounded `[t, f]`.
+    pub act_down: ActBuf<R>,
+}
+
+/// Scratch of the backward pass.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BackwardBuffers<R> {
+    /// Gradient of the residual stream `[t, d]`.
+    pub dx: Buf<R>,
+    /// Gradient of a normed input `[t, d]`.
+    pub dnorm: Buf<R>,
+    /// `[t, f]`
+    pub dmlp: Buf<R>,
+    /// `[t, h, e]`
+    pub dattn: Buf<R>,
+    /// `[t, h]`
+    pub delta: Buf<R>,
+    /// `[t, h, e]`
+    pub dq: Buf<R>,
+    /// `[t, k, e]`
+    pub dk: Buf<R>,
+    /// `[t, k, e]`
+    pub dv: Buf<R>,
+}
+
+/// All activations.
+#[derive(Clone, Debug)]
+pub(crate) struct Buffers<R> {
+    /// Most rows of a call.
+    pub rows: usize,
+    /// Rows of logits that exist at a time.
+    pub head_chunk: usize,
+    /// Positions of the RoPE table.
+    pub positions_len: usize,
+    /// `[t]`
+    pub ids: Buf<u32>,
+    /// `[t]`
+    pub targets: Buf<u32>,
+    /// `[t]`
+    pub positions: Buf<u32>,
+    /// `[positions, e / 2]`
+    pub cos: Buf<R>,
+    /// `[positions, e / 2]`
+    pub sin: Buf<R>,
+    /// Residual stream before each layer and behind the last: `[t, d]` each.
+    pub x: Vec<Buf<R>>,
+    /// Whether the layers share their buffers, so that backward computes them again.
+    pub shared: bool,
+    /// One for each layer; the same one where layers share.
+    pub layers: Vec<LayerBuffers<R>>,
+    /// Values before rounding `[t, k, e]`.
+    pub v_pre: Buf<R>,
+    /// `[t]`
+    pub inv_final: Buf<R>,
+    /// Normed input of the head `[t, d]`.
+    pub act_head: ActBuf<R>,
+    /// `[head_chunk, v]`
+    pub logits: Buf<R>,
+    /// `[t]`
+    pub losses: Buf<R>,
+    /// In training.
+    pub backward: Option<BackwardBuffers<R>>,
+}
+
+/// Allocates the buffers of one kind with their names.
+struct Allocator<'a> {
+    plan: &'a mut Plan,
+    numerics: Numerics,
+    group_size: usize,
+    rows: usize,
+}
+
+impl Allocator<'_> {
+    fn real<R: Real>(&mut self, name: &str, width: usize) -> Buf<R> {
+        self.plan
+            .alloc(Category::Activations, name, self.rows * width)
+    }
+
+    fn act<R: Real>(&mut self, name: &str, width: usize) -> ActBuf<R> {
+        let n = self.rows * width;
+        match self.numerics {
+            Numerics::F32 => ActBuf::Real(self.real(name, width)),
+            Numerics::Bf16 => ActBuf::Bf16(self.plan.alloc::<bf16>(Category::Activations, name, n)),
+            Numerics::Int8 => {
+                let groups = self.rows * groups_per_row(width, self.group_size);
+                ActBuf::Int8 {
+                    q: self.plan.alloc(Category::Activations, name, n),
+                    scales: self.plan.alloc(
+                        Category::Activations,
+                        format!("{name} scales"),
+                        groups,
+                    ),
+                    group_size: self.group_size,
+                }
+            }
+        }
+    }
+
+    fn attn<R: Real>(&mut self, category: Category, name: &str, len: usize) -> AttnBuf<R> {
+        match self.numerics {
+            Numerics::F32 => AttnBuf::Real(self.plan.alloc(category, name, len)),
+            Numerics::Bf16 | Numerics::Int8 => AttnBuf::Bf16(self.plan.alloc(category, name, len)),
+        }
+    }
+
+    fn layer<R: Real>(
+        &mut self,
+        l: &str,
+        spec: &ModelSpec,
+        cache: Option<usize>,
+    ) -> LayerBuffers<R> {
+        let c = &spec.config;
+        let (h, k) = (c.num_attention_heads, c.num_key_value_heads);
+        let (qw, kw) = (h * c.head_dim, k * c.head_dim);
+        let (d, f) = (c.hidden_size, c.intermediate_size);
+        let (kv_category, kv_rows) = match cache {
+            Some(context) => (Category::KvCache, context),
+            None => (Category::Activations, self.rows),
+        };
+        let name = |what: &str| format!("{l}.{what}");
+        LayerBuffers {
+            x_mid: self.real(&name("x_mid"), d),
+            inv_input: self.real(&name("inv_input"), 1),
+            inv_post: self.real(&name("inv_post"), 1),
+            act_qkv: self.act(&name("act_qkv"), d),
+            q_pre: self.real(&name("q_pre"), qw),
+            k_pre: self.real(&name("k_pre"), kw),
+            inv_q: self.real(&name("inv_q"), h),
+            inv_k: self.real(&name("inv_k"), k),
+            q: self.attn(Category::Activations, &name("q"), self.rows * qw),
+            k: self.attn(kv_category, &name("k"), kv_rows * kw),
+            v: self.attn(kv_category, &name("v"), kv_rows * kw),
+            attn: self.real(&name("attn"), qw),
+            lse: self.real(&name("lse"), h),
+            act_o: self.act(&name("act_o"), qw),
+            act_mlp: self.act(&name("act_mlp"), d),
+            gate: self.real(&name("gate"), f),
+            up: self.real(&name("up"), f),
+            act_down: self.act(&name("act_down"), f),
+        }
+    }
+}
+
+impl<R: Real> Buffers<R> {
+    pub fn reserve(plan: &mut Plan, spec: &ModelSpec, purpose: Purpose) -> Self {
+        let c = &spec.config;
+        let (rows, positions_len, shared, head_chunk, cache) = match purpose {
+            Purpose::Train(s) => (s.rows, s.positions, s.recompute, s.head_chunk, None),
+            Purpose::Infer { rows, context } => (rows, context, true, rows.min(32), Some(context)),
+        };
+        let group_size = spec.scheme.map_or(1, |s| s.group_size);
+        let table = positions_len * c.head_dim / 2;
+        let (cos, sin) = (
+            plan.alloc(Category::Workspace, "rope cos", table),
+            plan.alloc(Category::Workspace, "rope sin", table),
+        );
+        let logits = plan.alloc(Category::Workspace, "logits", head_chunk * c.vocab_size);
+        let mut a = Allocator {
+            plan,
+            numerics: spec.numerics,
+            group_size,
+            rows,
+        };
+        let ids = a.plan.alloc(Category::Activations, "ids", rows);
+        let targets = a.plan.alloc(Category::Activations, "targets", rows);
+        let positions = a.plan.alloc(Category::Activations, "positions", rows);
+        let residuals = if cache.is_some() {
+            2
+        } else {
+            c.num_hidden_layers + 1
+        };
+        let x: Vec<_> = (0..residuals)
+            .map(|l| a.real(&format!("layers.{l}.x"), c.hidden_size))
+            .collect();
+        let layers = layer_buffers(&mut a, spec, shared, cache);
+        let backward = matches!(purpose, Purpose::Train(_)).then(|| backward_buffers(&mut a, spec));
+        Self {
+            rows,
+            head_chunk,
+            positions_len,
+            ids,
+            targets,
+            positions,
+            cos,
+            sin,
+            x,
+            shared,
+            layers,
+            v_pre: a.real("v_pre", c.num_key_value_heads * c.head_dim),
+            inv_final: a.real("inv_final", 1),
+            act_head: a.act("act_head", c.hidden_size),
+            logits,
+            losses: a.real("losses", 1),
+            backward,
+        }
+    }
+}
+
+/// Buffers of each layer. Layers that share keep their own caches.
+fn layer_buffers<R: Real>(
+    a: &mut Allocator<'_>,
+    spec: &ModelSpec,
+    shared: bool,
+    cache: Option<usize>,
+) -> Vec<LayerBuffers<R>> {
+    let c = &spec.config;
+    if !shared {
+        return (0..c.num_hidden_layers)
+            .map(|l| a.layer(&format!("layers.{l}"), spec, cache))
+            .collect();
+    }
+    let first = a.layer("layers.shared", spec, cache);
+    let mut layers = vec![first; c.num_hidden_layers];
+    if let Some(context) = cache {
+        let len = context * c.num_key_value_heads * c.head_dim;
+        for (l, layer) in layers.iter_mut().enumerate().skip(1) {
+            layer.k = a.attn(Category::KvCache, &format!("layers.{l}.k"), len);
+            layer.v = a.attn(Category::KvCache, &format!("layers.{l}.v"), len);
+        }
+    }
+    layers
+}
+
+fn backward_buffers<R: Real>(a: &mut Allocator<'_>, spec: &ModelSpec) -> BackwardBuffers<R> {
+    let c = &spec.config;
+    let (h, k) = (c.num_attention_heads, c.num_key_value_heads);
+    BackwardBuffers {
+        dx: a.real("dx", c.hidden_size),
+        dnorm: a.real("dnorm", c.hidden_size),
+        dmlp: a.real("dmlp", c.intermediate_size),
+        dattn: a.real("dattn", h * c.head_dim),
+        delta: a.real("delta", h),
+        dq: a.real("dq", h * c.head_dim),
+        dk: a.real("dk", k * c.head_dim),
+        dv: a.real("dv", k * c.head_dim),
+    }
+}

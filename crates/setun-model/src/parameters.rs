@@ -1,0 +1,334 @@
+//! The parameters of a model in a backend: latent weights, gradients, projections.
+
+use setun_backend::{
+    Backend, Buf, Category, Plan, ProjectStats, Real, TernaryBuf, WeightBuf, WeightData,
+};
+use setun_formats::Qwen3Config;
+use setun_ternary::reconstruct_latents;
+use setun_ternary::{PackError, PackedMatrix, ScaleError, ScaleRule, groups_per_row};
+use thiserror::Error;
+
+/// How matrices become ternary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scheme {
+    /// Weights that share a scale.
+    pub group_size: usize,
+    /// How the scale follows from the weights.
+    pub scale_rule: ScaleRule,
+}
+
+/// One parameter: a matrix `[rows, cols]`, or a norm with one row.
+#[derive(Clone, Debug)]
+pub struct Parameter<R> {
+    /// Hugging Face's name.
+    pub name: String,
+    /// Rows; 1 for a norm.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Whether it is a matrix.
+    pub is_matrix: bool,
+    /// The values that are trained; a ternary model that only runs has none for matrices.
+    pub latent: Option<Buf<R>>,
+    /// Gradient, in training.
+    pub grad: Option<Buf<R>>,
+    /// Projection: what the forward pass multiplies with.
+    pub ternary: Option<TernaryBuf>,
+}
+
+impl<R> Parameter<R> {
+    /// Number of values.
+    pub fn numel(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// The matrix as products see it.
+    pub fn weight(&self) -> WeightBuf<R> {
+        let data = match (self.ternary, self.latent) {
+            (Some(ternary), _) => WeightData::Ternary(ternary),
+            (None, Some(latent)) => WeightData::Dense(latent),
+            (None, None) => unreachable!("a parameter has a latent or a ternary form"),
+        };
+        WeightBuf {
+            out: self.rows,
+            inp: self.cols,
+            data,
+        }
+    }
+
+    /// The values of a norm or of a dense matrix.
+    pub fn values(&self) -> Buf<R> {
+        self.latent.expect("norms and dense matrices have values")
+    }
+
+    /// The gradient.
+    pub fn gradient(&self) -> Buf<R> {
+        self.grad.expect("a model that is trained has gradients")
+    }
+}
+
+/// A group whose scale cannot be shipped.
+#[derive(Clone, Debug, Error)]
+#[error(
+    "{name}, row {row}, group {group}: {why}; lower the learning rate or resume from an earlier checkpoint"
+)]
+pub struct ProjectFailure {
+    /// Parameter.
+    pub name: String,
+    /// Row.
+    pub row: usize,
+    /// Group in the row.
+    pub group: usize,
+    /// What is wrong.
+    pub why: ScaleError,
+}
+
+/// Why values do not fit a parameter.
+#[derive(Clone, Debug, Error)]
+pub enum SetError {
+    /// No parameter of that name.
+    #[error("the model has no parameter {0}")]
+    Unknown(String),
+    /// Another number of values.
+    #[error("{name} has {expected} values, not {found}")]
+    Length {
+        /// Parameter.
+        name: String,
+        /// Values that it has.
+        expected: usize,
+        /// Values that were given.
+        found: usize,
+    },
+    /// Another ternary form, or a dense matrix.
+    #[error("{name} is {model} in this model, not {given}")]
+    Form {
+        /// Parameter.
+        name: String,
+        /// What the model holds.
+        model: String,
+        /// What was given.
+        given: String,
+    },
+    /// Packed bytes that are no trits.
+    #[error("{name}, row {row}: {source}")]
+    Packed {
+        /// Parameter.
+        name: String,
+        /// Row.
+        row: usize,
+        /// What is wrong.
+        source: PackError,
+    },
+}
+
+/// All parameters, in canonical order.
+#[derive(Clone, Debug)]
+pub struct Parameters<R> {
+    /// The list.
+    pub list: Vec<Parameter<R>>,
+    /// How matrices become ternary; none for a dense model.
+    pub scheme: Option<Scheme>,
+}
+
+impl<R: Real> Parameters<R> {
+    /// Reserves memory for all parameters of `config`.
+    pub fn reserve(
+        plan: &mut Plan,
+        config: &Qwen3Config,
+        scheme: Option<Scheme>,
+        train: bool,
+    ) -> Self {
+        let mut list = Vec::new();
+        for info in config.parameters() {
+            let is_matrix = info.is_matrix();
+            let cols = *info.shape.last().unwrap_or(&1);
+            let rows = info.numel() / cols;
+            let ternary = scheme.filter(|_| is_matrix).map(|scheme| {
+                let group_size = scheme.group_size;
+                let scales = rows * groups_per_row(cols, group_size);
+                TernaryBuf {
+                    trits: plan.alloc(
+                        Category::Parameters,
+                        format!("{}.trits", info.name),
+                        rows * cols,
+                    ),
+                    scales: plan.alloc(
+                        Category::Parameters,
+                        format!("{}.scales", info.name),
+                        scales,
+                    ),
+                    group_size,
+                }
+            });
+            let latent = (train || ternary.is_none())
+                .then(|| plan.alloc(Category::Parameters, info.name.clone(), rows * cols));
+            let grad = train
+                .then(|| plan.alloc(Category::Gradients, format!("d {}", info.name), rows * cols));
+            list.push(Parameter {
+                name: info.name,
+                rows,
+                cols,
+                is_matrix,
+                latent,
+                grad,
+                ternary,
+            });
+        }
+        Self { list, scheme }
+    }
+
+    /// The parameter called `name`.
+    ///
+    /// # Errors
+    /// [`SetError::Unknown`]
+    pub fn named(&self, name: &str) -> Result<&Parameter<R>, SetError> {
+        let found = self.list.iter().find(|p| p.name == name);
+        found.ok_or_else(|| SetError::Unknown(name.to_owned()))
+    }
+
+    /// Projects every matrix; afterwards the forward pass uses the latents as they are
+    /// now. Called once per change of the latents, never in between.
+    ///
+    /// # Errors
+    /// A scale that cannot be shipped.
+    pub fn project<B: Backend<Real = R>>(&self, b: &mut B) -> Result<ProjectStats, ProjectFailure> {
+        let mut total = ProjectStats::default();
+        let Some(scheme) = self.scheme else {
+            return Ok(total);
+        };
+        for p in &self.list {
+            let (Some(ternary), Some(latent)) = (p.ternary, p.latent) else {
+                continue;
+            };
+            let stats = b
+                .project(latent, p.cols, scheme.scale_rule, ternary)
+                .map_err(|e| ProjectFailure {
+                    name: p.name.clone(),
+                    row: e.row,
+                    group: e.group,
+                    why: e.why,
+                })?;
+            total.zeros += stats.zeros;
+            total.flips += stats.flips;
+        }
+        Ok(total)
+    }
+
+    /// Sets the latent values (of a dense model: the values) of `name`.
+    ///
+    /// # Errors
+    /// An unknown name, another length, a ternary model without latents.
+    pub fn set_values<B: Backend<Real = R>>(
+        &self,
+        b: &mut B,
+        name: &str,
+        values: &[f32],
+    ) -> Result<(), SetError> {
+        let p = self.named(name)?;
+        if values.len() != p.numel() {
+            let (expected, found) = (p.numel(), values.len());
+            return Err(SetError::Length {
+                name: name.to_owned(),
+                expected,
+                found,
+            });
+        }
+        let Some(latent) = p.latent else {
+            return Err(form_error(p, "dense"));
+        };
+        let values: Vec<R> = values.iter().map(|&x| R::from_f32(x)).collect();
+        b.write(latent, &values);
+        Ok(())
+    }
+
+    /// Sets trits and scales of `name`, and latents that project onto them if the model
+    /// has latents (DESIGN 3.1: never project twice).
+    ///
+    /// # Errors
+    /// An unknown name, another shape or group size, bytes that are no trits.
+    pub fn set_ternary<B: Backend<Real = R>>(
+        &self,
+        b: &mut B,
+        name: &str,
+        matrix: &PackedMatrix,
+    ) -> Result<(), SetError> {
+        let p = self.named(name)?;
+        let given = (matrix.rows, matrix.cols, matrix.group_size);
+        let buf = p
+            .ternary
+            .filter(|t| given == (p.rows, p.cols, t.group_size));
+        let (Some(buf), Some(scheme)) = (buf, self.scheme) else {
+            let text = format!("ternary {}x{} in groups of {}", given.0, given.1, given.2);
+            return Err(form_error(p, &text));
+        };
+        let mut trits = vec![0i8; p.numel()];
+        for (row, trits) in trits.chunks_mut(p.cols).enumerate() {
+            let unpacked = matrix.unpack_row(row, trits);
+            unpacked.map_err(|source| SetError::Packed {
+                name: name.to_owned(),
+                row,
+                source,
+            })?;
+        }
+        let scales: Vec<f32> = matrix.scales.iter().map(|s| s.to_f32()).collect();
+        b.write(buf.trits, &trits);
+        b.write(buf.scales, &scales);
+        if let Some(latent) = p.latent {
+            let mut values = vec![0.0f32; p.numel()];
+            let groups = groups_per_row(p.cols, scheme.group_size);
+            let rows = values.chunks_mut(p.cols).zip(trits.chunks(p.cols));
+            for ((values, trits), scales) in rows.zip(scales.chunks(groups)) {
+                let parts = values
+                    .chunks_mut(scheme.group_size)
+                    .zip(trits.chunks(scheme.group_size));
+                for ((values, trits), &scale) in parts.zip(scales) {
+                    reconstruct_latents(trits, scale, scheme.scale_rule, values);
+                }
+            }
+            let values: Vec<R> = values.iter().map(|&x| R::from_f32(x)).collect();
+            b.write(latent, &values);
+        }
+        Ok(())
+    }
+
+    /// Values of a norm, or latents of a matrix.
+    pub fn read_values<B: Backend<Real = R>>(&self, b: &B, p: &Parameter<R>) -> Vec<f32> {
+        let mut values = vec![R::ZERO; p.numel()];
+        b.read(p.values(), &mut values);
+        values.iter().map(|x| x.to_f32()).collect()
+    }
+
+    /// Trits and scales of a ternary matrix, as the forward pass uses them.
+    pub fn read_ternary<B: Backend<Real = R>>(
+        &self,
+        b: &B,
+        p: &Parameter<R>,
+    ) -> Option<PackedMatrix> {
+        let buf = p.ternary?;
+        let mut trits = vec![0i8; buf.trits.len()];
+        let mut scales = vec![0.0f32; buf.scales.len()];
+        b.read(buf.trits, &mut trits);
+        b.read(buf.scales, &mut scales);
+        Some(PackedMatrix::from_trits(
+            &trits,
+            &scales,
+            p.cols,
+            buf.group_size,
+        ))
+    }
+}
+
+fn form_error<R>(p: &Parameter<R>, given: &str) -> SetError {
+    let model = match p.ternary {
+        Some(t) => format!(
+            "ternary {}x{} in groups of {}",
+            p.rows, p.cols, t.group_size
+        ),
+        None => format!("dense {}x{}", p.rows, p.cols),
+    };
+    SetError::Form {
+        name: p.name.clone(),
+        model,
+        given: given.to_owned(),
+    }
+}

@@ -1,0 +1,446 @@
+//! Qwen3, forward and backward, explicitly: the one definition of the architecture.
+//!
+//! Pre-norm RMSNorm, grouped-query attention with per-head norm of queries and keys
+//! before RoPE, SwiGLU, no biases, tied or separate head, as Hugging Face's
+//! `Qwen3ForCausalLM`. Dense and ternary models differ only in what a parameter's
+//! [`weight`](crate::Parameter::weight) is.
+
+use crate::buffers::{Buffers, LayerBuffers, Purpose};
+use crate::parameters::{Parameter, Parameters, Scheme};
+use crate::rope::RopeTable;
+use setun_backend::{
+    Attention, AttentionBackward, Backend, Buf, CrossEntropy, NormRope, Plan, Real, RmsNorm,
+    Segment,
+};
+use setun_formats::Qwen3Config;
+use setun_ternary::Numerics;
+
+/// What a model computes.
+#[derive(Clone, Debug)]
+pub struct ModelSpec {
+    /// Shape and constants.
+    pub config: Qwen3Config,
+    /// How matrices become ternary; none for a dense model.
+    pub scheme: Option<Scheme>,
+    /// Arithmetic of the products.
+    pub numerics: Numerics,
+}
+
+/// Indices of a layer's parameters in canonical order.
+const INPUT_NORM: usize = 0;
+const Q_PROJ: usize = 1;
+const K_PROJ: usize = 2;
+const V_PROJ: usize = 3;
+const Q_NORM: usize = 4;
+const K_NORM: usize = 5;
+const O_PROJ: usize = 6;
+const POST_NORM: usize = 7;
+const GATE_PROJ: usize = 8;
+const UP_PROJ: usize = 9;
+const DOWN_PROJ: usize = 10;
+const PER_LAYER: usize = 11;
+
+/// A model laid out in a plan.
+pub struct Qwen3<R: Real> {
+    spec: ModelSpec,
+    /// Weights and gradients.
+    pub parameters: Parameters<R>,
+    buffers: Buffers<R>,
+}
+
+/// One call of the forward pass.
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    /// Rows in use.
+    rows: usize,
+    /// Row of the keys and values at which the new ones begin.
+    kv_start: usize,
+    segments: &'a [Segment],
+}
+
+fn rows_of<R>(buf: Buf<R>, rows: usize, width: usize) -> Buf<R> {
+    buf.part(0, rows * width)
+}
+
+impl<R: Real> Qwen3<R> {
+    /// Reserves all memory of the model.
+    pub fn reserve(plan: &mut Plan, spec: ModelSpec, purpose: Purpose) -> Self {
+        let train = matches!(purpose, Purpose::Train(_));
+        let parameters = Parameters::reserve(plan, &spec.config, spec.scheme, train);
+        let buffers = Buffers::reserve(plan, &spec, purpose);
+        Self {
+            spec,
+            parameters,
+            buffers,
+        }
+    }
+
+    /// What the model computes.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Most rows of a call.
+    pub fn max_rows(&self) -> usize {
+        self.buffers.rows
+    }
+
+    /// Writes the RoPE table; once, after the memory is there.
+    pub fn prepare<B: Backend<Real = R>>(&self, b: &mut B) {
+        let c = &self.spec.config;
+        let table = RopeTable::new(&c.rope, c.head_dim, self.buffers.positions_len);
+        let real = |x: &[f32]| x.iter().map(|&x| R::from_f32(x)).collect::<Vec<R>>();
+        b.write(self.buffers.cos, &real(&table.cos));
+        b.write(self.buffers.sin, &real(&table.sin));
+    }
+
+    /// Writes a batch: tokens, their positions, and targets where the loss is wanted.
+    pub fn write_batch<B: Backend<Real = R>>(
+        &self,
+        b: &mut B,
+        ids: &[u32],
+        positions: &[u32],
+        targets: &[u32],
+    ) {
+        b.write(self.buffers.ids.part(0, ids.len()), ids);
+        b.write(self.buffers.positions.part(0, ids.len()), positions);
+        b.write(self.buffers.targets.part(0, targets.len()), targets);
+    }
+
+    /// Forward pass of the batch in the buffers: `rows` tokens, attention within
+    /// `segments`. `kv_start` is the row of the cache behind the past (0 in training).
+    pub fn forward<B: Backend<Real = R>>(
+        &self,
+        b: &mut B,
+        rows: usize,
+        kv_start: usize,
+        segments: &[Segment],
+    ) {
+        let call = Call {
+            rows,
+            kv_start,
+            segments,
+        };
+        let d = self.spec.config.hidden_size;
+        let embedding = self.parameters.list[0].weight();
+        let first = rows_of(self.residual(0), rows, d);
+        b.embedding(self.buffers.ids.part(0, rows), embedding, first);
+        for l in 0..self.spec.config.num_hidden_layers {
+            self.layer_forward(b, l, call);
+        }
+        b.rms_norm(
+            self.final_norm(rows),
+            self.buffers.act_head.rows(0, rows, d),
+        );
+    }
+
+    /// Losses of the last forward pass, one for each row; `loss(rows)` reads them. With
+    /// `gradient_scale` also the gradients of all parameters, `+=`, of the sum of the
+    /// losses times that scale.
+    pub fn loss_and_backward<B: Backend<Real = R>>(
+        &self,
+        b: &mut B,
+        rows: usize,
+        segments: &[Segment],
+        gradient_scale: Option<f64>,
+    ) {
+        self.head(b, rows, gradient_scale);
+        if gradient_scale.is_some() {
+            self.backward(
+                b,
+                Call {
+                    rows,
+                    kv_start: 0,
+                    segments,
+                },
+            );
+        }
+    }
+
+    /// Losses of the last [`loss_and_backward`](Self::loss_and_backward).
+    pub fn read_losses<B: Backend<Real = R>>(&self, b: &B, losses: &mut [R]) {
+        b.read(self.buffers.losses.part(0, losses.len()), losses);
+    }
+
+    /// Logits `[1, v]` of row `row` of the last forward pass.
+    pub fn read_logits<B: Backend<Real = R>>(&self, b: &mut B, row: usize, logits: &mut [R]) {
+        let head = self.head_parameter().weight();
+        let to = self.buffers.logits.part(0, head.out);
+        b.linear(self.buffers.act_head.rows(row, 1, head.inp), head, to);
+        b.read(to, logits);
+    }
+
+    fn residual(&self, l: usize) -> Buf<R> {
+        // Without a backward pass two buffers take turns.
+        self.buffers.x[if self.buffers.backward.is_some() {
+            l
+        } else {
+            l % 2
+        }]
+    }
+
+    fn layer_parameter(&self, l: usize, which: usize) -> &Parameter<R> {
+        &self.parameters.list[1 + l * PER_LAYER + which]
+    }
+
+    fn final_norm_parameter(&self) -> &Parameter<R> {
+        &self.parameters.list[1 + self.spec.config.num_hidden_layers * PER_LAYER]
+    }
+
+    fn head_parameter(&self) -> &Parameter<R> {
+        if self.spec.config.tie_word_embeddings {
+            &self.parameters.list[0]
+        } else {
+            &self.parameters.list[2 + self.spec.config.num_hidden_layers * PER_LAYER]
+        }
+    }
+
+    fn final_norm(&self, rows: usize) -> RmsNorm<R> {
+        let c = &self.spec.config;
+        RmsNorm {
+            x: rows_of(self.residual(c.num_hidden_layers), rows, c.hidden_size),
+            weight: self.final_norm_parameter().values(),
+            inv: self.buffers.inv_final.part(0, rows),
+            width: c.hidden_size,
+            eps: c.rms_norm_eps,
+        }
+    }
+
+    fn layer_norm(&self, l: usize, post: bool, rows: usize) -> RmsNorm<R> {
+        let c = &self.spec.config;
+        let s = &self.buffers.layers[l];
+        let (x, inv, which) = if post {
+            (s.x_mid, s.inv_post, POST_NORM)
+        } else {
+            (self.residual(l), s.inv_input, INPUT_NORM)
+        };
+        RmsNorm {
+            x: rows_of(x, rows, c.hidden_size),
+            weight: self.layer_parameter(l, which).values(),
+            inv: inv.part(0, rows),
+            width: c.hidden_size,
+            eps: c.rms_norm_eps,
+        }
+    }
+
+    fn head_norm(&self, l: usize, keys: bool, rows: usize) -> NormRope<R> {
+        let c = &self.spec.config;
+        let s = &self.buffers.layers[l];
+        let (x, inv, which, heads) = if keys {
+            (s.k_pre, s.inv_k, K_NORM, c.num_key_value_heads)
+        } else {
+            (s.q_pre, s.inv_q, Q_NORM, c.num_attention_heads)
+        };
+        NormRope {
+            norm: RmsNorm {
+                x: rows_of(x, rows, heads * c.head_dim),
+                weight: self.layer_parameter(l, which).values(),
+                inv: rows_of(inv, rows, heads),
+                width: c.head_dim,
+                eps: c.rms_norm_eps,
+            },
+            heads,
+            cos: self.buffers.cos,
+            sin: self.buffers.sin,
+            positions: self.buffers.positions.part(0, rows),
+        }
+    }
+
+    fn attention<'a>(&self, s: &LayerBuffers<R>, call: Call<'a>) -> Attention<'a, R> {
+        let c = &self.spec.config;
+        let width = c.num_attention_heads * c.head_dim;
+        Attention {
+            q: s.q.rows(0, call.rows, width),
+            k: s.k,
+            v: s.v,
+            out: rows_of(s.attn, call.rows, width),
+            lse: rows_of(s.lse, call.rows, c.num_attention_heads),
+            segments: call.segments,
+            num_heads: c.num_attention_heads,
+            num_kv_heads: c.num_key_value_heads,
+            head_dim: c.head_dim,
+        }
+    }
+
+    fn layer_forward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, call: Call<'_>) {
+        self.attention_forward(b, l, call);
+        self.mlp_forward(b, l, call.rows);
+    }
+
+    /// `x_mid = x + o_proj(attention(norm(x)))`
+    fn attention_forward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, call: Call<'_>) {
+        let c = &self.spec.config;
+        let s = &self.buffers.layers[l];
+        let weight = |which| self.layer_parameter(l, which).weight();
+        let (rows, d) = (call.rows, c.hidden_size);
+        let (qw, kw) = (
+            c.num_attention_heads * c.head_dim,
+            c.num_key_value_heads * c.head_dim,
+        );
+        let act_qkv = s.act_qkv.rows(0, rows, d);
+        b.rms_norm(self.layer_norm(l, false, rows), act_qkv);
+        b.linear(act_qkv, weight(Q_PROJ), rows_of(s.q_pre, rows, qw));
+        b.linear(act_qkv, weight(K_PROJ), rows_of(s.k_pre, rows, kw));
+        let v_pre = rows_of(self.buffers.v_pre, rows, kw);
+        b.linear(act_qkv, weight(V_PROJ), v_pre);
+        b.norm_rope(self.head_norm(l, false, rows), s.q.rows(0, rows, qw));
+        b.norm_rope(
+            self.head_norm(l, true, rows),
+            s.k.rows(call.kv_start, rows, kw),
+        );
+        b.round_attention(v_pre, s.v.rows(call.kv_start, rows, kw));
+        b.attention(self.attention(s, call));
+        let act_o = s.act_o.rows(0, rows, qw);
+        b.round_activation(rows_of(s.attn, rows, qw), qw, act_o);
+        let x_mid = rows_of(s.x_mid, rows, d);
+        b.linear(act_o, weight(O_PROJ), x_mid);
+        b.add(rows_of(self.residual(l), rows, d), x_mid);
+    }
+
+    /// `x = x_mid + down_proj(silu(gate_proj(n)) * up_proj(n))`, `n = norm(x_mid)`
+    fn mlp_forward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, rows: usize) {
+        let c = &self.spec.config;
+        let s = &self.buffers.layers[l];
+        let weight = |which| self.layer_parameter(l, which).weight();
+        let (d, f) = (c.hidden_size, c.intermediate_size);
+        let act_mlp = s.act_mlp.rows(0, rows, d);
+        b.rms_norm(self.layer_norm(l, true, rows), act_mlp);
+        let (gate, up) = (rows_of(s.gate, rows, f), rows_of(s.up, rows, f));
+        b.linear(act_mlp, weight(GATE_PROJ), gate);
+        b.linear(act_mlp, weight(UP_PROJ), up);
+        let act_down = s.act_down.rows(0, rows, f);
+        b.swiglu(gate, up, f, act_down);
+        let next = rows_of(self.residual(l + 1), rows, d);
+        b.linear(act_down, weight(DOWN_PROJ), next);
+        b.add(rows_of(s.x_mid, rows, d), next);
+    }
+
+    /// Cross entropy fused with the head, a chunk of rows at a time: the full logits
+    /// never exist. Leaves the gradient of the normed residual stream in `dnorm`.
+    fn head<B: Backend<Real = R>>(&self, b: &mut B, rows: usize, gradient_scale: Option<f64>) {
+        let parameter = self.head_parameter();
+        let weight = parameter.weight();
+        let (d, v) = (weight.inp, weight.out);
+        let chunk = self.buffers.head_chunk;
+        for start in (0..rows).step_by(chunk) {
+            let n = chunk.min(rows - start);
+            let logits = rows_of(self.buffers.logits, n, v);
+            let act = self.buffers.act_head.rows(start, n, d);
+            b.linear(act, weight, logits);
+            b.cross_entropy(CrossEntropy {
+                logits,
+                targets: self.buffers.targets.part(start, n),
+                losses: self.buffers.losses.part(start, n),
+                gradient_scale,
+            });
+            if gradient_scale.is_some() {
+                let dnorm = self.backward_buffers().dnorm.part(start * d, n * d);
+                b.linear_dx(logits, weight, dnorm, self.exact(), false);
+                b.linear_dw(logits, act, v, d, parameter.gradient());
+            }
+        }
+    }
+
+    fn exact(&self) -> bool {
+        self.spec.numerics == Numerics::F32
+    }
+
+    fn backward_buffers(&self) -> crate::buffers::BackwardBuffers<R> {
+        self.buffers
+            .backward
+            .expect("a model that is trained has these buffers")
+    }
+
+    fn backward<B: Backend<Real = R>>(&self, b: &mut B, call: Call<'_>) {
+        let c = &self.spec.config;
+        let g = self.backward_buffers();
+        let (rows, d) = (call.rows, c.hidden_size);
+        let (dx, dnorm) = (rows_of(g.dx, rows, d), rows_of(g.dnorm, rows, d));
+        b.zero(dx);
+        let dweight = self.final_norm_parameter().gradient();
+        b.rms_norm_backward(self.final_norm(rows), dnorm, dx, dweight);
+        for l in (0..c.num_hidden_layers).rev() {
+            // Layers that share their buffers have only the last one's values there.
+            if self.buffers.shared && l + 1 < c.num_hidden_layers {
+                self.layer_forward(b, l, call);
+            }
+            self.mlp_backward(b, l, rows);
+            self.attention_backward(b, l, call);
+        }
+        b.embedding_backward(
+            self.buffers.ids.part(0, rows),
+            dx,
+            self.parameters.list[0].gradient(),
+        );
+    }
+
+    fn mlp_backward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, rows: usize) {
+        let c = &self.spec.config;
+        let (s, g) = (&self.buffers.layers[l], self.backward_buffers());
+        let (d, f) = (c.hidden_size, c.intermediate_size);
+        let p = |which| self.layer_parameter(l, which);
+        let (dx, dnorm) = (rows_of(g.dx, rows, d), rows_of(g.dnorm, rows, d));
+        let dmlp = rows_of(g.dmlp, rows, f);
+        b.linear_dw(
+            dx,
+            s.act_down.rows(0, rows, f),
+            d,
+            f,
+            p(DOWN_PROJ).gradient(),
+        );
+        b.linear_dx(dx, p(DOWN_PROJ).weight(), dmlp, self.exact(), false);
+        let (gate, up) = (rows_of(s.gate, rows, f), rows_of(s.up, rows, f));
+        b.swiglu_backward(dmlp, gate, up);
+        let act_mlp = s.act_mlp.rows(0, rows, d);
+        b.linear_dw(gate, act_mlp, f, d, p(GATE_PROJ).gradient());
+        b.linear_dw(up, act_mlp, f, d, p(UP_PROJ).gradient());
+        b.linear_dx(gate, p(GATE_PROJ).weight(), dnorm, self.exact(), false);
+        b.linear_dx(up, p(UP_PROJ).weight(), dnorm, self.exact(), true);
+        b.rms_norm_backward(
+            self.layer_norm(l, true, rows),
+            dnorm,
+            dx,
+            p(POST_NORM).gradient(),
+        );
+    }
+
+    fn attention_backward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, call: Call<'_>) {
+        let c = &self.spec.config;
+        let (s, g) = (&self.buffers.layers[l], self.backward_buffers());
+        let (rows, d) = (call.rows, c.hidden_size);
+        let (qw, kw) = (
+            c.num_attention_heads * c.head_dim,
+            c.num_key_value_heads * c.head_dim,
+        );
+        let p = |which| self.layer_parameter(l, which);
+        let (dx, dnorm) = (rows_of(g.dx, rows, d), rows_of(g.dnorm, rows, d));
+        let (dattn, dq) = (rows_of(g.dattn, rows, qw), rows_of(g.dq, rows, qw));
+        let (dk, dv) = (rows_of(g.dk, rows, kw), rows_of(g.dv, rows, kw));
+        b.linear_dw(dx, s.act_o.rows(0, rows, qw), d, qw, p(O_PROJ).gradient());
+        b.linear_dx(dx, p(O_PROJ).weight(), dattn, self.exact(), false);
+        b.attention_backward(AttentionBackward {
+            forward: self.attention(s, call),
+            dout: dattn,
+            delta: rows_of(g.delta, rows, c.num_attention_heads),
+            dq,
+            dk,
+            dv,
+        });
+        b.norm_rope_backward(self.head_norm(l, false, rows), dq, p(Q_NORM).gradient());
+        b.norm_rope_backward(self.head_norm(l, true, rows), dk, p(K_NORM).gradient());
+        let act_qkv = s.act_qkv.rows(0, rows, d);
+        for (i, (dy, which, width)) in [(dq, Q_PROJ, qw), (dk, K_PROJ, kw), (dv, V_PROJ, kw)]
+            .into_iter()
+            .enumerate()
+        {
+            b.linear_dw(dy, act_qkv, width, d, p(which).gradient());
+            b.linear_dx(dy, p(which).weight(), dnorm, self.exact(), i > 0);
+        }
+        b.rms_norm_backward(
+            self.layer_norm(l, false, rows),
+            dnorm,
+            dx,
+            p(INPUT_NORM).gradient(),
+        );
+    }
+}

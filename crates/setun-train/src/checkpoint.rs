@@ -1,0 +1,291 @@
+//! Checkpoints: everything that a run needs to go on with the same bits.
+
+use crate::TrainError;
+use crate::trainer::Trainer;
+use bytemuck::cast_slice;
+use serde::{Deserialize, Serialize};
+use setun_backend::{Backend, Buf};
+use setun_formats::tensors::write_header;
+use setun_formats::{Dtype, PackedHeader, TensorInfo, TernaryInfo};
+use setun_io::{
+    DirWriter, IoError, Matrix, TensorFile, TensorSource, checkpoint_name, write_packed,
+};
+use setun_model::{Parameter, Parameters};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// `state.json`: what is not derivable from settings and step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainState {
+    /// Format of the checkpoint.
+    pub version: u32,
+    /// Steps that are finished.
+    pub step: u64,
+    /// Updates of the optimizer.
+    pub updates: u64,
+    /// Bad steps in a row.
+    pub bad_steps: u64,
+    /// Best held-out loss so far, with its step.
+    pub best: Option<(u64, f64)>,
+    /// Evaluations since then.
+    pub evaluations_since_best: u64,
+    /// Hashes of tokenizer, training and held-out tokens.
+    pub data: DataIdentity,
+}
+
+/// What the data of a run are, to refuse others at resume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataIdentity {
+    /// blake3 of the tokenizer file.
+    pub tokenizer: String,
+    /// blake3 of the training tokens.
+    pub train: String,
+    /// blake3 of the held-out tokens.
+    pub valid: String,
+}
+
+/// Version of [`TrainState`].
+pub const STATE_VERSION: u32 = 1;
+
+/// The parameters in a backend, as files want them.
+pub struct LiveSource<'a, B> {
+    /// Where they are.
+    pub backend: &'a B,
+    /// Which.
+    pub parameters: &'a Parameters<f32>,
+}
+
+impl<B: Backend<Real = f32>> LiveSource<'_, B> {
+    fn named(&self, name: &str) -> Result<&Parameter<f32>, IoError> {
+        self.parameters
+            .named(name)
+            .map_err(|e| IoError::Refused(e.to_string()))
+    }
+}
+
+impl<B: Backend<Real = f32>> TensorSource for LiveSource<'_, B> {
+    fn matrix(&self, name: &str) -> Result<Matrix, IoError> {
+        let p = self.named(name)?;
+        Ok(match self.parameters.read_ternary(self.backend, p) {
+            Some(m) => Matrix::Ternary(m),
+            None => Matrix::Dense(self.parameters.read_values(self.backend, p)),
+        })
+    }
+
+    fn norm(&self, name: &str) -> Result<Vec<f32>, IoError> {
+        let p = self.named(name)?;
+        Ok(self.parameters.read_values(self.backend, p))
+    }
+}
+
+/// Files that stay the same over a run.
+pub struct Constants<'a> {
+    /// `config.json`
+    pub config_json: &'a str,
+    /// `tokenizer.json`
+    pub tokenizer_json: &'a [u8],
+    /// Number format; none for a dense model.
+    pub ternary: Option<PackedHeader>,
+}
+
+/// Writes `RUN/checkpoints/step-N` and returns it with the hash of the ternary weights
+/// that the last forward pass used.
+///
+/// # Errors
+/// What the operating system returns; nothing half-written stays behind.
+pub fn save<B: Backend<Real = f32>>(
+    run: &Path,
+    trainer: &Trainer<B>,
+    state: &TrainState,
+    constants: &Constants<'_>,
+) -> Result<(PathBuf, Option<String>), TrainError> {
+    let parameters = &trainer.model.parameters;
+    let source = LiveSource {
+        backend: &trainer.backend,
+        parameters,
+    };
+    let mut dir = DirWriter::create(&run.join("checkpoints"), &checkpoint_name(trainer.step))?;
+    let mut hash = blake3::Hasher::new();
+    let latents: Vec<Entry> = parameters.list.iter().map(Entry::latent).collect();
+    dir.file("latents.safetensors", |out| {
+        write_tensors(out, &trainer.backend, &latents, |bytes| {
+            hash.update(bytes);
+        })
+    })?;
+    let optimizer = &trainer.optimizer;
+    let moments = parameters.list.iter().enumerate().flat_map(|(i, p)| {
+        [
+            Entry::of(p, ".m", optimizer.m[i]),
+            Entry::of(p, ".v", optimizer.v[i]),
+        ]
+    });
+    let moments: Vec<Entry> = moments.collect();
+    dir.file("optimizer.safetensors", |out| {
+        write_tensors(out, &trainer.backend, &moments, |_| {})
+    })?;
+    let mut ternary_hash = None;
+    if let Some(header) = &constants.ternary {
+        dir.file("packed.safetensors", |out| {
+            ternary_hash = Some(write_packed(out, header, &source).map_err(io::Error::other)?);
+            Ok(())
+        })?;
+    }
+    let json =
+        serde_json::to_string_pretty(state).map_err(|e| TrainError::refused(e.to_string()))?;
+    dir.file("state.json", |out| out.write_all(json.as_bytes()))?;
+    dir.file("config.json", |out| {
+        out.write_all(constants.config_json.as_bytes())
+    })?;
+    dir.file("tokenizer.json", |out| {
+        out.write_all(constants.tokenizer_json)
+    })?;
+    let params_hash = hash.finalize().to_hex().to_string();
+    let extra = manifest_extra(state.step, &params_hash, ternary_hash.as_deref(), constants);
+    Ok((dir.commit(extra)?, ternary_hash))
+}
+
+fn manifest_extra(
+    step: u64,
+    params_hash: &str,
+    ternary_hash: Option<&str>,
+    constants: &Constants<'_>,
+) -> serde_json::Value {
+    let mut extra = serde_json::json!({ "step": step, "params_hash": params_hash });
+    if let (Some(header), Some(hash)) = (&constants.ternary, ternary_hash) {
+        let TernaryInfo {
+            group_size,
+            scale_rule,
+            numerics,
+        } = header.ternary;
+        extra["ternary_hash"] = hash.into();
+        extra["group_size"] = group_size.into();
+        extra["scale_rule"] = scale_rule.name().into();
+        extra["numerics"] = numerics.name().into();
+    }
+    extra
+}
+
+/// Restores weights, moments and counters from a checkpoint directory that verified.
+///
+/// # Errors
+/// A checkpoint of another model, another version, or other data.
+pub fn restore<B: Backend<Real = f32>>(
+    dir: &Path,
+    trainer: &mut Trainer<B>,
+    data: &DataIdentity,
+) -> Result<TrainState, TrainError> {
+    let path = dir.join("state.json");
+    let text = std::fs::read(&path).map_err(|e| IoError::file("read", &path, e))?;
+    let state: TrainState = serde_json::from_slice(&text)
+        .map_err(|e| TrainError::refused(format!("{}: {e}", path.display())))?;
+    if state.version != STATE_VERSION {
+        return Err(TrainError::refused(format!(
+            "{}: version {} of the checkpoint format, this program reads {STATE_VERSION}",
+            path.display(),
+            state.version
+        )));
+    }
+    check_data(&state.data, data)?;
+    let latents = TensorFile::open(&dir.join("latents.safetensors"))?;
+    let moments = TensorFile::open(&dir.join("optimizer.safetensors"))?;
+    let list = trainer.model.parameters.list.clone();
+    for (i, p) in list.iter().enumerate() {
+        trainer.model.parameters.set_values(
+            &mut trainer.backend,
+            &p.name,
+            &latents.floats(&p.name)?,
+        )?;
+        for (buf, letter) in [(trainer.optimizer.m[i], "m"), (trainer.optimizer.v[i], "v")] {
+            let name = format!("{}.{letter}", p.name);
+            let values = moments.floats(&name)?;
+            if values.len() != p.numel() {
+                return Err(TrainError::refused(format!(
+                    "{}: {name} has {} values, the model needs {}",
+                    moments.path().display(),
+                    values.len(),
+                    p.numel()
+                )));
+            }
+            trainer.backend.write(buf, &values);
+        }
+    }
+    trainer.step = state.step;
+    trainer.optimizer.updates = state.updates;
+    trainer.project()?;
+    Ok(state)
+}
+
+fn check_data(saved: &DataIdentity, found: &DataIdentity) -> Result<(), TrainError> {
+    let pairs = [
+        ("tokenizer", &saved.tokenizer, &found.tokenizer),
+        ("training tokens", &saved.train, &found.train),
+        ("held-out tokens", &saved.valid, &found.valid),
+    ];
+    for (what, saved, found) in pairs {
+        if saved != found {
+            return Err(TrainError::refused(format!(
+                "the {what} are not those of the run (blake3 {found}, the checkpoint has \
+                 {saved}); put the files back, or start a new run with --init"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A buffer under a name.
+struct Entry {
+    name: String,
+    shape: Vec<usize>,
+    buf: Buf<f32>,
+}
+
+impl Entry {
+    fn of(p: &Parameter<f32>, suffix: &str, buf: Buf<f32>) -> Self {
+        let shape = if p.is_matrix {
+            vec![p.rows, p.cols]
+        } else {
+            vec![p.cols]
+        };
+        Self {
+            name: format!("{}{suffix}", p.name),
+            shape,
+            buf,
+        }
+    }
+
+    fn latent(p: &Parameter<f32>) -> Self {
+        Self::of(p, "", p.values())
+    }
+}
+
+/// Writes f32 tensors straight from the backend, a piece at a time.
+fn write_tensors<B: Backend<Real = f32>>(
+    out: &mut dyn Write,
+    backend: &B,
+    entries: &[Entry],
+    mut hash: impl FnMut(&[u8]),
+) -> io::Result<()> {
+    const PIECE: usize = 1 << 16;
+    let infos: Vec<TensorInfo> = entries
+        .iter()
+        .map(|e| TensorInfo {
+            name: e.name.clone(),
+            dtype: Dtype::F32,
+            shape: e.shape.clone(),
+        })
+        .collect();
+    write_header(out, &infos, &BTreeMap::new())?;
+    let mut values = vec![0.0f32; PIECE];
+    for entry in entries {
+        for start in (0..entry.buf.len()).step_by(PIECE) {
+            let n = PIECE.min(entry.buf.len() - start);
+            backend.read(entry.buf.part(start, n), &mut values[..n]);
+            // Little-endian on every machine that this builds for.
+            let bytes: &[u8] = cast_slice(&values[..n]);
+            hash(bytes);
+            out.write_all(bytes)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,329 @@
+//! Behind the last step: export, verification, samples, report.
+
+use crate::TrainError;
+use crate::data::{Batches, TokenSet};
+use crate::evaluate::Evaluator;
+use crate::machine;
+use crate::metrics;
+use crate::report::Report;
+use crate::report::record::{
+    FinalResults, Metric, RunRecord, Sample, Timeline, VerificationCheck, VerificationRow,
+    VerificationTable,
+};
+use crate::report::samples::measure_sample;
+use crate::run::Observer;
+use crate::settings::{ExportDtype, ExportFormat, Settings};
+use serde::Serialize;
+use setun_backend::Isa;
+use setun_formats::Tokenizer;
+use setun_infer::{Engine, EngineOptions, SamplerOptions, StopRules};
+use setun_io::{
+    IoError, OpenModel, VerifyReport, export_huggingface, export_packed, verify, write_atomic,
+};
+use std::path::{Path, PathBuf};
+
+/// Bytes of training text that samples are compared with.
+const COMPARED_BYTES: usize = 64 << 20;
+
+/// A finished run.
+pub struct Finished {
+    /// The run directory.
+    pub run: PathBuf,
+    /// The report, as written.
+    pub report: Report,
+    /// The verification; none for a dense model.
+    pub verification: Option<VerifyReport>,
+}
+
+impl Finished {
+    /// Whether everything that was verified is as it should be.
+    pub fn ok(&self) -> bool {
+        self.verification.as_ref().is_none_or(VerifyReport::ok)
+    }
+}
+
+/// What is left of a session when its training memory is gone.
+pub(crate) struct Finish {
+    pub settings: Settings,
+    pub run: PathBuf,
+    pub tokenizer: Tokenizer,
+    pub record: RunRecord,
+    pub isa: Isa,
+    pub threads: usize,
+    pub batches: Batches,
+    pub evaluator: Evaluator,
+}
+
+impl Finish {
+    pub fn run(mut self, observer: &mut dyn Observer) -> Result<Finished, TrainError> {
+        let model = OpenModel::open(&self.run)?;
+        observer.message("exporting the best checkpoint");
+        self.export(&model)?;
+        observer.message("continuing held-out prompts");
+        self.record.samples = self.samples(&model)?;
+        let metrics = metrics::read(&self.run, u64::MAX)?;
+        self.record.results = FinalResults::from_timeline(&Timeline::new(&metrics));
+        self.record.finished = Some(machine::now() as u64);
+        write_json(&self.run.join("run.json"), &self.record)?;
+        let mut verification = None;
+        if self.settings.model.ternary {
+            observer.message("verifying every weight of the checkpoints and exports");
+            verification = Some(verify(&self.run)?);
+        }
+        let report = write_report(&self.run, &self.record, &metrics, verification.as_ref())?;
+        Ok(Finished {
+            run: self.run,
+            report,
+            verification,
+        })
+    }
+
+    fn export(&self, model: &OpenModel) -> Result<(), TrainError> {
+        let parent = self.run.join("export");
+        let json = model.tokenizer_json()?;
+        for format in &self.settings.export.formats {
+            let name = format_directory(*format);
+            let target = parent.join(name);
+            if target.exists() {
+                // Of an earlier end of this run; the new one replaces it.
+                std::fs::remove_dir_all(&target)
+                    .map_err(|e| IoError::file("remove", &target, e))?;
+            }
+            export(
+                model,
+                *format,
+                self.settings.export.dtype,
+                json.as_deref(),
+                &parent,
+                name,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Continuations of the beginnings of held-out documents.
+    fn samples(&self, model: &OpenModel) -> Result<Vec<Sample>, TrainError> {
+        let s = &self.settings.sample;
+        let valid = self.evaluator.windows().tokens();
+        let prompts = document_beginnings(valid, s.prompts, s.prompt_tokens)?;
+        if prompts.is_empty() {
+            return Ok(Vec::new());
+        }
+        let context = s.prompt_tokens + s.max_tokens;
+        let options = EngineOptions {
+            context,
+            threads: self.threads,
+            isa: self.isa,
+            numerics: None,
+        };
+        let mut engine = Engine::load(model, options)?;
+        let sampler = SamplerOptions {
+            temperature: s.temperature as f32,
+            top_k: s.top_k,
+            top_p: s.top_p as f32,
+            min_p: s.min_p as f32,
+            ..SamplerOptions::default()
+        };
+        let end_tokens = self.tokenizer.end_of_text().into_iter().collect();
+        let stop = StopRules {
+            end_tokens,
+            max_tokens: s.max_tokens,
+        };
+        let training = training_text(self.batches.tokens(), &self.tokenizer)?;
+        let decoding = format!(
+            "temperature {}, top-k {}, top-p {}",
+            s.temperature, s.top_k, s.top_p
+        );
+        let mut samples = Vec::new();
+        for (request, prompt) in prompts.iter().enumerate() {
+            let seed = (self.settings.run.seed, request as u64);
+            let out = engine.generate(prompt, sampler, &stop, seed, |_| {})?;
+            let text = self.tokenizer.decode(&out.tokens);
+            let prompt = self.tokenizer.decode(prompt);
+            let training = training.iter().map(String::as_str);
+            samples.push(measure_sample(prompt, text, decoding.clone(), training));
+        }
+        Ok(samples)
+    }
+}
+
+/// Name of the directory of a format below `RUN/export`.
+fn format_directory(format: ExportFormat) -> &'static str {
+    match format {
+        ExportFormat::Hf => "hf",
+        ExportFormat::Packed => "packed",
+    }
+}
+
+/// Writes one export of an open model as `parent/name`.
+///
+/// # Errors
+/// A target that exists; a dense model asked for the packed format.
+pub fn export(
+    model: &OpenModel,
+    format: ExportFormat,
+    dtype: ExportDtype,
+    tokenizer_json: Option<&[u8]>,
+    parent: &Path,
+    name: &str,
+) -> Result<PathBuf, TrainError> {
+    let config = model.config();
+    match (format, model.ternary()) {
+        (ExportFormat::Hf, ternary) => {
+            let dtype = match dtype {
+                ExportDtype::Bf16 => setun_io::ExportDtype::Bf16,
+                ExportDtype::F16 => setun_io::ExportDtype::F16,
+            };
+            Ok(export_huggingface(
+                parent,
+                name,
+                config,
+                ternary,
+                dtype,
+                tokenizer_json,
+                model,
+            )?)
+        }
+        (ExportFormat::Packed, Some(ternary)) => Ok(export_packed(
+            parent,
+            name,
+            config,
+            ternary,
+            tokenizer_json,
+            model,
+        )?),
+        (ExportFormat::Packed, None) => Err(TrainError::refused(
+            "a packed file holds trits, and this model is dense; export it with --format hf",
+        )),
+    }
+}
+
+/// The first tokens of held-out documents, spread over all of them.
+fn document_beginnings(
+    tokens: &TokenSet,
+    count: usize,
+    len: usize,
+) -> Result<Vec<Vec<u32>>, TrainError> {
+    let starts = tokens.document_starts();
+    let end_of = |i: usize| starts.get(i + 1).copied().unwrap_or(tokens.num_tokens()) - 1;
+    let long: Vec<u64> = (0..starts.len())
+        .filter(|&i| end_of(i) - starts[i] >= len as u64)
+        .map(|i| starts[i])
+        .collect();
+    let step = long.len().div_ceil(count.max(1)).max(1);
+    let mut prompts = Vec::new();
+    for &start in long.iter().step_by(step).take(count) {
+        let mut prompt = vec![0u32; len];
+        tokens.read(start, &mut prompt)?;
+        prompts.push(prompt);
+    }
+    Ok(prompts)
+}
+
+/// The training documents as text again, up to a limit.
+fn training_text(tokens: &TokenSet, tokenizer: &Tokenizer) -> Result<Vec<String>, TrainError> {
+    let starts = tokens.document_starts();
+    let (mut texts, mut bytes) = (Vec::new(), 0);
+    for (i, &start) in starts.iter().enumerate() {
+        let end = starts.get(i + 1).copied().unwrap_or(tokens.num_tokens()) - 1;
+        let mut ids = vec![0u32; (end - start) as usize];
+        tokens.read(start, &mut ids)?;
+        let text = tokenizer.decode(&ids);
+        bytes += text.len();
+        texts.push(text);
+        if bytes >= COMPARED_BYTES {
+            break;
+        }
+    }
+    Ok(texts)
+}
+
+/// Builds the report and writes `report.json` and `report.html`.
+///
+/// # Errors
+/// What the operating system returns.
+pub fn write_report(
+    run: &Path,
+    record: &RunRecord,
+    metrics: &[Metric],
+    verification: Option<&VerifyReport>,
+) -> Result<Report, TrainError> {
+    let table = verification.map(verification_table);
+    let report = Report::build(record, metrics, table.as_ref());
+    write_atomic(&run.join("report.json"), report.to_json().as_bytes())?;
+    write_atomic(&run.join("report.html"), report.to_html().as_bytes())?;
+    Ok(report)
+}
+
+/// Writes the report of a run directory anew from its files.
+///
+/// # Errors
+/// A directory that is no run.
+pub fn report_of_run(run: &Path) -> Result<Report, TrainError> {
+    let path = run.join("run.json");
+    let text = std::fs::read(&path).map_err(|e| IoError::file("read", &path, e))?;
+    let record: RunRecord = serde_json::from_slice(&text)
+        .map_err(|e| TrainError::refused(format!("{}: {e}; is this a run?", path.display())))?;
+    let metrics = metrics::read(run, u64::MAX)?;
+    let verification = match record.model.group_size {
+        Some(_) => Some(verify(run)?),
+        None => None,
+    };
+    write_report(run, &record, &metrics, verification.as_ref())
+}
+
+/// The table of the first model (the checkpoint that was verified first), and one line
+/// for each model.
+fn verification_table(report: &VerifyReport) -> VerificationTable {
+    let check = |model: &setun_io::ModelReport| VerificationCheck {
+        name: relative(&model.path, &report.path),
+        pass: model.ternary_hash.is_some(),
+        detail: format!("{} ternary weights", model.num_ternary_weights()),
+    };
+    let mut checks: Vec<_> = report.models.iter().map(check).collect();
+    checks.extend(report.failures.iter().map(|failure| VerificationCheck {
+        name: "failure".to_owned(),
+        pass: false,
+        detail: failure.clone(),
+    }));
+    let rows = report
+        .models
+        .first()
+        .map_or(&[][..], |model| &model.tensors);
+    let rows = rows.iter().map(|t| VerificationRow {
+        name: t.name.clone(),
+        shape: t.shape.clone(),
+        groups: t.num_groups as u64,
+        minus_share: t.share_minus,
+        zero_share: t.share_zero,
+        plus_share: t.share_plus,
+        scale_min: f64::from(t.scale_min),
+        scale_max: f64::from(t.scale_max),
+        worst_distance: f64::from(t.worst_distance),
+        pass: t.worst_distance <= 1e-5,
+    });
+    let subject = report
+        .models
+        .first()
+        .map(|model| relative(&model.path, &report.path));
+    VerificationTable {
+        subject: subject.unwrap_or_default(),
+        checks,
+        rows: rows.collect(),
+    }
+}
+
+fn relative(path: &Path, base: &Path) -> String {
+    path.strip_prefix(base)
+        .unwrap_or(path)
+        .display()
+        .to_string()
+}
+
+/// Writes a value as JSON, atomically.
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
+    let text = serde_json::to_string_pretty(value);
+    let text = text.map_err(|e| TrainError::refused(format!("{}: {e}", path.display())))?;
+    write_atomic(path, text.as_bytes())?;
+    Ok(())
+}

@@ -1,0 +1,83 @@
+//! AdamW over all parameters, and the gradient norm.
+
+use setun_backend::{AdamW, Backend, Buf, Category, Plan};
+use setun_model::Parameters;
+
+/// Constants of AdamW.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWOptions {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+}
+
+/// First and second moment of each parameter, in canonical order.
+pub struct Optimizer {
+    /// First moments.
+    pub m: Vec<Buf<f32>>,
+    /// Second moments.
+    pub v: Vec<Buf<f32>>,
+    /// Updates so far: steps that were skipped do not count.
+    pub updates: u64,
+    options: AdamWOptions,
+}
+
+impl Optimizer {
+    /// Reserves the moments.
+    pub fn reserve(plan: &mut Plan, parameters: &Parameters<f32>, options: AdamWOptions) -> Self {
+        let mut moments = |letter: &str| {
+            let each = parameters.list.iter().map(|p| {
+                plan.alloc(
+                    Category::Optimizer,
+                    format!("{}.{letter}", p.name),
+                    p.numel(),
+                )
+            });
+            each.collect::<Vec<_>>()
+        };
+        let (m, v) = (moments("m"), moments("v"));
+        Self {
+            m,
+            v,
+            updates: 0,
+            options,
+        }
+    }
+
+    /// 2-norm of all gradients together: squares summed in f64 in a fixed order.
+    pub fn gradient_norm<B: Backend<Real = f32>>(b: &mut B, parameters: &Parameters<f32>) -> f64 {
+        let squares = parameters.list.iter().map(|p| b.sum_squares(p.gradient()));
+        squares.sum::<f64>().sqrt()
+    }
+
+    /// Updates every parameter. Matrices decay, the embedding included; norms do not.
+    /// `grad_scale` multiplies the gradients: the clipping.
+    pub fn step<B: Backend<Real = f32>>(
+        &mut self,
+        b: &mut B,
+        parameters: &Parameters<f32>,
+        lr: f64,
+        weight_decay: f64,
+        grad_scale: f64,
+    ) {
+        self.updates += 1;
+        for (i, p) in parameters.list.iter().enumerate() {
+            b.adamw(AdamW {
+                weight: p.values(),
+                grad: p.gradient(),
+                m: self.m[i],
+                v: self.v[i],
+                grad_scale,
+                lr,
+                beta1: self.options.beta1,
+                beta2: self.options.beta2,
+                eps: self.options.eps,
+                weight_decay: if p.is_matrix { weight_decay } else { 0.0 },
+                step: self.updates,
+            });
+        }
+    }
+}

@@ -1,0 +1,676 @@
+//! A run from settings to report: the story of `setun train`.
+
+use crate::TrainError;
+use crate::checkpoint::{self, Constants, STATE_VERSION, TrainState};
+use crate::evaluate::{Evaluation, Evaluator};
+use crate::finish::{self, Finished};
+use crate::machine;
+use crate::metrics::{self, MetricsWriter};
+use crate::prepare::{self, Prepared};
+use crate::report::record::{
+    EarlyStop, EvalRecord, MemoryFacts, MemoryRow, Metric, ModelFacts, RunRecord, StepRecord,
+    TernaryRecord,
+};
+use crate::settings::{SETTINGS_FILE, Settings};
+use crate::trainer::{Layout, StepOutcome, Trainer};
+use setun_backend::{Host, Isa};
+use setun_formats::{PackedHeader, Qwen3Config, TernaryInfo, Tokenizer};
+use setun_infer::load_parameters;
+use setun_io::{
+    IoError, OpenModel, RunLock, checkpoint_name, newest_valid_checkpoint, retire, verify_manifest,
+    write_atomic,
+};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// Where progress goes: a terminal, a log, nowhere.
+pub trait Observer {
+    /// A line for the user.
+    fn message(&mut self, text: &str);
+    /// `done` of `total` units of `stage`; `detail` changes from call to call.
+    fn progress(&mut self, stage: &str, done: u64, total: u64, detail: &str);
+}
+
+/// What is not in the settings.
+pub struct RunOptions<'a> {
+    /// Instruction set; results do not depend on it.
+    pub isa: Isa,
+    /// Run to go on with.
+    pub resume: Option<&'a Path>,
+    /// Set when the user asks to stop: the step is finished, the state is saved.
+    pub stop: &'a AtomicBool,
+}
+
+/// How a run ended.
+pub enum RunEnd {
+    /// All steps are done, or it stopped early on purpose; everything is written.
+    Finished(Box<Finished>),
+    /// Stopped by the user; resume with this directory.
+    Stopped {
+        /// The run directory.
+        run: PathBuf,
+        /// Finished steps.
+        step: u64,
+    },
+}
+
+/// Trains, evaluates, verifies, generates, exports and reports.
+///
+/// # Errors
+/// Anything that keeps the run from going on; what was committed stays valid.
+pub fn train(
+    mut settings: Settings,
+    options: &RunOptions<'_>,
+    observer: &mut dyn Observer,
+) -> Result<RunEnd, TrainError> {
+    let init = open_init(&mut settings)?;
+    let run = run_directory(&settings, options.resume.is_some())?;
+    let prepared = prepare::prepare(&settings, init.as_ref(), observer)?;
+    let config = final_config(&settings, init.as_ref(), &prepared.tokenizer)?;
+    std::fs::create_dir_all(&run).map_err(|e| IoError::file("create", &run, e))?;
+    let lock = RunLock::acquire(&run)?;
+    lock.remove_leftovers()?;
+    observer.message(&describe_data(&prepared));
+    let baselines = prepare::baselines(&prepared)?;
+    let mut session = Session::start(settings, config, prepared, run, options, observer)?;
+    session.record.baselines = baselines;
+    if options.resume.is_none() {
+        session.initialize(init.as_ref())?;
+    }
+    let stopped = session.train(options.stop, observer)?;
+    if stopped {
+        return Ok(RunEnd::Stopped {
+            step: session.trainer.step,
+            run: session.run,
+        });
+    }
+    session
+        .finish(observer)
+        .map(|finished| RunEnd::Finished(Box::new(finished)))
+}
+
+/// The memory that `settings` need, without reading data: `--dry-run`.
+///
+/// # Errors
+/// A tokenizer or a model that cannot be opened.
+pub fn dry_run(mut settings: Settings) -> Result<Layout, TrainError> {
+    let init = open_init(&mut settings)?;
+    let vocab_size = match (&init, &settings.tokenizer.path) {
+        (Some(model), _) => model.config().vocab_size,
+        (None, Some(path)) => {
+            let bytes = std::fs::read(path).map_err(|e| IoError::file("read", path, e))?;
+            Tokenizer::from_bytes(&bytes)?.vocab_size()
+        }
+        (None, None) => settings.tokenizer.vocab_size,
+    };
+    let config = match &init {
+        Some(model) => model.config().clone(),
+        None => prepare::model_config(&settings, vocab_size, None)?,
+    };
+    Ok(Layout::new(
+        &settings,
+        &config,
+        machine::threads(settings.run.threads),
+    ))
+}
+
+/// Opens the model that training starts from and takes over its shape.
+fn open_init(settings: &mut Settings) -> Result<Option<OpenModel>, TrainError> {
+    let Some(path) = settings.model.init_from.clone() else {
+        return Ok(None);
+    };
+    let model = OpenModel::open(&path)?;
+    let source = path.display().to_string();
+    settings.adopt_model(model.config(), &source)?;
+    if let Some(ternary) = model.ternary() {
+        settings.adopt("model.group_size", &ternary.group_size.to_string(), &source)?;
+        settings.adopt("model.scale_rule", ternary.scale_rule.name(), &source)?;
+    }
+    Ok(Some(model))
+}
+
+fn final_config(
+    settings: &Settings,
+    init: Option<&OpenModel>,
+    tokenizer: &Tokenizer,
+) -> Result<Qwen3Config, TrainError> {
+    let vocab_size = tokenizer.vocab_size();
+    let Some(model) = init else {
+        return prepare::model_config(settings, vocab_size, tokenizer.end_of_text());
+    };
+    let config = model.config().clone();
+    if vocab_size > config.vocab_size {
+        return Err(TrainError::refused(format!(
+            "the tokenizer has {vocab_size} entries, the model's embedding {} rows; use the \
+             model's own tokenizer",
+            config.vocab_size
+        )));
+    }
+    Ok(config)
+}
+
+/// The directory of the run: one that is named must be new; the default one gets a number.
+fn run_directory(settings: &Settings, resume: bool) -> Result<PathBuf, TrainError> {
+    let wanted = settings.output().to_path_buf();
+    if resume || !wanted.join(SETTINGS_FILE).exists() {
+        return Ok(wanted);
+    }
+    if settings.is_given("run.output") {
+        return Err(TrainError::refused(format!(
+            "{} holds a run already; go on with it (--resume {0}), or name another \
+             directory with --run.output",
+            wanted.display()
+        )));
+    }
+    let name = wanted
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    let free = (2..).map(|i| wanted.with_file_name(format!("{name}-{i}")));
+    Ok(free
+        .into_iter()
+        .find(|path| !path.join(SETTINGS_FILE).exists())
+        .unwrap_or(wanted))
+}
+
+fn describe_data(prepared: &Prepared) -> String {
+    let f = &prepared.facts;
+    format!(
+        "data: {} training documents ({} tokens), {} held out ({} tokens, {} bytes), \
+         vocabulary {}; {} held-out documents share text with training",
+        f.train_documents,
+        f.train_tokens,
+        f.valid_documents,
+        f.valid_tokens,
+        f.valid_bytes,
+        f.vocab_size,
+        f.duplicates.across_split
+    )
+}
+
+/// A run in progress.
+pub(crate) struct Session {
+    pub settings: Settings,
+    pub config: Qwen3Config,
+    pub run: PathBuf,
+    pub trainer: Trainer<Host<f32>>,
+    pub tokenizer: Tokenizer,
+    pub record: RunRecord,
+    pub isa: Isa,
+    pub threads: usize,
+    tokenizer_json: String,
+    batches: crate::data::Batches,
+    pub evaluator: Evaluator,
+    metrics: MetricsWriter,
+    state: TrainState,
+    num_weights: u64,
+    losses_since_eval: (f64, u64),
+    flips_since_record: (u64, u64),
+}
+
+impl Session {
+    fn start(
+        settings: Settings,
+        config: Qwen3Config,
+        prepared: Prepared,
+        run: PathBuf,
+        options: &RunOptions<'_>,
+        observer: &mut dyn Observer,
+    ) -> Result<Self, TrainError> {
+        let resumed = options
+            .resume
+            .map(|_| newest_valid_checkpoint(&run))
+            .transpose()?;
+        let earlier = match &resumed {
+            Some((_, step, _)) => metrics::read(&run, *step)?,
+            None => Vec::new(),
+        };
+        let threads = machine::threads(settings.run.threads);
+        let layout = Layout::new(&settings, &config, threads);
+        let plan = layout
+            .table()
+            .into_iter()
+            .map(|(category, bytes)| MemoryRow {
+                category: category.to_owned(),
+                bytes: bytes as u64,
+            });
+        let mut record = new_record(&settings, &config, &prepared, options.isa, threads);
+        record.memory = MemoryFacts {
+            plan: plan.collect(),
+            peak_bytes: None,
+        };
+        let total = layout.plan.total_bytes() as f64 / f64::from(1 << 20);
+        observer.message(&format!("memory: {total:.0} MiB, all of it allocated now"));
+        let Layout {
+            plan,
+            workspace,
+            model,
+            optimizer,
+        } = layout;
+        let rows = model.max_rows();
+        let backend = Host::new(&plan, workspace, options.isa);
+        let trainer = Trainer::new(backend, model, optimizer, &settings, &prepared.batches);
+        let mask = settings.data.document_mask;
+        let state = TrainState {
+            version: STATE_VERSION,
+            step: 0,
+            updates: 0,
+            bad_steps: 0,
+            best: None,
+            evaluations_since_best: 0,
+            data: prepared.identity,
+        };
+        let matrices = config.parameters();
+        let matrices = matrices.iter().filter(|p| p.is_matrix());
+        let mut session = Self {
+            num_weights: matrices.map(|p| p.numel() as u64).sum(),
+            tokenizer_json: prepared.tokenizer.to_json(),
+            tokenizer: prepared.tokenizer,
+            batches: prepared.batches,
+            evaluator: Evaluator::new(prepared.windows, rows, mask),
+            metrics: MetricsWriter::create(
+                &run,
+                &earlier,
+                settings.log.tensorboard.then(machine::now),
+            )?,
+            settings,
+            config,
+            run,
+            trainer,
+            record,
+            isa: options.isa,
+            threads,
+            state,
+            losses_since_eval: (0.0, 0),
+            flips_since_record: (0, 0),
+        };
+        if let Some((dir, step, skipped)) = resumed {
+            skipped.iter().for_each(|why| observer.message(why));
+            session.state = checkpoint::restore(&dir, &mut session.trainer, &session.state.data)?;
+            session.adopt_record();
+            session.restore_sums(&earlier);
+            observer.message(&format!("resumed from {} after step {step}", dir.display()));
+        }
+        let toml = session.settings.to_toml();
+        write_atomic(&session.run.join(SETTINGS_FILE), toml.as_bytes())?;
+        session.write_record()?;
+        Ok(session)
+    }
+
+    /// Keeps what the record of an earlier session says about checkpoints.
+    fn adopt_record(&mut self) {
+        let text = std::fs::read(self.run.join("run.json")).unwrap_or_default();
+        if let Ok(earlier) = serde_json::from_slice::<RunRecord>(&text) {
+            self.record.ternary_hashes = earlier.ternary_hashes;
+            self.record.started = earlier.started;
+        }
+    }
+
+    /// The running sums of a resumed session are those of its metrics.
+    fn restore_sums(&mut self, earlier: &[Metric]) {
+        for metric in earlier {
+            match metric {
+                Metric::Step(r) if r.accepted() => {
+                    self.losses_since_eval.0 += r.loss;
+                    self.losses_since_eval.1 += 1;
+                }
+                Metric::Eval(_) => self.losses_since_eval = (0.0, 0),
+                _ => {}
+            }
+        }
+    }
+
+    /// Sets the first weights: random, or those of another model.
+    fn initialize(&mut self, init: Option<&OpenModel>) -> Result<(), TrainError> {
+        let parameters = &self.trainer.model.parameters;
+        let m = &self.settings.model;
+        match init {
+            None => {
+                let layers = 2.0 * m.num_hidden_layers as f64;
+                let scale = if m.init_depth_scale {
+                    layers.sqrt().recip()
+                } else {
+                    1.0
+                };
+                let seed = self.settings.run.seed;
+                parameters.initialize(&mut self.trainer.backend, seed, m.init_std, scale)?;
+            }
+            Some(model) => load_parameters(model, parameters, &mut self.trainer.backend)?,
+        }
+        self.trainer.project()?;
+        Ok(())
+    }
+
+    /// Steps, evaluations and checkpoints; true if the user stopped it.
+    fn train(
+        &mut self,
+        stop: &AtomicBool,
+        observer: &mut dyn Observer,
+    ) -> Result<bool, TrainError> {
+        let steps = self.settings.train.steps;
+        if self.trainer.step == 0 {
+            let first = self.evaluate(observer)?;
+            let message = format!("before training: held-out loss {:.4}", first.loss);
+            observer.message(&message);
+        }
+        while self.trainer.step < steps {
+            let start = Instant::now();
+            let outcome = self.trainer.step(&self.batches)?;
+            self.record_step(&outcome, start.elapsed().as_secs_f64(), observer)?;
+            let step = self.trainer.step;
+            let last = step == steps;
+            if stop.load(Ordering::Relaxed) && !last {
+                self.save()?;
+                return Ok(true);
+            }
+            let mut save = last || due(step, self.settings.checkpoint.every);
+            if last || due(step, self.settings.eval.every) {
+                let improved = self.evaluate_and_judge(observer)?;
+                save |= improved;
+                if improved {
+                    self.save()?;
+                    self.write_best()?;
+                }
+            }
+            if save {
+                self.save()?;
+            }
+            if self.stops_early(observer)? {
+                break;
+            }
+        }
+        self.record.memory.peak_bytes = machine::anonymous_bytes();
+        Ok(false)
+    }
+
+    fn record_step(
+        &mut self,
+        outcome: &StepOutcome,
+        seconds: f64,
+        observer: &mut dyn Observer,
+    ) -> Result<(), TrainError> {
+        let (train, step) = (&self.settings.train, self.trainer.step);
+        let tokens = (train.batch_size * train.seq_len) as f64;
+        let record = StepRecord {
+            step,
+            loss: outcome.loss,
+            lr: outcome.lr,
+            grad_norm: outcome.grad_norm,
+            clipped: outcome.clipped,
+            tokens_per_second: tokens / seconds,
+            epoch: outcome.epoch,
+            skipped: outcome.skipped.map(|skip| skip.reason().to_owned()),
+        };
+        let detail = format!(
+            "loss {:.4}  {:.0} tokens/s",
+            record.loss, record.tokens_per_second
+        );
+        observer.progress("training", step, train.steps, &detail);
+        let every = self.settings.log.every.max(1);
+        if due(step, every) || step == 1 || step == train.steps || outcome.skipped.is_some() {
+            self.metrics.write(&Metric::Step(record), machine::now())?;
+        }
+        if outcome.skipped.is_none() {
+            self.losses_since_eval.0 += outcome.loss;
+            self.losses_since_eval.1 += 1;
+            self.flips_since_record.0 += outcome.projection.flips;
+            self.flips_since_record.1 += 1;
+            self.state.bad_steps = 0;
+            let interval = (train.steps / 50).max(1);
+            if self.settings.model.ternary && (due(step, interval) || step == train.steps) {
+                self.record_ternary(outcome.projection.zeros)?;
+            }
+            return Ok(());
+        }
+        self.state.bad_steps += 1;
+        if self.state.bad_steps >= self.settings.train.max_bad_steps as u64 {
+            return Err(TrainError::refused(format!(
+                "{} bad steps in a row, the last at step {step}; nothing of them was kept: \
+                 lower train.lr, or look at the data, and start again from a checkpoint",
+                self.state.bad_steps
+            )));
+        }
+        Ok(())
+    }
+
+    fn record_ternary(&mut self, zeros: u64) -> Result<(), TrainError> {
+        let (flips, steps) = std::mem::take(&mut self.flips_since_record);
+        let mut scales = Vec::new();
+        for p in &self.trainer.model.parameters.list {
+            if let Some(ternary) = p.ternary {
+                let start = scales.len();
+                scales.resize(start + ternary.scales.len(), 0.0f32);
+                setun_backend::Backend::read(
+                    &self.trainer.backend,
+                    ternary.scales,
+                    &mut scales[start..],
+                );
+            }
+        }
+        let middle = scales.len() / 2;
+        let (_, median, _) = scales.select_nth_unstable_by(middle, f32::total_cmp);
+        let record = TernaryRecord {
+            step: self.trainer.step,
+            zero_share: zeros as f64 / self.num_weights as f64,
+            flip_rate: flips as f64 / (self.num_weights * steps.max(1)) as f64,
+            scale_median: f64::from(*median),
+        };
+        self.metrics.write(&Metric::Ternary(record), machine::now())
+    }
+
+    fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<Evaluation, TrainError> {
+        let evaluation = self
+            .evaluator
+            .run(&mut self.trainer.backend, &self.trainer.model)?;
+        let (sum, count) = std::mem::take(&mut self.losses_since_eval);
+        let record = EvalRecord {
+            step: self.trainer.step,
+            loss: evaluation.loss,
+            perplexity: evaluation.perplexity,
+            bits_per_byte: evaluation.bits_per_byte,
+            tokens: evaluation.tokens,
+            train_loss: if count > 0 {
+                sum / count as f64
+            } else {
+                f64::NAN
+            },
+        };
+        if count > 0 {
+            observer.message(&format!(
+                "step {}: training loss {:.4}, held-out loss {:.4} (perplexity {:.2}, {:.4} bits \
+                 per byte)",
+                record.step,
+                record.train_loss,
+                record.loss,
+                record.perplexity,
+                record.bits_per_byte
+            ));
+        }
+        self.metrics.write(&Metric::Eval(record), machine::now())?;
+        Ok(evaluation)
+    }
+
+    /// Evaluates; true if it is the best so far.
+    fn evaluate_and_judge(&mut self, observer: &mut dyn Observer) -> Result<bool, TrainError> {
+        let loss = self.evaluate(observer)?.loss;
+        let better = self.state.best.is_none_or(|(_, best)| loss < best);
+        if better {
+            self.state.best = Some((self.trainer.step, loss));
+            self.state.evaluations_since_best = 0;
+        } else {
+            self.state.evaluations_since_best += 1;
+        }
+        Ok(better)
+    }
+
+    fn write_best(&self) -> Result<(), TrainError> {
+        if let Some((step, loss)) = self.state.best {
+            let json = serde_json::json!({ "step": step, "loss": loss });
+            write_atomic(&self.run.join("best.json"), json.to_string().as_bytes())?;
+        }
+        Ok(())
+    }
+
+    fn stops_early(&mut self, observer: &mut dyn Observer) -> Result<bool, TrainError> {
+        let train = &self.settings.train;
+        let waited = self.state.evaluations_since_best;
+        if !train.early_stop || waited < train.early_stop_patience as u64 {
+            return Ok(false);
+        }
+        let best = self.state.best.map_or(0, |(step, _)| step);
+        let reason = format!("no better held-out loss in {waited} evaluations since step {best}");
+        observer.message(&format!("stopping early: {reason}"));
+        let step = self.trainer.step;
+        let event = Metric::Event {
+            step,
+            message: format!("early stop: {reason}"),
+        };
+        self.metrics.write(&event, machine::now())?;
+        self.record.early_stop = Some(EarlyStop { step, reason });
+        self.save()?;
+        Ok(true)
+    }
+
+    /// Commits a checkpoint of the current step, unless a valid one is there, and retires
+    /// old ones.
+    fn save(&mut self) -> Result<(), TrainError> {
+        self.state.step = self.trainer.step;
+        self.state.updates = self.trainer.optimizer.updates;
+        let name = checkpoint_name(self.trainer.step);
+        let target = self.run.join("checkpoints").join(&name);
+        if target.exists() {
+            if verify_manifest(&target).is_ok() {
+                return Ok(());
+            }
+            // A damaged one that was skipped at resume: this session wrote these steps anew.
+            std::fs::remove_dir_all(&target).map_err(|e| IoError::file("remove", &target, e))?;
+        }
+        let config_json = self.config.to_json();
+        let constants = Constants {
+            config_json: &config_json,
+            tokenizer_json: self.tokenizer_json.as_bytes(),
+            ternary: self.ternary_info().map(|ternary| PackedHeader {
+                config: self.config.clone(),
+                ternary,
+            }),
+        };
+        let (_, hash) = checkpoint::save(&self.run, &self.trainer, &self.state, &constants)?;
+        if let Some(hash) = hash {
+            self.record.ternary_hashes.insert(name, hash);
+        }
+        self.write_record()?;
+        let best = self.state.best.map(|(step, _)| step);
+        let protected: Vec<u64> = best.into_iter().collect();
+        retire(&self.run, self.settings.checkpoint.keep.max(1), &protected)?;
+        Ok(())
+    }
+
+    pub fn ternary_info(&self) -> Option<TernaryInfo> {
+        let m = &self.settings.model;
+        m.ternary.then(|| TernaryInfo {
+            group_size: m.group_size,
+            scale_rule: m.scale_rule,
+            numerics: self.settings.numerics(),
+        })
+    }
+
+    fn write_record(&self) -> Result<(), TrainError> {
+        finish::write_json(&self.run.join("run.json"), &self.record)
+    }
+
+    /// Everything behind the last step.
+    fn finish(self, observer: &mut dyn Observer) -> Result<Finished, TrainError> {
+        let Self {
+            settings,
+            run,
+            trainer,
+            tokenizer,
+            record,
+            isa,
+            threads,
+            batches,
+            evaluator,
+            ..
+        } = self;
+        // The memory of training is not needed any more.
+        drop(trainer);
+        finish::Finish {
+            settings,
+            run,
+            tokenizer,
+            record,
+            isa,
+            threads,
+            batches,
+            evaluator,
+        }
+        .run(observer)
+    }
+}
+
+fn due(step: u64, every: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
+
+fn new_record(
+    settings: &Settings,
+    config: &Qwen3Config,
+    prepared: &Prepared,
+    isa: Isa,
+    threads: usize,
+) -> RunRecord {
+    let parameters = config.parameters();
+    let count = |matrix: bool| {
+        let some = parameters.iter().filter(|p| p.is_matrix() == matrix);
+        some.map(|p| p.numel() as u64).sum::<u64>()
+    };
+    let (matrix_parameters, norm_parameters) = (count(true), count(false));
+    let ternary = settings.model.ternary;
+    let group = settings.model.group_size;
+    let packed_bytes: u64 = parameters
+        .iter()
+        .map(|p| packed_size(p, ternary.then_some(group)))
+        .sum();
+    let toml = settings.to_toml();
+    let settings_json = toml::from_str::<toml::Table>(&toml).ok();
+    RunRecord {
+        name: settings.run.name.clone(),
+        settings: serde_json::to_value(settings_json).unwrap_or_default(),
+        seed: settings.run.seed,
+        code_version: machine::code_version(),
+        machine: machine::describe(isa, threads),
+        data: prepared.facts.clone(),
+        model: ModelFacts {
+            config: serde_json::from_str(&config.to_json()).unwrap_or_default(),
+            parameters: matrix_parameters + norm_parameters,
+            matrix_parameters,
+            norm_parameters,
+            group_size: ternary.then_some(group),
+            scale_rule: settings.model.scale_rule.name().to_owned(),
+            numerics: settings.numerics().name().to_owned(),
+            bits_per_weight: packed_bytes as f64 * 8.0
+                / (matrix_parameters + norm_parameters) as f64,
+            packed_bytes,
+        },
+        started: machine::now() as u64,
+        memory: MemoryFacts::default(),
+        baselines: Vec::new(),
+        ternary_hashes: Default::default(),
+        finished: None,
+        results: None,
+        samples: Vec::new(),
+        early_stop: None,
+    }
+}
+
+/// Bytes of a parameter in the packed file; of a dense model in f32.
+fn packed_size(p: &setun_formats::ParameterInfo, group_size: Option<usize>) -> u64 {
+    let Some(group_size) = group_size.filter(|_| p.is_matrix()) else {
+        return 4 * p.numel() as u64;
+    };
+    let (rows, cols) = (p.shape[0], p.shape[1]);
+    let groups = setun_ternary::groups_per_row(cols, group_size);
+    (rows * (setun_ternary::packed_row_bytes(cols, group_size) + 2 * groups)) as u64
+}

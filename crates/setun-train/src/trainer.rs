@@ -1,0 +1,307 @@
+//! One training step, from a batch to new weights.
+
+use crate::TrainError;
+use crate::data::{self, Batches};
+use crate::optimizer::{AdamWOptions, Optimizer};
+use crate::schedule::Schedule;
+use crate::settings::Settings;
+use setun_backend::{Backend, Category, HostWorkspace, Limits, Plan, ProjectStats, Segment};
+use setun_formats::Qwen3Config;
+use setun_model::{ModelSpec, Purpose, Qwen3, Scheme, TrainShape};
+
+/// Bytes of logits that exist at a time when `train.head_chunk` is automatic.
+const LOGITS_BYTES: usize = 16 << 20;
+
+/// Everything of a training that lies in the plan.
+pub struct Layout {
+    /// The plan.
+    pub plan: Plan,
+    /// Scratch memory of the host.
+    pub workspace: HostWorkspace<f32>,
+    /// The model.
+    pub model: Qwen3<f32>,
+    /// The optimizer.
+    pub optimizer: Optimizer,
+}
+
+impl Layout {
+    /// Lays out the memory of a training of `config`.
+    pub fn new(settings: &Settings, config: &Qwen3Config, threads: usize) -> Self {
+        let train = &settings.train;
+        let windows = train.micro_batch_size.max(settings.eval.batch_size);
+        let chunk = match train.head_chunk {
+            0 => (LOGITS_BYTES / 4 / config.vocab_size).clamp(1, 512),
+            rows => rows,
+        };
+        let rows = windows * train.seq_len;
+        let shape = TrainShape {
+            rows,
+            positions: train.seq_len,
+            recompute: train.recompute,
+            head_chunk: chunk.min(rows),
+        };
+        let scheme = settings.model.ternary.then_some(Scheme {
+            group_size: settings.model.group_size,
+            scale_rule: settings.model.scale_rule,
+        });
+        let numerics = settings.numerics();
+        let spec = ModelSpec {
+            config: config.clone(),
+            scheme,
+            numerics,
+        };
+        let heads = config.num_attention_heads * config.head_dim;
+        let limits = Limits {
+            width: config.intermediate_size.max(config.hidden_size).max(heads),
+            head_dim: config.head_dim,
+            group_size: settings.model.group_size,
+        };
+        let mut plan = Plan::new();
+        let model = Qwen3::reserve(&mut plan, spec, Purpose::Train(shape));
+        let options = AdamWOptions {
+            beta1: train.beta1,
+            beta2: train.beta2,
+            eps: train.eps,
+        };
+        let optimizer = Optimizer::reserve(&mut plan, &model.parameters, options);
+        let workspace = HostWorkspace::reserve(&mut plan, threads, limits);
+        Self {
+            plan,
+            workspace,
+            model,
+            optimizer,
+        }
+    }
+
+    /// The table of `--dry-run`: bytes for each category, and in all.
+    pub fn table(&self) -> Vec<(&'static str, usize)> {
+        let rows = Category::ALL
+            .iter()
+            .map(|&c| (c.name(), self.plan.category_bytes(c)));
+        let mut rows: Vec<_> = rows.filter(|(_, bytes)| *bytes > 0).collect();
+        rows.push(("total", self.plan.total_bytes()));
+        rows
+    }
+}
+
+/// Why a step changed nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Skip {
+    /// The loss is NaN or infinite.
+    Loss,
+    /// The gradient norm is NaN or infinite.
+    GradientNorm,
+}
+
+impl Skip {
+    /// Text for the metrics.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Loss => "the loss is not finite",
+            Self::GradientNorm => "the gradient norm is not finite",
+        }
+    }
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug)]
+pub struct StepOutcome {
+    /// Mean loss of the batch in nats per token, before the update.
+    pub loss: f64,
+    /// 2-norm of the gradient, before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the update.
+    pub lr: f64,
+    /// Whether the gradient was scaled down.
+    pub clipped: bool,
+    /// Epochs that the data had gone through before the step.
+    pub epoch: f64,
+    /// Set if nothing was changed.
+    pub skipped: Option<Skip>,
+    /// What the projection after the update did.
+    pub projection: ProjectStats,
+}
+
+/// A model in training.
+pub struct Trainer<B: Backend<Real = f32>> {
+    /// The device.
+    pub backend: B,
+    /// The model.
+    pub model: Qwen3<f32>,
+    /// The optimizer.
+    pub optimizer: Optimizer,
+    /// Steps that are finished, skipped ones included.
+    pub step: u64,
+    schedule: Schedule,
+    options: StepOptions,
+    batch: BatchBuffers,
+}
+
+/// Settings that a step reads.
+#[derive(Clone, Copy)]
+struct StepOptions {
+    seq_len: usize,
+    micro_rows: usize,
+    grad_clip: f64,
+    document_mask: bool,
+}
+
+/// The batch on the host; reused, so that a step allocates nothing.
+pub(crate) struct BatchBuffers {
+    pub inputs: Vec<u32>,
+    pub targets: Vec<u32>,
+    pub positions: Vec<u32>,
+    pub losses: Vec<f32>,
+    pub ranges: Vec<data::Segment>,
+    pub segments: Vec<Segment>,
+}
+
+impl BatchBuffers {
+    pub fn new(rows: usize, max_segments: usize) -> Self {
+        Self {
+            inputs: vec![0; rows],
+            targets: vec![0; rows],
+            positions: vec![0; rows],
+            losses: vec![0.0; rows],
+            ranges: Vec::with_capacity(max_segments),
+            segments: Vec::with_capacity(max_segments),
+        }
+    }
+
+    /// Segments and positions of the rows `start..start + rows`, counted from `start`.
+    pub fn select(&mut self, start: usize, rows: usize) {
+        self.segments.clear();
+        for range in &self.ranges {
+            if range.start < start || range.start >= start + rows {
+                continue;
+            }
+            let first = range.start - start;
+            self.segments.push(Segment::own(first, range.len));
+            for (i, position) in self.positions[first..first + range.len]
+                .iter_mut()
+                .enumerate()
+            {
+                *position = i as u32;
+            }
+        }
+    }
+}
+
+impl<B: Backend<Real = f32>> Trainer<B> {
+    /// Puts the parts together; the weights are still to be set.
+    pub fn new(
+        backend: B,
+        model: Qwen3<f32>,
+        optimizer: Optimizer,
+        settings: &Settings,
+        batches: &Batches,
+    ) -> Self {
+        let train = &settings.train;
+        let rows = train.batch_size * train.seq_len;
+        let mut trainer = Self {
+            backend,
+            model,
+            optimizer,
+            step: 0,
+            schedule: Schedule::new(train),
+            options: StepOptions {
+                seq_len: train.seq_len,
+                micro_rows: train.micro_batch_size * train.seq_len,
+                grad_clip: train.grad_clip,
+                document_mask: settings.data.document_mask,
+            },
+            batch: BatchBuffers::new(rows, batches.max_segments()),
+        };
+        trainer.model.prepare(&mut trainer.backend);
+        trainer
+    }
+
+    /// Projects the latents, as after every update.
+    ///
+    /// # Errors
+    /// A scale that cannot be shipped.
+    pub fn project(&mut self) -> Result<ProjectStats, TrainError> {
+        Ok(self.model.parameters.project(&mut self.backend)?)
+    }
+
+    /// One step: batch, forward, loss, backward, guard, update, projection. A step whose
+    /// loss or gradient norm is not finite changes nothing but the step count: schedule
+    /// and data go on, the optimizer does not.
+    ///
+    /// # Errors
+    /// Data that cannot be read; a scale that cannot be shipped.
+    pub fn step(&mut self, batches: &Batches) -> Result<StepOutcome, TrainError> {
+        let step = self.step;
+        let info = batches.fill(step, &mut self.batch.inputs, &mut self.batch.targets)?;
+        batches.segments(step, self.options.document_mask, &mut self.batch.ranges);
+        let loss = self.accumulate();
+        let grad_norm = Optimizer::gradient_norm(&mut self.backend, &self.model.parameters);
+        let (lr, decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
+        let skipped = inspect(loss, grad_norm);
+        let scale = clip_scale(grad_norm, self.options.grad_clip);
+        let mut projection = ProjectStats::default();
+        if skipped.is_none() {
+            let parameters = &self.model.parameters;
+            self.optimizer
+                .step(&mut self.backend, parameters, lr, decay, scale);
+            projection = self.project()?;
+        }
+        self.step += 1;
+        let (epoch, clipped) = (info.epoch, scale < 1.0);
+        Ok(StepOutcome {
+            loss,
+            grad_norm,
+            lr,
+            clipped,
+            epoch,
+            skipped,
+            projection,
+        })
+    }
+
+    /// Forward and backward over all micro-batches; returns the mean loss and leaves the
+    /// gradients of that mean.
+    fn accumulate(&mut self) -> f64 {
+        for p in &self.model.parameters.list {
+            self.backend.zero(p.gradient());
+        }
+        let rows = self.batch.inputs.len();
+        debug_assert!(self.options.micro_rows.is_multiple_of(self.options.seq_len));
+        let mut total = 0.0;
+        for start in (0..rows).step_by(self.options.micro_rows) {
+            let n = self.options.micro_rows.min(rows - start);
+            let batch = &mut self.batch;
+            batch.select(start, n);
+            let (inputs, targets) = (
+                &batch.inputs[start..start + n],
+                &batch.targets[start..start + n],
+            );
+            let b = &mut self.backend;
+            self.model
+                .write_batch(b, inputs, &batch.positions[..n], targets);
+            self.model.forward(b, n, 0, &batch.segments);
+            let scale = Some(1.0 / rows as f64);
+            self.model.loss_and_backward(b, n, &batch.segments, scale);
+            self.model.read_losses(b, &mut batch.losses[..n]);
+            total += batch.losses[..n].iter().map(|&x| f64::from(x)).sum::<f64>();
+        }
+        total / rows as f64
+    }
+}
+
+/// The guard: looks at the numbers before the optimizer touches anything.
+fn inspect(loss: f64, grad_norm: f64) -> Option<Skip> {
+    if !loss.is_finite() {
+        return Some(Skip::Loss);
+    }
+    (!grad_norm.is_finite()).then_some(Skip::GradientNorm)
+}
+
+/// Factor that brings the norm down to `clip` (0: off), as PyTorch's `clip_grad_norm_`.
+fn clip_scale(grad_norm: f64, clip: f64) -> f64 {
+    if clip > 0.0 {
+        (clip / (grad_norm + 1e-6)).min(1.0)
+    } else {
+        1.0
+    }
+}

@@ -1,0 +1,404 @@
+//! What each command does: open, call the library, print.
+
+use crate::args::{
+    CheckpointChoice, EvalArgs, ExportArgs, GenerateArgs, ReportArgs, TokenizeArgs,
+    TokenizerShowArgs, TokenizerSource, TokenizerTrainArgs, TrainArgs, VerifyArgs,
+};
+use crate::console::Console;
+use crate::environment::Environment;
+use crate::{CommandResult, Outcome};
+use setun_backend::Isa;
+use setun_formats::Tokenizer;
+use setun_infer::{Engine, EngineOptions, FinishReason, SamplerOptions, StopRules};
+use setun_io::{OpenModel, Which, write_atomic};
+use setun_train::data::{TokenSet, load_documents};
+use setun_train::report::Report;
+use setun_train::run::{Observer, RunEnd, RunOptions};
+use setun_train::settings::Settings;
+use setun_train::{evaluate, finish, machine, run};
+use std::cell::RefCell;
+use std::error::Error;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// `setun train`
+pub fn train(args: TrainArgs, environment: &Environment) -> CommandResult {
+    let settings = match &args.resume {
+        Some(run) => Settings::load_run(run, &args.overrides).map_err(Box::new)?,
+        None => Settings::load(args.recipe.as_deref(), &args.overrides).map_err(Box::new)?,
+    };
+    let isa = isa(environment)?;
+    if args.dry_run {
+        return print_plan(settings);
+    }
+    let stop = stop_on_signal()?;
+    let options = RunOptions {
+        isa,
+        resume: args.resume.as_deref(),
+        stop: &stop,
+    };
+    let mut console = Console::new();
+    let end = run::train(settings, &options, &mut console).map_err(unwrap_settings)?;
+    drop(console);
+    match end {
+        RunEnd::Stopped { run, step } => {
+            println!(
+                "stopped after step {step}; go on with: setun train --resume {}",
+                run.display()
+            );
+            Ok(Outcome::Success)
+        }
+        RunEnd::Finished(finished) => {
+            print_summary(&finished.run, &finished.report);
+            if let Some(verification) = &finished.verification {
+                println!("{verification}");
+            }
+            Ok(if finished.ok() {
+                Outcome::Success
+            } else {
+                Outcome::CheckFailed
+            })
+        }
+    }
+}
+
+/// Wrong settings end with another exit code, so `main` must see them.
+fn unwrap_settings(error: setun_train::TrainError) -> Box<dyn Error> {
+    match error {
+        setun_train::TrainError::Settings(error) => Box::new(error),
+        other => Box::new(other),
+    }
+}
+
+fn print_plan(settings: Settings) -> CommandResult {
+    let layout = run::dry_run(settings).map_err(unwrap_settings)?;
+    println!("memory plan (allocated once, before the first step):");
+    for (category, bytes) in layout.table() {
+        println!(
+            "  {category:<12} {bytes:>14} bytes  {:>9.1} MiB",
+            mib(bytes)
+        );
+    }
+    Ok(Outcome::Success)
+}
+
+fn mib(bytes: usize) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn print_summary(run: &Path, report: &Report) {
+    if let Some(results) = &report.results {
+        println!(
+            "final training loss {:.4} (mean of the last 20 steps)",
+            results.train_loss
+        );
+        for (name, eval) in [("best", &results.best_eval), ("final", &results.final_eval)] {
+            if let Some(e) = eval {
+                println!(
+                    "{name:<5} held-out, step {}: loss {:.4}, perplexity {:.3}, {:.4} bits per \
+                     byte on {} tokens",
+                    e.step, e.loss, e.perplexity, e.bits_per_byte, e.tokens
+                );
+            }
+        }
+    }
+    for c in &report.comparisons {
+        println!(
+            "against the {}: {:+.4} nats per token",
+            c.baseline, -c.lead_nats
+        );
+    }
+    for observation in &report.observations {
+        println!("- {}", observation.text);
+    }
+    for sample in &report.run.samples {
+        println!(
+            "> {} | {}",
+            one_line(&sample.prompt),
+            one_line(&sample.text)
+        );
+    }
+    println!(
+        "run: {}\nreport: {}",
+        run.display(),
+        run.join("report.html").display()
+    );
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// A flag that the first interrupt sets; the second one ends the process at once, which
+/// loses no committed checkpoint.
+fn stop_on_signal() -> Result<Arc<AtomicBool>, Box<dyn Error>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("stopping after this step; once more to stop at once");
+    })?;
+    Ok(stop)
+}
+
+/// `setun verify`
+pub fn verify(args: VerifyArgs, _: &Environment) -> CommandResult {
+    let report = setun_io::verify(&args.path)?;
+    match args.json {
+        true => println!("{}", serde_json::to_string_pretty(&report)?),
+        false => println!("{report}"),
+    }
+    Ok(if report.ok() {
+        Outcome::Success
+    } else {
+        Outcome::CheckFailed
+    })
+}
+
+/// `setun generate`
+pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult {
+    let sampler = SamplerOptions {
+        temperature: args.temperature as f32,
+        top_k: args.top_k,
+        top_p: args.top_p as f32,
+        min_p: args.min_p as f32,
+        repetition_penalty: args.repetition_penalty as f32,
+    };
+    sampler.validate()?;
+    let model = open(&args.model, args.checkpoint)?;
+    let tokenizer = tokenizer_of(&model)?;
+    let prompt = tokenizer.encode_with_special(&args.prompt)?;
+    let context = (prompt.len() + args.max_tokens).min(model.config().max_position_embeddings);
+    let options = EngineOptions {
+        context,
+        threads: machine::threads(args.threads),
+        isa: isa(environment)?,
+        numerics: None,
+    };
+    let mut engine = Engine::load(&model, options)?;
+    let end_tokens = model.config().eos_token_ids.clone();
+    let stop = StopRules {
+        end_tokens,
+        max_tokens: args.max_tokens,
+    };
+    print!("{}", args.prompt);
+    let mut stream = tokenizer.stream();
+    let mut out = std::io::stdout();
+    let start = Instant::now();
+    let generation = engine.generate(&prompt, sampler, &stop, (args.seed, 0), |token| {
+        if let Some(text) = stream.push(token) {
+            // A closed pipe ends the output, not the program's answer.
+            let _ = write!(out, "{text}").and_then(|()| out.flush());
+        }
+    })?;
+    println!("{}", stream.finish().unwrap_or_default());
+    if generation.reason == FinishReason::ContextFull {
+        eprintln!("the context of {context} tokens is full");
+    }
+    if args.stats {
+        let seconds = start.elapsed().as_secs_f64();
+        let tokens = generation.tokens.len();
+        eprintln!(
+            "{} prompt tokens, {tokens} new tokens, {:.1} tokens/s",
+            prompt.len(),
+            tokens as f64 / seconds
+        );
+    }
+    Ok(Outcome::Success)
+}
+
+/// `setun eval`
+pub fn eval(args: EvalArgs, environment: &Environment) -> CommandResult {
+    let model = open(&args.model, args.checkpoint)?;
+    let tokenizer = tokenizer_of(&model)?;
+    let tokens = read_tokens(&args.data, &args.documents, &tokenizer)?;
+    let limit = model.config().max_position_embeddings;
+    let seq_len = args
+        .seq_len
+        .unwrap_or_else(|| recorded_seq_len(&args.model).unwrap_or(limit.min(512)));
+    let options = evaluate::EvalOptions {
+        seq_len: seq_len.min(limit),
+        batch_size: args.batch_size,
+        threads: machine::threads(args.threads),
+        isa: isa(environment)?,
+        numerics: args.numerics,
+    };
+    let (evaluation, logits) =
+        evaluate::evaluate_model(&model, tokens, options, args.logits.is_some())?;
+    if let Some(path) = &args.logits {
+        evaluate::write_logits(path, &logits)?;
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&evaluation)?);
+    } else {
+        println!(
+            "loss {:.6} nats per token, perplexity {:.4}, {:.6} bits per byte on {} tokens",
+            evaluation.loss, evaluation.perplexity, evaluation.bits_per_byte, evaluation.tokens
+        );
+    }
+    Ok(Outcome::Success)
+}
+
+/// Window of the run that a model belongs to.
+fn recorded_seq_len(path: &Path) -> Option<usize> {
+    path.ancestors().take(4).find_map(|dir| {
+        Settings::load_run(dir, &[])
+            .ok()
+            .map(|settings| settings.train.seq_len)
+    })
+}
+
+/// `setun tokenize`
+pub fn tokenize(args: TokenizeArgs, _: &Environment) -> CommandResult {
+    let tokenizer = match &args.tokenizer {
+        TokenizerSource::File(path) => tokenizer_file(path)?,
+        TokenizerSource::Model(path) => tokenizer_of(&OpenModel::open(path)?)?,
+    };
+    let tokens = read_tokens(&args.sources, &args.documents, &tokenizer)?;
+    tokens.save(&args.output)?;
+    println!(
+        "{}: {} tokens from {} documents, {} bytes of text",
+        args.output.display(),
+        tokens.num_tokens(),
+        tokens.document_starts().len(),
+        tokens.info().raw_bytes
+    );
+    Ok(Outcome::Success)
+}
+
+/// Documents in their order, as tokens; a `.tokens` file as it is.
+fn read_tokens(
+    sources: &[PathBuf],
+    documents: &setun_train::data::DocumentOptions,
+    tokenizer: &Tokenizer,
+) -> Result<TokenSet, Box<dyn Error>> {
+    if let [path] = sources
+        && path.extension().is_some_and(|e| e == "tokens")
+    {
+        let tokens = TokenSet::open(path)?;
+        tokens.check_tokenizer(tokenizer)?;
+        return Ok(tokens);
+    }
+    let names: Vec<String> = sources
+        .iter()
+        .map(|p| p.to_string_lossy().into_owned())
+        .collect();
+    let corpus = load_documents(&names, Path::new(""), documents)?;
+    let all: Vec<usize> = (0..corpus.documents.len()).collect();
+    let console = RefCell::new(Console::new());
+    let progress = |done, total| console.borrow_mut().progress("tokenizing", done, total, "");
+    // Seed 0: the order of documents matters to training only.
+    Ok(TokenSet::encode(&corpus, &all, tokenizer, 0, &progress)?)
+}
+
+/// `setun tokenizer train`
+pub fn tokenizer_train(args: TokenizerTrainArgs, _: &Environment) -> CommandResult {
+    let names: Vec<String> = args
+        .sources
+        .iter()
+        .map(|p| p.to_string_lossy().into_owned())
+        .collect();
+    let corpus = load_documents(&names, Path::new(""), &args.documents)?;
+    let texts = corpus.documents.iter().map(|d| d.text.as_str());
+    let tokenizer = Tokenizer::train(texts, args.vocab_size)?;
+    write_atomic(&args.output, tokenizer.to_json().as_bytes())?;
+    println!(
+        "{}: {} entries",
+        args.output.display(),
+        tokenizer.vocab_size()
+    );
+    Ok(Outcome::Success)
+}
+
+/// `setun tokenizer show`
+pub fn tokenizer_show(args: TokenizerShowArgs, _: &Environment) -> CommandResult {
+    let is_file = args.file.extension().is_some_and(|e| e == "json");
+    let tokenizer = match is_file {
+        true => tokenizer_file(&args.file)?,
+        false => tokenizer_of(&OpenModel::open(&args.file)?)?,
+    };
+    println!(
+        "{} entries, end of text: {:?}",
+        tokenizer.vocab_size(),
+        tokenizer.end_of_text()
+    );
+    if let Some(text) = &args.text {
+        let ids = tokenizer.encode_with_special(text)?;
+        for id in &ids {
+            println!("{id:>7}  {:?}", tokenizer.decode(&[*id]));
+        }
+        println!("{} tokens", ids.len());
+    }
+    Ok(Outcome::Success)
+}
+
+/// `setun export`
+pub fn export(args: ExportArgs, _: &Environment) -> CommandResult {
+    let model = open(&args.model, args.checkpoint)?;
+    let json = model.tokenizer_json()?;
+    let output = std::path::absolute(&args.output)?;
+    let (Some(parent), Some(name)) = (output.parent(), output.file_name()) else {
+        return Err(format!("{} is no name for a directory", args.output.display()).into());
+    };
+    std::fs::create_dir_all(parent)?;
+    let name = name.to_string_lossy();
+    let path = finish::export(
+        &model,
+        args.format,
+        args.dtype,
+        json.as_deref(),
+        parent,
+        &name,
+    )?;
+    println!("{}", path.display());
+    Ok(Outcome::Success)
+}
+
+/// `setun report`
+pub fn report(args: ReportArgs, _: &Environment) -> CommandResult {
+    let report = finish::report_of_run(&args.run)?;
+    print_summary(&args.run, &report);
+    Ok(Outcome::Success)
+}
+
+fn open(path: &Path, which: CheckpointChoice) -> Result<OpenModel, Box<dyn Error>> {
+    let which = match which {
+        CheckpointChoice::Best => Which::Best,
+        CheckpointChoice::Newest => Which::Newest,
+        CheckpointChoice::Step(step) => Which::Step(step),
+    };
+    let model = OpenModel::open_with(path, which)?;
+    model
+        .notes()
+        .iter()
+        .for_each(|note| eprintln!("note: {note}"));
+    Ok(model)
+}
+
+fn tokenizer_of(model: &OpenModel) -> Result<Tokenizer, Box<dyn Error>> {
+    model.tokenizer()?.ok_or_else(|| {
+        let place = model.directory().display();
+        format!("{place} has no tokenizer.json; put the model's tokenizer there").into()
+    })
+}
+
+fn tokenizer_file(path: &Path) -> Result<Tokenizer, Box<dyn Error>> {
+    let bytes = std::fs::read(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+    Ok(Tokenizer::from_bytes(&bytes).map_err(|e| format!("{}: {e}", path.display()))?)
+}
+
+/// The instruction set of `SETUN_ISA`, else the fastest one of this machine.
+fn isa(environment: &Environment) -> Result<Isa, Box<dyn Error>> {
+    let Some(name) = &environment.isa else {
+        return Ok(Isa::detect());
+    };
+    Isa::from_name(name).ok_or_else(|| {
+        let names: Vec<&str> = Isa::available().iter().map(|isa| isa.name()).collect();
+        format!("SETUN_ISA={name}: this machine runs {}", names.join(", ")).into()
+    })
+}

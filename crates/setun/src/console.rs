@@ -1,0 +1,85 @@
+//! Progress: a bar on a terminal, plain lines elsewhere. Both on standard error.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use setun_train::run::Observer;
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+/// Time between plain lines of one stage.
+const QUIET: Duration = Duration::from_secs(15);
+
+/// Shows the progress of long work.
+pub struct Console {
+    bar: Option<ProgressBar>,
+    stage: String,
+    last_line: Option<Instant>,
+    terminal: bool,
+}
+
+impl Console {
+    /// Looks whether standard error is a terminal.
+    pub fn new() -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        Self {
+            bar: None,
+            stage: String::new(),
+            last_line: None,
+            terminal,
+        }
+    }
+
+    fn bar(&mut self, stage: &str, total: u64) -> &ProgressBar {
+        if self.stage != stage {
+            self.clear();
+            self.stage = stage.to_owned();
+        }
+        self.bar.get_or_insert_with(|| {
+            let template = "{prefix} [{bar:30}] {pos}/{len} {elapsed}<{eta}  {msg}";
+            let style = ProgressStyle::with_template(template);
+            let bar = ProgressBar::new(total);
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_prefix(stage.to_owned());
+            bar
+        })
+    }
+
+    fn clear(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+impl Observer for Console {
+    fn message(&mut self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{text}")),
+            None => eprintln!("{text}"),
+        }
+    }
+
+    fn progress(&mut self, stage: &str, done: u64, total: u64, detail: &str) {
+        if self.terminal {
+            let bar = self.bar(stage, total);
+            bar.set_message(detail.to_owned());
+            bar.set_position(done);
+            if done >= total {
+                self.clear();
+            }
+            return;
+        }
+        let fresh = self.stage != stage;
+        let due = self.last_line.is_none_or(|last| last.elapsed() >= QUIET);
+        if fresh || due || done == total {
+            self.stage = stage.to_owned();
+            self.last_line = Some(Instant::now());
+            eprintln!("{stage}: {done}/{total} {detail}");
+        }
+    }
+}
