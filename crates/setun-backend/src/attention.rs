@@ -228,6 +228,7 @@ impl AttentionShape {
             head_dim: self.head_dim,
             // A tile beyond the sequence would be all padding.
             tile: self.tile.min(self.seq),
+            isa: Isa::detect(),
             first_key,
         }
     }
@@ -348,6 +349,9 @@ multiversion! {
         scratch: &mut [R],
     ) = dq_block;
 }
+/// Takes a position and its `dk` and `dv`.
+type PutKeyGradients<'a, R> = dyn FnMut(usize, &[R], &[R]) + 'a;
+
 multiversion! {
     /// [`dkdv_tile`]
     fn dkdv_rows[R: Real][R](
@@ -356,7 +360,7 @@ multiversion! {
         segment: Segment,
         key_head: usize,
         start: usize,
-        put: &mut dyn FnMut(usize, &[R], &[R]),
+        put: &mut PutKeyGradients<'_, R>,
         scratch: &mut [R],
         sums: &mut [R],
     ) = dkdv_tile;

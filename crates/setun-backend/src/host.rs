@@ -35,7 +35,7 @@ pub struct HostWorkspace<R> {
     threads: usize,
     real_len: usize,
     real: Buf<R>,
-    int8: Buf<i16>,
+    int8: Buf<u8>,
 }
 
 impl<R: Real> HostWorkspace<R> {

@@ -2,11 +2,13 @@
 //! differences, and the memory that it takes.
 
 mod counting_allocator;
+mod rig;
 
 use counting_allocator::peak_bytes;
-use setun_backend::Real;
+use rig::{Rig, content, machines};
 use setun_backend::attention::{AttentionShape, backward, forward};
 use setun_backend::philox::Philox;
+use setun_backend::{Attention, AttentionBackward, AttnBuf, Backend, Isa, Limits, Real, Segment};
 
 /// Operands and results of one attention.
 struct Tensors<R> {
@@ -321,6 +323,97 @@ fn the_tile_changes_results_by_rounding_only() {
         for (i, (got, expected)) in run(tile).iter().zip(&expected).enumerate() {
             assert_close(&format!("result {i}, tile {tile}"), got, expected, 1e-5);
         }
+    }
+}
+
+/// `out`, `lse`, `dq`, `dk` and `dv` of the backend for the operands of `x`, in numerics
+/// f32 or with queries, keys and values rounded to bf16.
+fn on_host(
+    shape: AttentionShape,
+    x: &Tensors<f32>,
+    half: bool,
+    (isa, threads): (Isa, usize),
+) -> [Vec<f32>; 5] {
+    let mut rig = Rig::new();
+    let real = [&x.q, &x.k, &x.v].map(|x| rig.put(x));
+    let mut store = |x: &[f32]| match half {
+        false => AttnBuf::Real(rig.room(x.len())),
+        true => AttnBuf::Bf16(rig.room(x.len())),
+    };
+    let stored = [store(&x.q), store(&x.k), store(&x.v)];
+    let segments: Vec<Segment> = (0..shape.batch)
+        .map(|b| Segment::own(b * shape.seq, shape.seq))
+        .collect();
+    let forward = Attention {
+        q: stored[0],
+        k: stored[1],
+        v: stored[2],
+        out: rig.put(&x.out),
+        lse: rig.put(&x.lse),
+        segments: &segments,
+        num_heads: shape.num_heads,
+        num_kv_heads: shape.num_kv_heads,
+        head_dim: shape.head_dim,
+    };
+    let backward = AttentionBackward {
+        forward,
+        dout: rig.put(&x.dout),
+        delta: rig.room(x.lse.len()),
+        dq: rig.put(&x.dq),
+        dk: rig.put(&x.dk),
+        dv: rig.put(&x.dv),
+    };
+    let limits = Limits {
+        width: shape.head_dim,
+        head_dim: shape.head_dim,
+        group_size: 32,
+    };
+    let mut host = rig.host(isa, threads, limits);
+    for (from, to) in real.into_iter().zip(stored) {
+        host.round_attention(from, to);
+    }
+    host.attention(forward);
+    host.attention_backward(backward);
+    let gradients = [backward.dq, backward.dk, backward.dv];
+    let [dq, dk, dv] = gradients.map(|d| content(&host, d));
+    [
+        content(&host, forward.out),
+        content(&host, forward.lse),
+        dq,
+        dk,
+        dv,
+    ]
+}
+
+#[test]
+fn the_backend_gives_the_same_bits() {
+    // The backend's tile is 64.
+    let shape = shape([2, 4, 2, 150, 18, 64]);
+    let stale = Tensors::<f32>::new(shape);
+    let mut x = Tensors::<f32>::new(shape);
+    x.forward(shape, None);
+    x.backward(shape, None);
+    let expected = [x.out, x.lse, x.dq, x.dk, x.dv].map(|x| rig::bits(&x));
+    for machine in machines() {
+        let got = on_host(shape, &stale, false, machine).map(|x| rig::bits(&x));
+        assert!(got == expected, "{machine:?}");
+    }
+}
+
+#[test]
+fn bf16_differs_by_its_rounding() {
+    let shape = shape([1, 4, 2, 150, 34, 64]);
+    let mut x = Tensors::<f32>::new(shape);
+    // What the operands are once stored; then only p, ds and dout are rounded further.
+    for operand in [&mut x.q, &mut x.k, &mut x.v] {
+        operand.iter_mut().for_each(|x| *x = x.round_bf16());
+    }
+    let plain = Plain::new(shape, &x, None);
+    let got = on_host(shape, &x, true, (Isa::detect(), 1));
+    let expected = [plain.out, plain.lse, plain.dq, plain.dk, plain.dv];
+    for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+        // bf16 rounds by at most 2^-9.
+        assert_close(&format!("result {i}"), got, expected, 1.0 / 128.0);
     }
 }
 

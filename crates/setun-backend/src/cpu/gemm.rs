@@ -3,13 +3,14 @@
 //! The reduction of one output is one sequence over ascending r, whatever the blocking:
 //! between blocks of r the accumulator rests in `c`, which loses nothing. So the result
 //! equals [`vec_mat`](crate::kernels::product::vec_mat) bit for bit. Work is split over
-//! rectangles of outputs. Operands are packed into panels of f32 by closures of the
-//! caller, which is where rounding to bf16 and `s * t` happen.
+//! rectangles of outputs. [`Operand`]s are packed into panels of plain values, which is
+//! where rounding to bf16 and `s * t` happen.
 
 use crate::cpu::multiversion;
 use crate::cpu::{Isa, Pool, RowParts, RowsMut};
 use crate::kernels::product::{BLOCK, Order, needs_flush};
 use crate::real::Real;
+use half::bf16;
 use std::ops::Range;
 
 /// Steps of the reduction in a block: a multiple of [`BLOCK`].
@@ -19,11 +20,11 @@ const ROWS: usize = 384;
 /// Most columns of a rectangle.
 const COLS: usize = 256;
 /// Columns of a register tile.
-const NR: usize = 16;
+pub(super) const NR: usize = 16;
 /// Rows of a register tile, f32: 6 x 16 accumulators fill 12 vector registers.
-const MR_SEQUENTIAL: usize = 6;
+pub(super) const MR_SEQUENTIAL: usize = 6;
 /// Rows of a register tile, bf16: as many registers, for even and odd chains.
-const MR_EVEN_ODD: usize = 3;
+pub(super) const MR_EVEN_ODD: usize = 3;
 
 /// Values of scratch that a worker needs.
 pub const SCRATCH: usize = DEPTH * (ROWS + COLS);
@@ -49,18 +50,195 @@ struct Rectangles<R> {
 // SAFETY: tasks write disjoint rectangles only.
 unsafe impl<R: Send> Sync for Rectangles<R> {}
 
-/// Computes `c += a * b`, `c` row-major `[rows, cols]`.
-///
-/// `pack_a(rows, depths, panel)` puts `a(rows.start + i, depths.start + k)` into lane i at
-/// depth k of the panel; `pack_b(cols, depths, panel)` does likewise with
-/// `b(depths.start + k, cols.start + j)`. Panels come zeroed. `scratch` has [`SCRATCH`]
-/// values for each worker.
+/// Values of a matrix that enters a product, in the form in which it is stored.
+#[derive(Clone, Copy)]
+pub enum Values<'a, R> {
+    /// As they are.
+    Plain(&'a [R]),
+    /// Rounded to bf16.
+    Rounded(&'a [R]),
+    /// bf16.
+    Bf16(&'a [bf16]),
+    /// `bf16(a * q)` of int8 activations.
+    Int8 {
+        /// `[rows, width]`
+        q: &'a [i8],
+        /// `[rows, groups]`
+        scales: &'a [f32],
+        /// Values that share a scale.
+        group_size: usize,
+    },
+    /// `s * t`.
+    Ternary {
+        /// `[rows, width]`
+        trits: &'a [i8],
+        /// `[rows, groups]`
+        scales: &'a [f32],
+        /// Weights that share a scale.
+        group_size: usize,
+    },
+}
+
+/// A matrix of a product.
+#[derive(Clone, Copy)]
+pub struct Operand<'a, R> {
+    /// Its values, row-major.
+    pub values: Values<'a, R>,
+    /// Values in a stored row.
+    pub width: usize,
+    /// Whether a stored row is a step of the reduction (else it is a row or column of the
+    /// result).
+    pub depth_in_rows: bool,
+}
+
+/// Largest run of values that is packed at a time.
+const RUN: usize = if ROWS > COLS { ROWS } else { COLS };
+
+impl<R: Real> Operand<'_, R> {
+    /// Packs lanes `lanes` and steps `depths` into panels of `unit` lanes, `[depth, unit]`
+    /// each, `DEPTH * unit` apart, and notes the least exponent of each panel.
+    fn pack(
+        &self,
+        isa: Isa,
+        (lanes, depths): (Range<usize>, Range<usize>),
+        unit: usize,
+        panels: &mut [R],
+        exponents: &mut [i32],
+    ) {
+        let mut run = [R::ZERO; RUN];
+        let (n, depth) = (lanes.len(), depths.len());
+        let num_panels = n.div_ceil(unit);
+        for panel in 0..num_panels {
+            if (panel + 1) * unit > n {
+                panels[panel * DEPTH * unit..][..depth * unit].fill(R::ZERO);
+            }
+        }
+        if self.depth_in_rows {
+            for (k, row) in depths.enumerate() {
+                convert_run(
+                    isa,
+                    self.values,
+                    self.width,
+                    row,
+                    lanes.clone(),
+                    &mut run[..n],
+                );
+                for (panel, part) in run[..n].chunks(unit).enumerate() {
+                    let at = (panel * DEPTH + k) * unit;
+                    panels[at..at + part.len()].copy_from_slice(part);
+                }
+            }
+        } else {
+            for (i, row) in lanes.enumerate() {
+                convert_run(
+                    isa,
+                    self.values,
+                    self.width,
+                    row,
+                    depths.clone(),
+                    &mut run[..depth],
+                );
+                let panel = &mut panels[i / unit * DEPTH * unit..][..depth * unit];
+                for (to, &x) in panel.chunks_exact_mut(unit).zip(&run[..depth]) {
+                    to[i % unit] = x;
+                }
+            }
+        }
+        for (panel, exponent) in exponents.iter_mut().enumerate().take(num_panels) {
+            *exponent = least_exponent(isa, &panels[panel * DEPTH * unit..][..depth * unit]);
+        }
+    }
+}
+
+multiversion! {
+    /// [`Real::min_exponent`]
+    fn least_exponent[R: Real][R](values: &[R]) -> i32 = R::min_exponent;
+}
+
+multiversion! {
+    /// Values `columns` of stored row `row`, as products see them.
+    fn convert_run[R: Real][R](
+        values: Values<'_, R>,
+        width: usize,
+        row: usize,
+        columns: Range<usize>,
+        out: &mut [R],
+    ) = convert_run_kernel;
+}
+
+#[inline(always)]
+fn convert_run_kernel<R: Real>(
+    values: Values<'_, R>,
+    width: usize,
+    row: usize,
+    columns: Range<usize>,
+    out: &mut [R],
+) {
+    let at = row * width + columns.start..row * width + columns.end;
+    match values {
+        Values::Plain(x) => out.copy_from_slice(&x[at]),
+        Values::Rounded(x) => {
+            for (to, x) in out.iter_mut().zip(&x[at]) {
+                *to = x.round_bf16();
+            }
+        }
+        Values::Bf16(x) => {
+            for (to, &x) in out.iter_mut().zip(&x[at]) {
+                *to = R::from_bf16(x);
+            }
+        }
+        Values::Int8 {
+            q,
+            scales,
+            group_size,
+        } => {
+            let scales = &scales[row * width.div_ceil(group_size)..];
+            by_group(&columns, group_size, |group, part| {
+                let a = scales[group];
+                let from = &q[row * width + columns.start..][part.clone()];
+                for (to, &q) in out[part].iter_mut().zip(from) {
+                    *to = R::from_f32((a * f32::from(q)).round_bf16());
+                }
+            });
+        }
+        Values::Ternary {
+            trits,
+            scales,
+            group_size,
+        } => {
+            let scales = &scales[row * width.div_ceil(group_size)..];
+            by_group(&columns, group_size, |group, part| {
+                let s = scales[group];
+                let from = &trits[row * width + columns.start..][part.clone()];
+                for (to, &t) in out[part].iter_mut().zip(from) {
+                    *to = R::from_f32(f32::from(t) * s);
+                }
+            });
+        }
+    }
+}
+
+/// Calls `each(group, part)` for the groups that `columns` touch; parts count from the
+/// first column.
+#[inline(always)]
+fn by_group(columns: &Range<usize>, group_size: usize, mut each: impl FnMut(usize, Range<usize>)) {
+    let mut k = columns.start;
+    while k < columns.end {
+        let group = k / group_size;
+        let end = columns.end.min((group + 1) * group_size);
+        each(group, k - columns.start..end - columns.start);
+        k = end;
+    }
+}
+
+/// Computes `c += a * b`, `c` row-major `[rows, cols]`. `scratch` has [`SCRATCH`] values
+/// for each worker.
 pub fn gemm<R: Real>(
     pool: &Pool,
     isa: Isa,
     shape: Gemm,
-    pack_a: impl Fn(Range<usize>, Range<usize>, Panel<'_, R>) + Sync,
-    pack_b: impl Fn(Range<usize>, Range<usize>, Panel<'_, R>) + Sync,
+    a: Operand<'_, R>,
+    b: Operand<'_, R>,
     c: &mut [R],
     scratch: &mut [R],
 ) {
@@ -71,44 +249,47 @@ pub fn gemm<R: Real>(
     };
     let scratch = RowsMut::new(scratch, SCRATCH);
     let out = &out;
+    let mr = register_rows(shape.order);
     pool.run(split.tasks(), &|task, worker| {
         let (rows, columns) = split.rectangle(task);
         // SAFETY: each worker has its own row of scratch, and runs one task at a time.
         let scratch = unsafe { scratch.part(worker..worker + 1) };
-        let (a, b) = scratch.split_at_mut(DEPTH * ROWS);
+        let (a_panels, b_panels) = scratch.split_at_mut(DEPTH * ROWS);
+        let mut exponents = Exponents::default();
         for d in (0..shape.depth).step_by(DEPTH) {
             let depths = d..shape.depth.min(d + DEPTH);
-            let mr = register_rows(shape.order);
-            for i in rows.clone().step_by(mr) {
-                let values = &mut a[(i - rows.start) * DEPTH..][..mr * depths.len()];
-                values.fill(R::ZERO);
-                pack_a(
-                    i..rows.end.min(i + mr),
-                    depths.clone(),
-                    Panel { values, lanes: mr },
-                );
-            }
-            for j in columns.clone().step_by(NR) {
-                let values = &mut b[(j - columns.start) * DEPTH..][..NR * depths.len()];
-                values.fill(R::ZERO);
-                pack_b(
-                    j..columns.end.min(j + NR),
-                    depths.clone(),
-                    Panel { values, lanes: NR },
-                );
-            }
+            let a_part = (rows.clone(), depths.clone());
+            a.pack(isa, a_part, mr, a_panels, &mut exponents.a);
+            let b_part = (columns.clone(), depths.clone());
+            b.pack(isa, b_part, NR, b_panels, &mut exponents.b);
             let block = Block {
                 rows: rows.len(),
                 cols: columns.len(),
                 depth: depths.len(),
             };
+            let panels = (&*a_panels, &*b_panels);
             // SAFETY: the rectangle lies in `c` (asserted above) and belongs to this task.
             unsafe {
                 let at = out.start.add(rows.start * shape.cols + columns.start);
-                multiply_block(isa, shape.order, block, a, b, at, shape.cols);
+                multiply_block(isa, shape.order, block, panels, &exponents, at, shape.cols);
             }
         }
     });
+}
+
+/// Least exponents of the panels of a block.
+struct Exponents {
+    a: [i32; ROWS / MR_EVEN_ODD],
+    b: [i32; COLS / NR],
+}
+
+impl Default for Exponents {
+    fn default() -> Self {
+        Self {
+            a: [0; ROWS / MR_EVEN_ODD],
+            b: [0; COLS / NR],
+        }
+    }
 }
 
 /// How the outputs are cut into rectangles of about equal size.
@@ -156,33 +337,6 @@ impl Split {
     }
 }
 
-/// A strip of an operand as the register tiles read it: `[depth, lanes]`.
-pub struct Panel<'a, R> {
-    /// Values.
-    pub values: &'a mut [R],
-    /// Rows or columns of the strip.
-    pub lanes: usize,
-}
-
-impl<R: Real> Panel<'_, R> {
-    /// Fills lane `lane` from `values` along the depth.
-    #[inline(always)]
-    pub fn put_lane(&mut self, lane: usize, values: impl Iterator<Item = R>) {
-        for (row, x) in self.values.chunks_exact_mut(self.lanes).zip(values) {
-            row[lane] = x;
-        }
-    }
-
-    /// Fills depth `k` from `values` along the lanes.
-    #[inline(always)]
-    pub fn put_depth(&mut self, k: usize, values: impl Iterator<Item = R>) {
-        let row = &mut self.values[k * self.lanes..(k + 1) * self.lanes];
-        for (to, x) in row.iter_mut().zip(values) {
-            *to = x;
-        }
-    }
-}
-
 /// Rows of a register tile.
 pub fn register_rows(order: Order) -> usize {
     match order {
@@ -206,8 +360,8 @@ unsafe fn multiply_block<R: Real>(
     isa: Isa,
     order: Order,
     block: Block,
-    a: &[R],
-    b: &[R],
+    (a, b): (&[R], &[R]),
+    exponents: &Exponents,
     c: *mut R,
     stride: usize,
 ) {
@@ -215,11 +369,6 @@ unsafe fn multiply_block<R: Real>(
     for j in (0..block.cols).step_by(NR) {
         let nr = NR.min(block.cols - j);
         let b = &b[j * DEPTH..j * DEPTH + block.depth * NR];
-        let b_exponent = if order == Order::EvenOdd {
-            R::min_exponent(b)
-        } else {
-            0
-        };
         for i in (0..block.rows).step_by(mr) {
             let m = mr.min(block.rows - i);
             let a = &a[i * DEPTH..i * DEPTH + block.depth * mr];
@@ -229,7 +378,7 @@ unsafe fn multiply_block<R: Real>(
             match order {
                 Order::Sequential => tile_sequential(isa, a, b, &mut tile),
                 Order::EvenOdd => {
-                    let flush = needs_flush(order, R::min_exponent(a), b_exponent);
+                    let flush = needs_flush(order, exponents.a[i / mr], exponents.b[j / NR]);
                     tile_even_odd(isa, flush, a, b, &mut tile);
                 }
             }
@@ -271,20 +420,53 @@ unsafe fn store_tile<R: Real>(
     }
 }
 
-multiversion! {
-    /// One register tile, one chain per output.
-    fn tile_sequential[R: Real][R](a: &[R], b: &[R], tile: &mut [[R; NR]; MR_SEQUENTIAL])
-        = sequential;
+/// One register tile, one chain per output.
+fn tile_sequential<R: Real>(isa: Isa, a: &[R], b: &[R], tile: &mut [[R; NR]; MR_SEQUENTIAL]) {
+    #[cfg(target_arch = "x86_64")]
+    if let (Isa::Avx2, Some((a, b, tile))) = (isa, as_f32(a, b, tile)) {
+        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
+        return unsafe { super::avx2::tile_sequential(a, b, tile) };
+    }
+    let _ = isa;
+    sequential(a, b, tile);
 }
 
-multiversion! {
-    /// One register tile, even and odd chains.
-    fn tile_even_odd[R: Real][R](
-        flush: bool,
-        a: &[R],
-        b: &[R],
-        tile: &mut [[R; NR]; MR_SEQUENTIAL],
-    ) = even_odd;
+/// One register tile, even and odd chains.
+fn tile_even_odd<R: Real>(
+    isa: Isa,
+    flush: bool,
+    a: &[R],
+    b: &[R],
+    tile: &mut [[R; NR]; MR_SEQUENTIAL],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if let (Isa::Avx2, false, Some((a, b, tile))) = (isa, flush, as_f32(a, b, tile)) {
+        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
+        return unsafe { super::avx2::tile_even_odd(a, b, tile) };
+    }
+    let _ = isa;
+    even_odd(flush, a, b, tile);
+}
+
+/// Operands and accumulators of a register tile in f32.
+#[cfg(target_arch = "x86_64")]
+type TileF32<'a> = (&'a [f32], &'a [f32], &'a mut [[f32; NR]; MR_SEQUENTIAL]);
+
+/// The operands as f32, if that is what they are.
+#[cfg(target_arch = "x86_64")]
+fn as_f32<'a, R: Real>(
+    a: &'a [R],
+    b: &'a [R],
+    tile: &'a mut [[R; NR]; MR_SEQUENTIAL],
+) -> Option<TileF32<'a>> {
+    let same = std::any::TypeId::of::<R>() == std::any::TypeId::of::<f32>();
+    same.then(|| {
+        (
+            bytemuck::cast_slice(a),
+            bytemuck::cast_slice(b),
+            bytemuck::cast_mut(tile),
+        )
+    })
 }
 
 #[inline(always)]

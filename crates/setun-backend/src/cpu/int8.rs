@@ -2,23 +2,26 @@
 //! [`int8_dot`](crate::kernels::product::int8_dot) bit for bit.
 //!
 //! The integer sums are exact, so their order is free; only the combine over groups
-//! rounds, and it stays one FMA chain over ascending groups. Sixteen outputs lie in the
-//! lanes of i16 vectors: a trit times an int8 is at most 127, and [`PART`] of them fit
-//! into an i16 sum.
+//! rounds, and it stays one FMA chain over ascending groups. Weights are packed as codes
+//! `t + 1` in quads of the reduction, sixteen outputs side by side; the dot of the codes
+//! is corrected by the sum of the row's values.
 
 use crate::cpu::multiversion;
 use crate::cpu::{Isa, Pool, RowParts, RowsMut};
 use crate::real::Real;
 use setun_ternary::groups_per_row;
+use std::ops::Range;
 
 /// Outputs in the lanes of a panel.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 /// Rows that share a pass over a panel.
-const MR: usize = 4;
-/// Products that an i16 holds: 127 * 256 < 2^15.
-const PART: usize = 256;
-/// Output panels of a task.
-const PANELS: usize = 4;
+pub(super) const MR: usize = 4;
+/// Quads whose sums fit into an i16: 2 * 2 * 127 * 64 < 2^15.
+pub(super) const QUADS_OF_A_PART: usize = 64;
+/// Most output panels of a task.
+const PANELS: usize = 16;
+/// Most rows of a task.
+const ROWS: usize = 512;
 
 /// int8 activations `[rows, width]` with their scales `[rows, groups]`.
 #[derive(Clone, Copy)]
@@ -51,10 +54,28 @@ pub struct Int8Shape {
     pub group_size: usize,
 }
 
-/// Scratch values that a worker needs for inputs of `width` values.
+impl Int8Shape {
+    fn groups(self) -> usize {
+        groups_per_row(self.width, self.group_size)
+    }
+
+    /// Quads of a row: each group starts with a new one.
+    fn quads(self) -> usize {
+        let quads = |g: usize| {
+            self.group_size
+                .min(self.width - g * self.group_size)
+                .div_ceil(4)
+        };
+        (0..self.groups()).map(quads).sum()
+    }
+}
+
+/// Bytes of scratch that a worker needs for inputs of `width` values.
 pub fn scratch_len(width: usize, group_size: usize) -> usize {
-    let scales = 2 * LANES * groups_per_row(width, group_size);
-    ((LANES + MR) * width + scales).next_multiple_of(32)
+    let groups = groups_per_row(width, group_size);
+    let quads = width.div_ceil(4) + groups;
+    let values = 4 * quads * (LANES + ROWS);
+    (values + 4 * groups * (LANES + ROWS)).next_multiple_of(64)
 }
 
 struct Rectangles<R> {
@@ -65,7 +86,7 @@ struct Rectangles<R> {
 // SAFETY: tasks write disjoint columns only.
 unsafe impl<R: Send> Sync for Rectangles<R> {}
 
-/// `y[r, n] = x[r] * w[n]`. `scratch` has [`scratch_len`] values for each worker.
+/// `y[r, n] = x[r] * w[n]`. `scratch` has [`scratch_len`] bytes for each worker.
 pub fn int8_linear<R: Real>(
     pool: &Pool,
     isa: Isa,
@@ -73,7 +94,7 @@ pub fn int8_linear<R: Real>(
     x: Int8Rows<'_>,
     w: TernaryRows<'_>,
     y: &mut [R],
-    scratch: &mut [i16],
+    scratch: &mut [u8],
 ) {
     assert_eq!(y.len(), shape.rows * shape.out);
     let per_worker = scratch_len(shape.width, shape.group_size);
@@ -83,125 +104,187 @@ pub fn int8_linear<R: Real>(
         len: y.len(),
     };
     let out = &out;
-    pool.run(shape.out.div_ceil(LANES * PANELS), &|task, worker| {
+    let tall = shape.rows.div_ceil(ROWS);
+    // Narrow tasks where there are few rows, so that all threads have work.
+    let panels = shape
+        .out
+        .div_ceil(LANES)
+        .div_ceil(3 * pool.threads())
+        .clamp(1, PANELS);
+    let step = LANES * panels;
+    pool.run(tall * shape.out.div_ceil(step), &|task, worker| {
         // SAFETY: each worker has its own row of scratch, and runs one task at a time.
         let scratch = unsafe { scratch.part(worker..worker + 1) };
-        let first = task * LANES * PANELS;
-        for n0 in (first..shape.out.min(first + LANES * PANELS)).step_by(LANES) {
+        let (r0, first) = (task % tall * ROWS, task / tall * step);
+        let rows = r0..shape.rows.min(r0 + ROWS);
+        let mut block = RowBlock::pack(shape, x, rows, scratch);
+        for n0 in (first..shape.out.min(first + step)).step_by(LANES) {
             let n = LANES.min(shape.out - n0);
-            panel(
-                isa,
-                shape,
-                x,
-                w,
-                n0,
-                n,
-                scratch,
-                &mut |row, values: &[f32; LANES]| {
-                    let at = row * shape.out + n0;
-                    assert!(at + n <= out.len);
-                    for (i, &v) in values[..n].iter().enumerate() {
-                        // SAFETY: inside `y` by the assertion; columns `n0..n0 + n` belong to
-                        // this task alone.
-                        unsafe { *out.start.add(at + i) = R::from_f32(v) };
-                    }
-                },
-            );
+            block.pack_weights(w, n0, n);
+            block.multiply(isa, x, &mut |row, values: &[f32; LANES]| {
+                let at = row * shape.out + n0;
+                assert!(at + n <= out.len);
+                for (i, &v) in values[..n].iter().enumerate() {
+                    // SAFETY: inside `y` by the assertion; rows and columns of the task
+                    // belong to it alone.
+                    unsafe { *out.start.add(at + i) = R::from_f32(v) };
+                }
+            });
         }
     });
 }
 
-/// All rows of one panel of `n` outputs from `n0`; `put(row, values)`.
-#[allow(clippy::too_many_arguments)]
-fn panel(
-    isa: Isa,
+/// Packed rows of a task, and one panel of weights at a time.
+struct RowBlock<'s> {
     shape: Int8Shape,
-    x: Int8Rows<'_>,
-    w: TernaryRows<'_>,
-    n0: usize,
-    n: usize,
-    scratch: &mut [i16],
-    put: &mut dyn FnMut(usize, &[f32; LANES]),
-) {
-    let groups = groups_per_row(shape.width, shape.group_size);
-    let (trits, rest) = scratch.split_at_mut(LANES * shape.width);
-    let (inputs, rest) = rest.split_at_mut(MR * shape.width);
-    let scales: &mut [f32] = bytemuck::cast_slice_mut(&mut rest[..2 * LANES * groups]);
-    trits.fill(0);
-    scales.fill(0.0);
-    for lane in 0..n {
-        let row = &w.trits[(n0 + lane) * shape.width..(n0 + lane + 1) * shape.width];
-        for (k, &t) in row.iter().enumerate() {
-            trits[k * LANES + lane] = i16::from(t);
-        }
-        for g in 0..groups {
-            scales[g * LANES + lane] = w.scales[(n0 + lane) * groups + g];
-        }
+    rows: Range<usize>,
+    /// Codes `[quads][LANES][4]`; absent lanes are zero.
+    codes: &'s mut [u8],
+    /// `[groups][LANES]`
+    scales: &'s mut [f32],
+    /// Values `[rows / MR][quads][MR][4]`; absent values are zero.
+    inputs: &'s mut [i8],
+    /// Sums of the values `[rows / MR][groups][MR]`.
+    sums: &'s mut [i32],
+}
+
+impl<'s> RowBlock<'s> {
+    fn pack(shape: Int8Shape, x: Int8Rows<'_>, rows: Range<usize>, scratch: &'s mut [u8]) -> Self {
+        let (groups, quads) = (shape.groups(), shape.quads());
+        let padded = rows.len().next_multiple_of(MR);
+        let (codes, rest) = scratch.split_at_mut(4 * LANES * quads);
+        let (scales, rest) = rest.split_at_mut(4 * LANES * groups);
+        let (sums, rest) = rest.split_at_mut(4 * padded * groups);
+        let mut block = Self {
+            shape,
+            rows,
+            codes,
+            scales: bytemuck::cast_slice_mut(scales),
+            inputs: bytemuck::cast_slice_mut(&mut rest[..4 * padded * quads]),
+            sums: bytemuck::cast_slice_mut(sums),
+        };
+        block.pack_inputs(x);
+        block
     }
-    for r0 in (0..shape.rows).step_by(MR) {
-        let m = MR.min(shape.rows - r0);
-        let mut a = [&x.scales[..0]; MR];
-        for (i, a) in a.iter_mut().enumerate() {
-            // Rows behind the last repeat it; their results are not used.
-            let r = r0 + i.min(m - 1);
-            *a = &x.scales[r * groups..(r + 1) * groups];
-            let q = &x.q[r * shape.width..(r + 1) * shape.width];
-            for (k, &q) in q.iter().enumerate() {
-                inputs[k * MR + i] = i16::from(q);
+
+    fn pack_inputs(&mut self, x: Int8Rows<'_>) {
+        let (width, groups, quads) = (self.shape.width, self.shape.groups(), self.shape.quads());
+        let last = self.rows.len().next_multiple_of(MR) / MR - 1;
+        self.inputs[last * 4 * MR * quads..].fill(0);
+        self.sums[last * MR * groups..].fill(0);
+        for (r, row) in self.rows.clone().enumerate() {
+            let inputs = &mut self.inputs[r / MR * 4 * MR * quads..][..4 * MR * quads];
+            let row = &x.q[row * width..(row + 1) * width];
+            let mut slots = inputs.chunks_exact_mut(4).skip(r % MR).step_by(MR);
+            for (g, group) in row.chunks(self.shape.group_size).enumerate() {
+                let sum: i32 = group.iter().map(|&q| i32::from(q)).sum();
+                self.sums[(r / MR * groups + g) * MR + r % MR] = sum;
+                for (four, slot) in group.chunks(4).zip(&mut slots) {
+                    match <[i8; 4]>::try_from(four) {
+                        Ok(four) => slot.copy_from_slice(&four),
+                        Err(_) => {
+                            slot.fill(0);
+                            slot[..four.len()].copy_from_slice(four);
+                        }
+                    }
+                }
             }
         }
-        let mut y = [[0.0f32; LANES]; MR];
-        row_block(isa, shape.group_size, inputs, a, trits, scales, &mut y);
-        for (i, y) in y.iter().enumerate().take(m) {
-            put(r0 + i, y);
+    }
+
+    /// Takes outputs `n0..n0 + n` as the panel.
+    fn pack_weights(&mut self, w: TernaryRows<'_>, n0: usize, n: usize) {
+        let (width, groups) = (self.shape.width, self.shape.groups());
+        if n < LANES {
+            self.codes.fill(0);
+            self.scales.fill(0.0);
+        }
+        for lane in 0..n {
+            let row = &w.trits[(n0 + lane) * width..][..width];
+            let mut slots = self.codes.chunks_exact_mut(4).skip(lane).step_by(LANES);
+            for (g, group) in row.chunks(self.shape.group_size).enumerate() {
+                self.scales[g * LANES + lane] = w.scales[(n0 + lane) * groups + g];
+                for (four, slot) in group.chunks(4).zip(&mut slots) {
+                    match <[i8; 4]>::try_from(four) {
+                        Ok(four) => slot.copy_from_slice(&four.map(|t| (t + 1) as u8)),
+                        Err(_) => {
+                            slot.fill(0);
+                            for (code, &t) in slot.iter_mut().zip(four) {
+                                *code = (t + 1) as u8;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// All rows against the panel; `put(row, values)`.
+    fn multiply(&self, isa: Isa, x: Int8Rows<'_>, put: &mut dyn FnMut(usize, &[f32; LANES])) {
+        let (groups, row_quads) = (self.shape.groups(), self.shape.quads());
+        for (b, r0) in self.rows.clone().step_by(MR).enumerate() {
+            let m = MR.min(self.rows.end - r0);
+            let inputs = &self.inputs[b * 4 * MR * row_quads..];
+            let sums = &self.sums[b * MR * groups..];
+            let mut y = [[0.0f32; LANES]; MR];
+            let mut quad = 0;
+            for g in 0..groups {
+                let start = g * self.shape.group_size;
+                let quads = self
+                    .shape
+                    .group_size
+                    .min(self.shape.width - start)
+                    .div_ceil(4);
+                let codes = &self.codes[quad * LANES * 4..][..quads * LANES * 4];
+                let q = &inputs[quad * MR * 4..][..quads * MR * 4];
+                let mut dots = [[0i32; LANES]; MR];
+                group_dots(isa, codes, q, &mut dots);
+                for i in 0..m {
+                    let a = x.scales[(r0 + i) * groups + g];
+                    let scales = &self.scales[g * LANES..(g + 1) * LANES];
+                    combine(isa, a, scales, &dots[i], sums[g * MR + i], &mut y[i]);
+                }
+                quad += quads;
+            }
+            for (i, y) in y.iter().enumerate().take(m) {
+                put(r0 + i, y);
+            }
         }
     }
 }
 
 multiversion! {
-    /// Four rows against one panel.
-    fn row_block[][](
-        group_size: usize,
-        inputs: &[i16],
-        a: [&[f32]; MR],
-        trits: &[i16],
+    /// `y = fma(s * a, dot, y)`, where the codes' dot is too large by `sum`.
+    fn combine[][](
+        a: f32,
         scales: &[f32],
-        y: &mut [[f32; LANES]; MR],
-    ) = row_block_kernel;
+        dots: &[i32; LANES],
+        sum: i32,
+        y: &mut [f32; LANES],
+    ) = combine_kernel;
 }
 
 #[inline(always)]
-fn row_block_kernel(
-    group_size: usize,
-    inputs: &[i16],
-    a: [&[f32]; MR],
-    trits: &[i16],
-    scales: &[f32],
-    y: &mut [[f32; LANES]; MR],
-) {
-    let groups = inputs
-        .chunks(MR * group_size)
-        .zip(trits.chunks(LANES * group_size));
-    for (g, ((q, t), s)) in groups.zip(scales.chunks_exact(LANES)).enumerate() {
-        let mut dots = [[0i32; LANES]; MR];
-        for (q, t) in q.chunks(MR * PART).zip(t.chunks(LANES * PART)) {
-            let mut part = [[0i16; LANES]; MR];
-            for (q, t) in q.chunks_exact(MR).zip(t.chunks_exact(LANES)) {
-                for i in 0..MR {
-                    for j in 0..LANES {
-                        part[i][j] = part[i][j].wrapping_add(q[i].wrapping_mul(t[j]));
-                    }
+fn combine_kernel(a: f32, scales: &[f32], dots: &[i32; LANES], sum: i32, y: &mut [f32; LANES]) {
+    for ((y, &s), &dot) in y.iter_mut().zip(scales).zip(dots) {
+        *y = f32::mul_add(s * a, (dot - sum) as f32, *y);
+    }
+}
+
+/// Exact integer dots of the codes with the values of one group.
+fn group_dots(isa: Isa, codes: &[u8], q: &[i8], dots: &mut [[i32; LANES]; MR]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx2 {
+        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
+        return unsafe { super::avx2::int8_dots(codes, q, dots) };
+    }
+    let _ = isa;
+    for (codes, q) in codes.chunks_exact(LANES * 4).zip(q.chunks_exact(MR * 4)) {
+        for (i, dots) in dots.iter_mut().enumerate() {
+            for (j, dot) in dots.iter_mut().enumerate() {
+                for k in 0..4 {
+                    *dot += i32::from(codes[4 * j + k]) * i32::from(q[4 * i + k]);
                 }
-            }
-            for i in 0..MR {
-                for j in 0..LANES {
-                    dots[i][j] += i32::from(part[i][j]);
-                }
-            }
-        }
-        for i in 0..MR {
-            for j in 0..LANES {
-                y[i][j] = f32::mul_add(s[j] * a[i][g], dots[i][j] as f32, y[i][j]);
             }
         }
     }

@@ -1,5 +1,7 @@
 //! The CPU: instruction sets, threads and blocked products.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
 pub mod gemm;
 pub mod int8;
 pub(crate) mod isa;

@@ -262,11 +262,11 @@ impl<R: Real> Backend for Host<R> {
         debug_assert!(op.out.len().is_multiple_of(width));
         match (op.q, op.k, op.v) {
             (AttnBuf::Real(q), AttnBuf::Real(k), AttnBuf::Real(v)) => {
-                let view = view(&op, lease.read(q), lease.read(k), lease.read(v));
+                let view = view(isa, &op, lease.read(q), lease.read(k), lease.read(v));
                 attention_forward(pool, isa, view, op.segments, (out, lse), &scratch);
             }
             (AttnBuf::Bf16(q), AttnBuf::Bf16(k), AttnBuf::Bf16(v)) => {
-                let view = view(&op, lease.read(q), lease.read(k), lease.read(v));
+                let view = view(isa, &op, lease.read(q), lease.read(k), lease.read(v));
                 attention_forward(pool, isa, view, op.segments, (out, lse), &scratch);
             }
             _ => panic!("queries, keys and values must be stored alike"),
@@ -300,11 +300,11 @@ impl<R: Real> Backend for Host<R> {
         let (isa, pool, segments) = (self.isa, &self.pool, forward.segments);
         match (forward.q, forward.k, forward.v) {
             (AttnBuf::Real(q), AttnBuf::Real(k), AttnBuf::Real(v)) => {
-                let view = view(&forward, lease.read(q), lease.read(k), lease.read(v));
+                let view = view(isa, &forward, lease.read(q), lease.read(k), lease.read(v));
                 attention_gradients(pool, isa, view, saved, segments, grads, &scratch);
             }
             (AttnBuf::Bf16(q), AttnBuf::Bf16(k), AttnBuf::Bf16(v)) => {
-                let view = view(&forward, lease.read(q), lease.read(k), lease.read(v));
+                let view = view(isa, &forward, lease.read(q), lease.read(k), lease.read(v));
                 attention_gradients(pool, isa, view, saved, segments, grads, &scratch);
             }
             _ => panic!("queries, keys and values must be stored alike"),
@@ -486,7 +486,13 @@ fn norm_rope_rows_kernel<R: Real>(
     }
 }
 
-fn view<'a, R, S>(op: &Attention<'_, R>, q: &'a [S], k: &'a [S], v: &'a [S]) -> View<'a, S> {
+fn view<'a, R, S>(
+    isa: Isa,
+    op: &Attention<'_, R>,
+    q: &'a [S],
+    k: &'a [S],
+    v: &'a [S],
+) -> View<'a, S> {
     View {
         q,
         k,
@@ -495,6 +501,7 @@ fn view<'a, R, S>(op: &Attention<'_, R>, q: &'a [S], k: &'a [S], v: &'a [S]) -> 
         num_kv_heads: op.num_kv_heads,
         head_dim: op.head_dim,
         tile: TILE,
+        isa,
         first_key: None,
     }
 }

@@ -11,6 +11,7 @@
 //! their gradient and `dout` are rounded to bf16 before they enter products. The
 //! denominator sums the unrounded probabilities.
 
+use crate::cpu::Isa;
 use crate::kernels::loss::row_max;
 use crate::kernels::product::{Order, needs_flush, vec_mat};
 use crate::ops::Segment;
@@ -70,6 +71,8 @@ pub struct View<'a, S> {
     pub head_dim: usize,
     /// Keys of a tile, and queries of a block.
     pub tile: usize,
+    /// Instruction set; results do not depend on it.
+    pub isa: Isa,
     /// First position that each query row sees, or all from 0.
     pub first_key: Option<&'a [u32]>,
 }
@@ -160,10 +163,16 @@ fn transpose<'a, R: Real>(
 
 /// `acc += x * panel`, flushing denormals only where they can occur.
 #[inline(always)]
-fn multiply<R: Real, S: Store<R>>(x: &[R], panel: &Panel<'_, R>, lanes: usize, acc: &mut [R]) {
+fn multiply<R: Real, S: Store<R>>(
+    isa: Isa,
+    x: &[R],
+    panel: &Panel<'_, R>,
+    lanes: usize,
+    acc: &mut [R],
+) {
     let flush =
         S::ORDER == Order::EvenOdd && needs_flush(S::ORDER, R::min_exponent(x), panel.min_exponent);
-    vec_mat(S::ORDER, flush, x, panel.values, lanes, acc);
+    vec_mat(isa, S::ORDER, flush, x, panel.values, lanes, acc);
 }
 
 /// Attention of queries `rows` of `segment` for one head into `out` and `lse`, which are
@@ -211,10 +220,10 @@ pub fn forward_block<R: Real, S: Store<R>>(
                 q_row,
             );
             scores.fill(R::ZERO);
-            multiply::<R, S>(q_row, &keys, tile, scores);
+            multiply::<R, S>(view.isa, q_row, &keys, tile, scores);
             mask(scores, scale, first.saturating_sub(j0), end - j0);
             let acc = &mut acc[r * e..(r + 1) * e];
-            online_softmax::<R, S>(scores, &values, n, &mut max[r], &mut sum[r], acc);
+            online_softmax::<R, S>(view.isa, scores, &values, n, &mut max[r], &mut sum[r], acc);
         }
     }
     for r in 0..num_rows {
@@ -253,6 +262,7 @@ fn mask<R: Real>(scores: &mut [R], scale: R, first: usize, end: usize) {
 /// Folds one tile of masked scores into the running maximum, denominator and output.
 #[inline(always)]
 fn online_softmax<R: Real, S: Store<R>>(
+    isa: Isa,
     scores: &mut [R],
     values: &Panel<'_, R>,
     n: usize,
@@ -276,7 +286,7 @@ fn online_softmax<R: Real, S: Store<R>>(
     for x in acc.iter_mut() {
         *x = (*x * shrink).flush();
     }
-    multiply::<R, S>(&scores[..n], values, acc.len(), acc);
+    multiply::<R, S>(isa, &scores[..n], values, acc.len(), acc);
 }
 
 /// `delta = rowsum(dout * out)` of one row of one head: over the whole row, not per tile.
@@ -310,14 +320,14 @@ impl<R: Real> RowGradient<'_, R> {
             *to = S::round(x);
         }
         self.p.fill(R::ZERO);
-        multiply::<R, S>(self.q, keys_t, tile, self.p);
+        multiply::<R, S>(view.isa, self.q, keys_t, tile, self.p);
         mask(self.p, view.scale(), lanes.0, lanes.1);
         let lse = saved.lse[row_head];
         for p in self.p.iter_mut() {
             *p = (*p - lse).exp();
         }
         self.ds.fill(R::ZERO);
-        multiply::<R, S>(self.dout, values_t, tile, self.ds);
+        multiply::<R, S>(view.isa, self.dout, values_t, tile, self.ds);
         let delta = saved.delta[row_head];
         for (ds, &p) in self.ds.iter_mut().zip(&*self.p) {
             *ds = S::round(p * (*ds - delta));
@@ -368,7 +378,7 @@ pub fn dq_block<R: Real, S: Store<R>>(
             let lanes = (first.saturating_sub(j0), end - j0);
             row.compute(view, saved, row_head, lanes, &keys_t, &values_t);
             let acc = &mut acc[(i - rows.0) * e..(i - rows.0 + 1) * e];
-            multiply::<R, S>(&row.ds[..n], &keys, e, acc);
+            multiply::<R, S>(view.isa, &row.ds[..n], &keys, e, acc);
         }
     }
     let scale = view.scale::<R>();
@@ -494,12 +504,19 @@ impl QueryBlock {
         for lane in 0..self.n {
             let rows = lane * tile..lane * tile + num_rows;
             multiply::<R, S>(
+                view.isa,
                 &p_t[rows.clone()],
                 &douts,
                 e,
                 &mut dv[lane * e..(lane + 1) * e],
             );
-            multiply::<R, S>(&ds_t[rows], &queries, e, &mut dk[lane * e..(lane + 1) * e]);
+            multiply::<R, S>(
+                view.isa,
+                &ds_t[rows],
+                &queries,
+                e,
+                &mut dk[lane * e..(lane + 1) * e],
+            );
         }
     }
 }

@@ -1,7 +1,12 @@
 //! Products in their plain form: the definition that blocked kernels reproduce.
 
+use crate::cpu::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::avx2;
 use crate::real::Real;
 use setun_ternary::groups_per_row;
+#[cfg(target_arch = "x86_64")]
+use std::any::TypeId;
 
 /// Order in which a sum of products is taken (DESIGN 3.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,16 +36,53 @@ pub fn needs_flush(order: Order, min_exponent_a: i32, min_exponent_b: i32) -> bo
 ///
 /// `flush` may be false where [`needs_flush`] is; the result is the same, sooner.
 #[inline(always)]
-pub fn vec_mat<R: Real>(order: Order, flush: bool, x: &[R], y: &[R], lanes: usize, acc: &mut [R]) {
+pub fn vec_mat<R: Real>(
+    isa: Isa,
+    order: Order,
+    flush: bool,
+    x: &[R],
+    y: &[R],
+    lanes: usize,
+    acc: &mut [R],
+) {
     debug_assert!(y.len() >= x.len() * lanes && acc.len() == lanes);
     // Wide enough that the latency of an FMA is hidden, narrow enough for 16 registers.
-    let mut at = 0;
+    let mut at = vector_lanes(isa, order, flush, x, y, lanes, acc);
     if order == Order::Sequential {
         at = run_chains::<R, 64>(order, flush, x, y, lanes, at, acc);
     }
     at = run_chains::<R, 32>(order, flush, x, y, lanes, at, acc);
     at = run_chains::<R, 8>(order, flush, x, y, lanes, at, acc);
     run_chains::<R, 1>(order, flush, x, y, lanes, at, acc);
+}
+
+/// Runs the lanes that the instruction set has a loop for and returns their number.
+#[inline(always)]
+fn vector_lanes<R: Real>(
+    isa: Isa,
+    order: Order,
+    flush: bool,
+    x: &[R],
+    y: &[R],
+    lanes: usize,
+    acc: &mut [R],
+) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx2 && !flush && TypeId::of::<R>() == TypeId::of::<f32>() {
+        let whole = lanes / 8 * 8;
+        let (x, y) = (bytemuck::cast_slice(x), bytemuck::cast_slice(y));
+        let acc = bytemuck::cast_slice_mut(&mut acc[..whole]);
+        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
+        unsafe {
+            match order {
+                Order::Sequential => avx2::vec_mat_sequential(x, y, lanes, 0, acc),
+                Order::EvenOdd => avx2::vec_mat_even_odd(x, y, lanes, 0, acc),
+            }
+        }
+        return whole;
+    }
+    let _ = (isa, order, flush, x, y, lanes, acc);
+    0
 }
 
 /// Runs the chains from lane `at`, `W` at a time, and returns the first lane left.
@@ -163,7 +205,15 @@ mod tests {
                 .map(|x| x.round_bf16())
                 .collect();
             let mut got = vec![0.5; lanes];
-            vec_mat(Order::EvenOdd, false, &x, &y, lanes, &mut got);
+            vec_mat(
+                Isa::Reference,
+                Order::EvenOdd,
+                false,
+                &x,
+                &y,
+                lanes,
+                &mut got,
+            );
             for (l, got) in got.iter().enumerate() {
                 let mut acc = 0.5f32;
                 for b in (0..n).step_by(32) {
@@ -190,8 +240,16 @@ mod tests {
                 .map(|x| x.round_bf16())
                 .collect();
             let (mut with, mut without) = ([0.0f32], [0.0f32]);
-            vec_mat(Order::EvenOdd, true, &x, &y, 1, &mut with);
-            vec_mat(Order::EvenOdd, false, &x, &y, 1, &mut without);
+            vec_mat(Isa::Reference, Order::EvenOdd, true, &x, &y, 1, &mut with);
+            vec_mat(
+                Isa::Reference,
+                Order::EvenOdd,
+                false,
+                &x,
+                &y,
+                1,
+                &mut without,
+            );
             let needed = needs_flush(Order::EvenOdd, f32::min_exponent(&x), f32::min_exponent(&y));
             assert!(needed || with == without);
         }

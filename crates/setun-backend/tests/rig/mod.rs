@@ -85,3 +85,19 @@ pub fn content<R: Real, T: Pod>(host: &Host<R>, buf: Buf<T>) -> Vec<T> {
     host.read(buf, &mut values);
     values
 }
+
+/// Bits of values, where equal is not enough.
+pub fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+/// The bits of a buffer of f32.
+pub fn content_bits(host: &Host<f32>, buf: Buf<f32>) -> Vec<u32> {
+    bits(&content(host, buf))
+}
+
+/// Every instruction set, on one thread and on three.
+pub fn machines() -> Vec<(Isa, usize)> {
+    let isas = Isa::available().into_iter();
+    isas.flat_map(|isa| [(isa, 1), (isa, 3)]).collect()
+}
