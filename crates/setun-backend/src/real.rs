@@ -207,8 +207,8 @@ impl Real for f64 {
 }
 
 /// e^x in f32, the same operations on every instruction set: `x = n ln 2 + r`, a
-/// polynomial of degree 6 in r (Taylor's coefficients; |r| <= 0.347), times 2^n.
-/// Relative error below 3e-7. Below -87 the result is 0, so that it is never a
+/// polynomial of degree 7 in r (Taylor's coefficients; |r| <= 0.347), times 2^n.
+/// Relative error below 1.3e-7. Below -87 the result is 0, so that it is never a
 /// denormal; above 88.7 it is infinite.
 #[inline(always)]
 pub fn exp_f32(x: f32) -> f32 {
@@ -222,7 +222,8 @@ pub fn exp_f32(x: f32) -> f32 {
     let n = shifted - ROUND;
     let r = f32::mul_add(n, -LN_2_HIGH, clamped);
     let r = f32::mul_add(n, -LN_2_LOW, r);
-    let p = f32::mul_add(r, 1.0 / 720.0, 1.0 / 120.0);
+    let p = f32::mul_add(r, 1.0 / 5040.0, 1.0 / 720.0);
+    let p = f32::mul_add(p, r, 1.0 / 120.0);
     let p = f32::mul_add(p, r, 1.0 / 24.0);
     let p = f32::mul_add(p, r, 1.0 / 6.0);
     let p = f32::mul_add(p, r, 0.5);
@@ -271,7 +272,7 @@ fn tree<R: Real>(mut lanes: [R; 16]) -> R {
     let mut width = 8;
     while width > 0 {
         for i in 0..width {
-            lanes[i] = lanes[i] + lanes[i + width];
+            lanes[i] += lanes[i + width];
         }
         width /= 2;
     }
@@ -290,7 +291,7 @@ mod tests {
             let exact = f64::from(x).exp();
             worst = worst.max((f64::from(exp_f32(x)) - exact).abs() / exact);
         }
-        assert!(worst < 3e-7, "relative error {worst}");
+        assert!(worst < 1.3e-7, "relative error {worst}");
         assert_eq!(exp_f32(0.0), 1.0);
         assert_eq!(exp_f32(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp_f32(-87.5), 0.0);

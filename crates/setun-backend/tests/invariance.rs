@@ -129,6 +129,55 @@ fn a_row_of_a_rounding_operation_does_not_depend_on_its_neighbours() {
 }
 
 #[test]
+fn int8_rounding_equals_its_definition() {
+    const ROWS: usize = 300;
+    const WIDTH: usize = 515;
+    const GROUP: usize = 128;
+    let mut values: Vec<f32> = randoms(25, ROWS * WIDTH);
+    // Half of the rows are ties or next to one: halves times a, up to rounding.
+    let tie = |i: usize| ((i * 37 % 254) as f32) - 126.5;
+    for group in values
+        .chunks_mut(WIDTH)
+        .step_by(2)
+        .flat_map(|row| row.chunks_mut(GROUP))
+    {
+        let a = group[0].abs() / 127.0;
+        group[0] = a * 127.0;
+        (1..group.len()).for_each(|i| group[i] = tie(i) * a);
+    }
+    // A group whose scale is below the normal range, and one of zeros.
+    values[..GROUP].fill(1e-37);
+    values[GROUP..2 * GROUP].fill(0.0);
+    let (mut q, mut scales) = (Vec::new(), Vec::new());
+    for x in values.chunks(WIDTH).flat_map(|row| row.chunks(GROUP)) {
+        let a = x.iter().fold(0.0f32, |max, x| max.max(x.abs())) / 127.0;
+        let a = if a < f32::MIN_POSITIVE { 0.0 } else { a };
+        let round = |x: &f32| (x / a).round_ties_even().clamp(-127.0, 127.0) as i8;
+        scales.push(a);
+        q.extend(x.iter().map(|x| if a == 0.0 { 0 } else { round(x) }));
+    }
+    for (isa, threads) in machines() {
+        let mut rig = Rig::new();
+        let x = rig.put(&values);
+        let (to_q, to_scales) = (rig.room(q.len()), rig.room(scales.len()));
+        let limits = Limits {
+            width: WIDTH,
+            head_dim: 1,
+            group_size: GROUP,
+        };
+        let y = ActBuf::Int8 {
+            q: to_q,
+            scales: to_scales,
+            group_size: GROUP,
+        };
+        let mut host = rig.host(isa, threads, limits);
+        host.round_activation(x, WIDTH, y);
+        assert!(content(&host, to_q) == q, "{isa:?}, {threads} threads");
+        assert_eq!(content_bits(&host, to_scales), bits(&scales));
+    }
+}
+
+#[test]
 fn a_row_of_norm_rope_does_not_depend_on_its_neighbours() {
     const ROWS: usize = 37;
     const POSITIONS: usize = 50;

@@ -30,6 +30,10 @@ pub struct TrainState {
     pub best: Option<(u64, f64)>,
     /// Evaluations since then.
     pub evaluations_since_best: u64,
+    /// Sum and number of the training losses since the last evaluation.
+    pub losses_since_eval: (f64, u64),
+    /// Flipped trits and steps since the last look at the ternary weights.
+    pub flips_since_record: (u64, u64),
     /// Hashes of tokenizer, training and held-out tokens.
     pub data: DataIdentity,
 }
@@ -87,6 +91,23 @@ pub struct Constants<'a> {
     pub tokenizer_json: &'a [u8],
     /// Number format; none for a dense model.
     pub ternary: Option<PackedHeader>,
+}
+
+impl TrainState {
+    /// The state of a run on `data` before its first step.
+    pub fn new(data: DataIdentity) -> Self {
+        Self {
+            version: STATE_VERSION,
+            step: 0,
+            updates: 0,
+            bad_steps: 0,
+            best: None,
+            evaluations_since_best: 0,
+            losses_since_eval: (0.0, 0),
+            flips_since_record: (0, 0),
+            data,
+        }
+    }
 }
 
 /// Writes `RUN/checkpoints/step-N` and returns it with the hash of the ternary weights
@@ -186,7 +207,7 @@ pub fn restore<B: Backend<Real = f32>>(
             state.version
         )));
     }
-    check_data(&state.data, data)?;
+    check_data(&path, &state.data, data)?;
     let latents = TensorFile::open(&dir.join("latents.safetensors"))?;
     let moments = TensorFile::open(&dir.join("optimizer.safetensors"))?;
     let list = trainer.model.parameters.list.clone();
@@ -216,7 +237,7 @@ pub fn restore<B: Backend<Real = f32>>(
     Ok(state)
 }
 
-fn check_data(saved: &DataIdentity, found: &DataIdentity) -> Result<(), TrainError> {
+fn check_data(path: &Path, saved: &DataIdentity, found: &DataIdentity) -> Result<(), TrainError> {
     let pairs = [
         ("tokenizer", &saved.tokenizer, &found.tokenizer),
         ("training tokens", &saved.train, &found.train),
@@ -225,8 +246,9 @@ fn check_data(saved: &DataIdentity, found: &DataIdentity) -> Result<(), TrainErr
     for (what, saved, found) in pairs {
         if saved != found {
             return Err(TrainError::refused(format!(
-                "the {what} are not those of the run (blake3 {found}, the checkpoint has \
-                 {saved}); put the files back, or start a new run with --init"
+                "the data have changed since this run began: blake3 of the {what} is {found}, \
+                 {} has {saved}; put the files back, or start a new run with --init",
+                path.display()
             )));
         }
     }

@@ -92,7 +92,10 @@ impl Evaluator {
             model.forward(backend, n, 0, &batch.segments);
             model.loss_and_backward(backend, n, &batch.segments, None);
             model.read_losses(backend, &mut batch.losses[..n]);
-            total += batch.losses[..n].iter().map(|&x| f64::from(x)).sum::<f64>();
+            // One by one: partial sums would depend on the batch size.
+            for &loss in &batch.losses[..n] {
+                total += f64::from(loss);
+            }
             tokens += n as u64;
         }
         let bytes = self.windows.tokens().info().raw_bytes;

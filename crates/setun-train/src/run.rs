@@ -1,7 +1,7 @@
 //! A run from settings to report: the story of `setun train`.
 
 use crate::TrainError;
-use crate::checkpoint::{self, Constants, STATE_VERSION, TrainState};
+use crate::checkpoint::{self, Constants, DataIdentity, TrainState};
 use crate::evaluate::{Evaluation, Evaluator};
 use crate::finish::{self, Finished};
 use crate::machine;
@@ -206,8 +206,6 @@ pub(crate) struct Session {
     metrics: MetricsWriter,
     state: TrainState,
     num_weights: u64,
-    losses_since_eval: (f64, u64),
-    flips_since_record: (u64, u64),
 }
 
 impl Session {
@@ -219,28 +217,10 @@ impl Session {
         options: &RunOptions<'_>,
         observer: &mut dyn Observer,
     ) -> Result<Self, TrainError> {
-        let resumed = options
-            .resume
-            .map(|_| newest_valid_checkpoint(&run))
-            .transpose()?;
-        let earlier = match &resumed {
-            Some((_, step, _)) => metrics::read(&run, *step)?,
-            None => Vec::new(),
-        };
         let threads = machine::threads(settings.run.threads);
         let layout = Layout::new(&settings, &config, threads);
-        let plan = layout
-            .table()
-            .into_iter()
-            .map(|(category, bytes)| MemoryRow {
-                category: category.to_owned(),
-                bytes: bytes as u64,
-            });
         let mut record = new_record(&settings, &config, &prepared, options.isa, threads);
-        record.memory = MemoryFacts {
-            plan: plan.collect(),
-            peak_bytes: None,
-        };
+        record.memory = planned_memory(&layout);
         let total = layout.plan.total_bytes() as f64 / f64::from(1 << 20);
         observer.message(&format!("memory: {total:.0} MiB, all of it allocated now"));
         let Layout {
@@ -251,30 +231,28 @@ impl Session {
         } = layout;
         let rows = model.max_rows();
         let backend = Host::new(&plan, workspace, options.isa);
-        let trainer = Trainer::new(backend, model, optimizer, &settings, &prepared.batches);
-        let mask = settings.data.document_mask;
-        let state = TrainState {
-            version: STATE_VERSION,
-            step: 0,
-            updates: 0,
-            bad_steps: 0,
-            best: None,
-            evaluations_since_best: 0,
-            data: prepared.identity,
+        let mut trainer = Trainer::new(backend, model, optimizer, &settings, &prepared.batches);
+        // Before anything is written, so that a refused resume changes nothing.
+        let (state, earlier) = match options.resume {
+            Some(_) => restore(
+                &run,
+                &mut trainer,
+                &prepared.identity,
+                &mut record,
+                observer,
+            )?,
+            None => (TrainState::new(prepared.identity), Vec::new()),
         };
+        let tensorboard = settings.log.tensorboard.then(machine::now);
         let matrices = config.parameters();
         let matrices = matrices.iter().filter(|p| p.is_matrix());
-        let mut session = Self {
+        let session = Self {
             num_weights: matrices.map(|p| p.numel() as u64).sum(),
             tokenizer_json: prepared.tokenizer.to_json(),
             tokenizer: prepared.tokenizer,
             batches: prepared.batches,
-            evaluator: Evaluator::new(prepared.windows, rows, mask),
-            metrics: MetricsWriter::create(
-                &run,
-                &earlier,
-                settings.log.tensorboard.then(machine::now),
-            )?,
+            evaluator: Evaluator::new(prepared.windows, rows, settings.data.document_mask),
+            metrics: MetricsWriter::create(&run, &earlier, tensorboard)?,
             settings,
             config,
             run,
@@ -283,43 +261,13 @@ impl Session {
             isa: options.isa,
             threads,
             state,
-            losses_since_eval: (0.0, 0),
-            flips_since_record: (0, 0),
         };
-        if let Some((dir, step, skipped)) = resumed {
-            skipped.iter().for_each(|why| observer.message(why));
-            session.state = checkpoint::restore(&dir, &mut session.trainer, &session.state.data)?;
-            session.adopt_record();
-            session.restore_sums(&earlier);
-            observer.message(&format!("resumed from {} after step {step}", dir.display()));
-        }
         let toml = session.settings.to_toml();
         write_atomic(&session.run.join(SETTINGS_FILE), toml.as_bytes())?;
         session.write_record()?;
+        // The end of the earlier session may have come between a checkpoint and this file.
+        session.write_best()?;
         Ok(session)
-    }
-
-    /// Keeps what the record of an earlier session says about checkpoints.
-    fn adopt_record(&mut self) {
-        let text = std::fs::read(self.run.join("run.json")).unwrap_or_default();
-        if let Ok(earlier) = serde_json::from_slice::<RunRecord>(&text) {
-            self.record.ternary_hashes = earlier.ternary_hashes;
-            self.record.started = earlier.started;
-        }
-    }
-
-    /// The running sums of a resumed session are those of its metrics.
-    fn restore_sums(&mut self, earlier: &[Metric]) {
-        for metric in earlier {
-            match metric {
-                Metric::Step(r) if r.accepted() => {
-                    self.losses_since_eval.0 += r.loss;
-                    self.losses_since_eval.1 += 1;
-                }
-                Metric::Eval(_) => self.losses_since_eval = (0.0, 0),
-                _ => {}
-            }
-        }
     }
 
     /// Sets the first weights: random, or those of another model.
@@ -356,16 +304,18 @@ impl Session {
             observer.message(&message);
         }
         while self.trainer.step < steps {
+            // Here, so that a run that has stopped early does not go on when it is resumed.
+            if self.stops_early(observer)? {
+                break;
+            }
             let start = Instant::now();
             let outcome = self.trainer.step(&self.batches)?;
             self.record_step(&outcome, start.elapsed().as_secs_f64(), observer)?;
             let step = self.trainer.step;
             let last = step == steps;
-            if stop.load(Ordering::Relaxed) && !last {
-                self.save()?;
-                return Ok(true);
-            }
-            let mut save = last || due(step, self.settings.checkpoint.every);
+            let stopping = stop.load(Ordering::Relaxed) && !last;
+            let mut save = last || stopping || due(step, self.settings.checkpoint.every);
+            // A stop waits for an evaluation that is due: the resumed run starts behind it.
             if last || due(step, self.settings.eval.every) {
                 let improved = self.evaluate_and_judge(observer)?;
                 save |= improved;
@@ -377,8 +327,8 @@ impl Session {
             if save {
                 self.save()?;
             }
-            if self.stops_early(observer)? {
-                break;
+            if stopping {
+                return Ok(true);
             }
         }
         self.record.memory.peak_bytes = machine::anonymous_bytes();
@@ -413,10 +363,10 @@ impl Session {
             self.metrics.write(&Metric::Step(record), machine::now())?;
         }
         if outcome.skipped.is_none() {
-            self.losses_since_eval.0 += outcome.loss;
-            self.losses_since_eval.1 += 1;
-            self.flips_since_record.0 += outcome.projection.flips;
-            self.flips_since_record.1 += 1;
+            self.state.losses_since_eval.0 += outcome.loss;
+            self.state.losses_since_eval.1 += 1;
+            self.state.flips_since_record.0 += outcome.projection.flips;
+            self.state.flips_since_record.1 += 1;
             self.state.bad_steps = 0;
             let interval = (train.steps / 50).max(1);
             if self.settings.model.ternary && (due(step, interval) || step == train.steps) {
@@ -436,7 +386,7 @@ impl Session {
     }
 
     fn record_ternary(&mut self, zeros: u64) -> Result<(), TrainError> {
-        let (flips, steps) = std::mem::take(&mut self.flips_since_record);
+        let (flips, steps) = std::mem::take(&mut self.state.flips_since_record);
         let mut scales = Vec::new();
         for p in &self.trainer.model.parameters.list {
             if let Some(ternary) = p.ternary {
@@ -464,7 +414,7 @@ impl Session {
         let evaluation = self
             .evaluator
             .run(&mut self.trainer.backend, &self.trainer.model)?;
-        let (sum, count) = std::mem::take(&mut self.losses_since_eval);
+        let (sum, count) = std::mem::take(&mut self.state.losses_since_eval);
         let record = EvalRecord {
             step: self.trainer.step,
             loss: evaluation.loss,
@@ -523,6 +473,9 @@ impl Session {
         let reason = format!("no better held-out loss in {waited} evaluations since step {best}");
         observer.message(&format!("stopping early: {reason}"));
         let step = self.trainer.step;
+        if self.record.early_stop.is_some() {
+            return Ok(true);
+        }
         let event = Metric::Event {
             step,
             message: format!("early stop: {reason}"),
@@ -607,6 +560,43 @@ impl Session {
             evaluator,
         }
         .run(observer)
+    }
+}
+
+/// Restores the newest checkpoint of `run` that verifies, and what `run.json` says about
+/// the time before it; returns its state and the metrics up to there.
+fn restore(
+    run: &Path,
+    trainer: &mut Trainer<Host<f32>>,
+    data: &DataIdentity,
+    record: &mut RunRecord,
+    observer: &mut dyn Observer,
+) -> Result<(TrainState, Vec<Metric>), TrainError> {
+    let (dir, step, skipped) = newest_valid_checkpoint(run)?;
+    for why in &skipped {
+        observer.message(why);
+    }
+    let state = checkpoint::restore(&dir, trainer, data)?;
+    let metrics = metrics::read(run, step)?;
+    let text = std::fs::read(run.join("run.json")).unwrap_or_default();
+    if let Ok(earlier) = serde_json::from_slice::<RunRecord>(&text) {
+        record.ternary_hashes = earlier.ternary_hashes;
+        record.started = earlier.started;
+        record.early_stop = earlier.early_stop.filter(|stop| stop.step <= step);
+    }
+    observer.message(&format!("resumed from {} after step {step}", dir.display()));
+    Ok((state, metrics))
+}
+
+fn planned_memory(layout: &Layout) -> MemoryFacts {
+    let rows = layout.table().into_iter();
+    let rows = rows.map(|(category, bytes)| MemoryRow {
+        category: category.to_owned(),
+        bytes: bytes as u64,
+    });
+    MemoryFacts {
+        plan: rows.collect(),
+        peak_bytes: None,
     }
 }
 

@@ -6,7 +6,7 @@ use crate::args::{
 };
 use crate::console::Console;
 use crate::environment::Environment;
-use crate::{CommandResult, Outcome};
+use crate::{CommandResult, Outcome, WrongUsage};
 use setun_backend::Isa;
 use setun_formats::Tokenizer;
 use setun_infer::{Engine, EngineOptions, FinishReason, SamplerOptions, StopRules};
@@ -27,8 +27,8 @@ use std::time::Instant;
 /// `setun train`
 pub fn train(args: TrainArgs, environment: &Environment) -> CommandResult {
     let settings = match &args.resume {
-        Some(run) => Settings::load_run(run, &args.overrides).map_err(Box::new)?,
-        None => Settings::load(args.recipe.as_deref(), &args.overrides).map_err(Box::new)?,
+        Some(run) => Settings::load_run(run, &args.overrides)?,
+        None => Settings::load(args.recipe.as_deref(), &args.overrides)?,
     };
     let isa = isa(environment)?;
     if args.dry_run {
@@ -399,6 +399,7 @@ fn isa(environment: &Environment) -> Result<Isa, Box<dyn Error>> {
     };
     Isa::from_name(name).ok_or_else(|| {
         let names: Vec<&str> = Isa::available().iter().map(|isa| isa.name()).collect();
-        format!("SETUN_ISA={name}: this machine runs {}", names.join(", ")).into()
+        let names = names.join(", ");
+        WrongUsage(format!("SETUN_ISA={name}: this machine runs {names}")).into()
     })
 }

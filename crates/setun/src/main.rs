@@ -1,7 +1,7 @@
 //! The command line: reads arguments and the environment, calls the library, prints.
 //!
 //! Exit codes: 0 for success, 1 for a failed check or a failure on the way, 2 for
-//! wrong usage (arguments or settings).
+//! wrong usage (arguments, settings or environment).
 #![forbid(unsafe_code)]
 
 mod args;
@@ -30,6 +30,19 @@ pub enum Outcome {
 /// What a command returns.
 pub type CommandResult = Result<Outcome, Box<dyn Error>>;
 
+/// What the user asked for cannot be: neither an argument nor a setting, which have
+/// errors of their own, but the environment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WrongUsage(pub String);
+
+impl std::fmt::Display for WrongUsage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Error for WrongUsage {}
+
 fn main() -> ExitCode {
     let command = match args::parse(std::env::args_os()) {
         Ok(command) => command,
@@ -44,7 +57,8 @@ fn main() -> ExitCode {
         Ok(Outcome::CheckFailed) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("error: {}", with_sources(error.as_ref()));
-            exit_code(if error.is::<SettingsError>() { 2 } else { 1 })
+            let usage = error.is::<SettingsError>() || error.is::<WrongUsage>();
+            exit_code(if usage { 2 } else { 1 })
         }
     }
 }

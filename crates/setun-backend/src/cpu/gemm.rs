@@ -125,7 +125,7 @@ impl<R: Real> Operand<'_, R> {
                 );
                 for (panel, part) in run[..n].chunks(unit).enumerate() {
                     let at = (panel * DEPTH + k) * unit;
-                    panels[at..at + part.len()].copy_from_slice(part);
+                    copy_short(part, &mut panels[at..at + part.len()]);
                 }
             }
         } else {
@@ -147,6 +147,24 @@ impl<R: Real> Operand<'_, R> {
         for (panel, exponent) in exponents.iter_mut().enumerate().take(num_panels) {
             *exponent = least_exponent(isa, &panels[panel * DEPTH * unit..][..depth * unit]);
         }
+    }
+}
+
+/// Copies a few values; whole register tiles without a call.
+#[inline(always)]
+fn copy_short<R: Copy>(from: &[R], to: &mut [R]) {
+    if let (Ok(from), Ok(to)) = (
+        <&[R; NR]>::try_from(from),
+        <&mut [R; NR]>::try_from(&mut *to),
+    ) {
+        *to = *from;
+    } else if let (Ok(from), Ok(to)) = (
+        <&[R; MR_EVEN_ODD]>::try_from(from),
+        <&mut [R; MR_EVEN_ODD]>::try_from(&mut *to),
+    ) {
+        *to = *from;
+    } else {
+        to.copy_from_slice(from);
     }
 }
 

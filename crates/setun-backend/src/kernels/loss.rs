@@ -7,16 +7,22 @@ use crate::real::{Real, sum_indexed};
 #[inline(always)]
 pub fn cross_entropy_row<R: Real>(logits: &mut [R], target: usize, gradient_scale: Option<R>) -> R {
     let max = row_max(logits);
-    let sum = sum_indexed(logits.len(), |i| (logits[i] - max).exp());
-    let lse = max + sum.ln();
-    let loss = lse - logits[target];
-    if let Some(scale) = gradient_scale {
-        for x in logits.iter_mut() {
-            *x = (*x - lse).exp() * scale;
-        }
-        logits[target] = logits[target] - scale;
+    let of_target = logits[target];
+    let Some(scale) = gradient_scale else {
+        let sum = sum_indexed(logits.len(), |i| (logits[i] - max).exp());
+        return max + sum.ln() - of_target;
+    };
+    for x in logits.iter_mut() {
+        *x = (*x - max).exp();
     }
-    loss
+    let sum = sum_indexed(logits.len(), |i| logits[i]);
+    // Through the sum and not through its logarithm, which is rounded where max is large.
+    let factor = scale / sum;
+    for x in logits.iter_mut() {
+        *x = *x * factor;
+    }
+    logits[target] = logits[target] - scale;
+    max + sum.ln() - of_target
 }
 
 /// Largest value of a row; NaN where there is one. 16 lanes, which changes nothing about

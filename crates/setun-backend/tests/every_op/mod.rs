@@ -12,8 +12,9 @@ use setun_ternary::ScaleRule;
 
 const ROWS: usize = 150;
 const WIDTH: usize = 76;
-/// Width of the other side of a weight, and size of the vocabulary.
-const OUT: usize = 300;
+/// Width of the other side of a weight, and size of the vocabulary. No number of threads
+/// divides it.
+const OUT: usize = 301;
 const GROUP: usize = 32;
 const NUM_HEADS: usize = 4;
 const NUM_KV_HEADS: usize = 2;
@@ -78,6 +79,9 @@ impl EveryOp {
             scales: rig.room(ROWS * groups),
             group_size: GROUP,
         };
+        let mut ids = numbers(4, ROWS, OUT as u32);
+        // The first and the last row of a matrix, too.
+        ids[..2].copy_from_slice(&[0, OUT as u32 - 1]);
         let sizes = [NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS].map(|n| ROWS * n * HEAD_DIM);
         Self {
             acts: [
@@ -101,7 +105,7 @@ impl EveryOp {
                 scales: rig.room(OUT * groups),
                 group_size: GROUP,
             },
-            ids: rig.put(&numbers(4, ROWS, OUT as u32)),
+            ids: rig.put(&ids),
             positions: rig.put(&numbers(5, ROWS, POSITIONS as u32)),
             source: [6, 7, 8, 9].map(|stream| rig.random(stream, LEN)),
             work: [(); 4].map(|()| rig.room(LEN)),

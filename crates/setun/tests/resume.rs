@@ -1,0 +1,298 @@
+//! A run that was interrupted and resumed is the run that was not: every loss, every
+//! evaluation, and the hash of all weights, whatever the interruption, the number of
+//! threads and the instruction set.
+
+mod support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use support::{
+    Scratch, Signal, checkpoint, copy_dir, edit, files, finish, interrupt, json, metrics,
+    params_hash, recipe, resuming, setun, training,
+};
+
+const STEPS: u64 = 20;
+
+/// Steps that take some 20 ms, so that a signal arrives between two of them.
+const SETTINGS: [&str; 8] = [
+    "--train.batch_size",
+    "16",
+    "--checkpoint.every",
+    "4",
+    "--checkpoint.keep",
+    "3",
+    "--eval.every",
+    "5",
+];
+
+/// Everything that a run computed must be the same in both.
+#[track_caller]
+fn assert_same_run(found: &Path, expected: &Path, steps: u64) {
+    assert_eq!(metrics(found), metrics(expected));
+    assert_eq!(params_hash(found, steps), params_hash(expected, steps));
+    for file in [
+        "best.json",
+        "export/packed/packed.safetensors",
+        "export/hf/model.safetensors",
+    ] {
+        let [found, expected] = [found, expected].map(|run| fs::read(run.join(file)).unwrap());
+        assert!(found == expected, "{file}");
+    }
+    let hashes = [found, expected].map(|run| json(&run.join("run.json"))["ternary_hashes"].clone());
+    let last = format!("step-{steps:08}");
+    assert_eq!(hashes[0][&last], hashes[1][&last]);
+}
+
+/// A run without interruption.
+fn straight(scratch: &Scratch, corpus: &Path, flags: &[&str]) -> PathBuf {
+    let run = scratch.join("straight");
+    finish(training(&run, corpus, &SETTINGS).args(flags)).ok();
+    run
+}
+
+/// The step that a stopped run says it stopped after.
+fn stopped_after(stdout: &str) -> u64 {
+    let rest = stdout
+        .strip_prefix("stopped after step ")
+        .unwrap_or_else(|| panic!("{stdout:?}"));
+    rest.split(';').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn an_interrupted_run_ends_like_a_straight_one() {
+    let scratch = Scratch::new("interrupt");
+    let corpus = scratch.corpus();
+    let expected = straight(&scratch, &corpus, &[]);
+    for step in [1, 7, 15] {
+        let run = scratch.join(&format!("from-{step}"));
+        let mut first = training(&run, &corpus, &SETTINGS);
+        let output = interrupt(&mut first, &run, step, Signal::Interrupt).ok();
+        let stopped = stopped_after(&output.stdout);
+        assert!((step..STEPS).contains(&stopped), "{output:?}");
+        assert!(
+            output.stdout.contains("setun train --resume "),
+            "{output:?}"
+        );
+        assert!(!run.join("report.html").exists());
+        let output = finish(&mut resuming(&run)).ok();
+        assert!(
+            output.stderr.contains(&format!("after step {stopped}\n")),
+            "{output:?}"
+        );
+        assert_same_run(&run, &expected, STEPS);
+    }
+}
+
+#[test]
+fn interruptions_and_crashes_add_up_to_the_same_run() {
+    let scratch = Scratch::new("crash");
+    let corpus = scratch.corpus();
+    let expected = straight(&scratch, &corpus, &[]);
+    let run = scratch.join("run");
+    let mut first = training(&run, &corpus, &SETTINGS);
+    let output = interrupt(&mut first, &run, 6, Signal::Kill);
+    assert_eq!(output.code, None);
+    let second = interrupt(&mut resuming(&run), &run, 9, Signal::Interrupt).ok();
+    assert!(stopped_after(&second.stdout) < STEPS);
+    let third = interrupt(&mut resuming(&run), &run, 14, Signal::Kill);
+    assert_eq!(third.code, None);
+    finish(&mut resuming(&run)).ok();
+    assert_same_run(&run, &expected, STEPS);
+    let leftover = |file: &String| file.contains(".tmp-") || file.contains(".trash-");
+    assert_eq!(files(&run).iter().find(|file| leftover(file)), None);
+    // To resume a finished run changes nothing.
+    finish(&mut resuming(&run)).ok();
+    assert_same_run(&run, &expected, STEPS);
+}
+
+/// Means and rates over several steps, and evaluations that are due where the run stops.
+#[test]
+fn what_spans_several_steps_survives_an_interruption() {
+    let scratch = Scratch::new("spans");
+    let corpus = scratch.corpus();
+    let steps = [
+        "--train.steps",
+        "150",
+        "--log.every",
+        "4",
+        "--train.batch_size",
+        "4",
+    ];
+    let mut expected = training(&scratch.join("straight"), &corpus, &steps);
+    finish(expected.args(["--eval.every", "7"])).ok();
+    let run = scratch.join("run");
+    let mut first = training(&run, &corpus, &steps);
+    interrupt(
+        first.args(["--eval.every", "7"]),
+        &run,
+        24,
+        Signal::Interrupt,
+    )
+    .ok();
+    interrupt(&mut resuming(&run), &run, 68, Signal::Interrupt).ok();
+    finish(&mut resuming(&run)).ok();
+    assert_same_run(&run, &scratch.join("straight"), 150);
+
+    let every = ["--eval.every", "1", "--train.steps", "6"];
+    let [straight, run] = ["straight-1", "run-1"].map(|name| scratch.join(name));
+    finish(training(&straight, &corpus, &every).args(["--train.batch_size", "8"])).ok();
+    let mut first = training(&run, &corpus, &every);
+    interrupt(
+        first.args(["--train.batch_size", "8"]),
+        &run,
+        2,
+        Signal::Interrupt,
+    )
+    .ok();
+    finish(&mut resuming(&run)).ok();
+    assert_same_run(&run, &straight, 6);
+}
+
+/// A run that stopped early is finished: it does not go on when it is resumed.
+#[test]
+fn an_early_stop_is_an_end() {
+    let scratch = Scratch::new("early");
+    // With this learning rate the loss rises.
+    let flags = [
+        "--train.early_stop",
+        "true",
+        "--train.early_stop_patience",
+        "2",
+    ];
+    let mut training = training(&scratch.join("run"), &scratch.corpus(), &flags);
+    training.args([
+        "--train.lr",
+        "3",
+        "--train.steps",
+        "200",
+        "--eval.every",
+        "2",
+    ]);
+    let output = finish(&mut training).ok();
+    assert!(output.stderr.contains("stopping early"), "{output:?}");
+    let run = scratch.join("run");
+    let before = metrics(&run);
+    assert!(
+        before.last().unwrap().contains("early stop: no better"),
+        "{before:?}"
+    );
+    finish(&mut resuming(&run)).ok();
+    assert_eq!(metrics(&run), before);
+}
+
+#[test]
+fn threads_and_instruction_sets_change_no_bit() {
+    let scratch = Scratch::new("threads");
+    let corpus = scratch.corpus();
+    let expected = straight(&scratch, &corpus, &[]);
+    let two = scratch.join("two");
+    finish(training(&two, &corpus, &SETTINGS).args(["--run.threads", "2"])).ok();
+    assert_same_run(&two, &expected, STEPS);
+    let reference = scratch.join("reference");
+    let mut plain = training(&reference, &corpus, &SETTINGS);
+    finish(
+        plain
+            .args(["--run.threads", "2"])
+            .env("SETUN_ISA", "reference"),
+    )
+    .ok();
+    assert_same_run(&reference, &expected, STEPS);
+    // Within one run as well.
+    let mixed = scratch.join("mixed");
+    let mut first = training(&mixed, &corpus, &SETTINGS);
+    let first = first.env("SETUN_ISA", "reference");
+    interrupt(first, &mixed, 5, Signal::Interrupt).ok();
+    finish(resuming(&mixed).args(["--run.threads", "2"])).ok();
+    assert_same_run(&mixed, &expected, STEPS);
+}
+
+#[test]
+fn other_data_are_refused_and_nothing_is_lost() {
+    let scratch = Scratch::new("data");
+    let corpus = scratch.corpus();
+    let expected = straight(&scratch, &corpus, &[]);
+    let run = scratch.join("run");
+    let mut first = training(&run, &corpus, &SETTINGS);
+    interrupt(&mut first, &run, 6, Signal::Kill);
+    let before = metrics(&run);
+    let text = fs::read_to_string(&corpus).unwrap();
+    scratch.write("corpus.txt", text.replacen("telephone", "telegraph", 3));
+    let changed = [
+        "the data have changed",
+        "state.json",
+        "put the files back",
+        "--init",
+    ];
+    finish(&mut resuming(&run)).refused(1, &changed);
+    assert_eq!(metrics(&run), before);
+    scratch.write("corpus.txt", text);
+    finish(&mut resuming(&run)).ok();
+    assert_same_run(&run, &expected, STEPS);
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over() {
+    let scratch = Scratch::new("damage");
+    let expected = straight(&scratch, &scratch.corpus(), &[]);
+    let damages: [(&str, fn(&mut Vec<u8>)); 5] = [
+        ("latents.safetensors", |bytes| bytes[200_000] ^= 1),
+        ("optimizer.safetensors", |bytes| {
+            bytes.truncate(bytes.len() / 2)
+        }),
+        ("state.json", |bytes| bytes.push(b' ')),
+        ("packed.safetensors", Vec::clear),
+        ("MANIFEST.json", |bytes| bytes.truncate(bytes.len() / 2)),
+    ];
+    for (file, damage) in damages {
+        let run = scratch.join(file);
+        copy_dir(&expected, &run);
+        edit(&checkpoint(&run, STEPS).join(file), damage);
+        setun(["verify", run.to_str().unwrap()]).not_verified(&["step-00000020", file]);
+        let output = finish(&mut resuming(&run)).ok();
+        assert!(output.stderr.contains(file), "{output:?}");
+        assert!(output.stderr.contains("after step 16\n"), "{output:?}");
+        assert_same_run(&run, &expected, STEPS);
+        setun(["verify", run.to_str().unwrap()]).ok();
+    }
+    // With none left there is nothing to go on from.
+    let run = scratch.join("none");
+    copy_dir(&expected, &run);
+    for step in [12, 16, 20] {
+        edit(&checkpoint(&run, step).join("state.json"), |bytes| {
+            bytes.push(b' ')
+        });
+    }
+    finish(&mut resuming(&run)).refused(1, &["no usable checkpoint", "step-00000012"]);
+}
+
+#[test]
+fn settings_that_change_the_run_are_refused() {
+    let scratch = Scratch::new("settings");
+    let run = straight(&scratch, &scratch.corpus(), &[]);
+    let refused = finish(resuming(&run).args(["--train.lr", "0.1"]));
+    refused.refused(2, &["--train.lr would change", "--init"]);
+    let with_recipe = finish(resuming(&run).arg(recipe()));
+    with_recipe.refused(2, &["--resume", "cannot be used with"]);
+    let nowhere = scratch.join("nowhere");
+    let place = nowhere.join("settings.toml");
+    finish(&mut resuming(&nowhere)).refused(2, &[place.to_str().unwrap()]);
+    assert!(!nowhere.exists());
+}
+
+/// Two trainers in one directory would overwrite each other.
+#[test]
+fn a_run_in_progress_cannot_be_resumed() {
+    let scratch = Scratch::new("lock");
+    let run = scratch.join("run");
+    let corpus = scratch.corpus();
+    let steps = ["--train.steps", "100000", "--eval.every", "0"];
+    let mut first = training(&run, &corpus, &steps);
+    let mut first = first.stderr(std::process::Stdio::null()).spawn().unwrap();
+    support::wait_for_step(&mut first, &run, 1);
+    let refused = finish(&mut resuming(&run));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let holder = format!("process {}", first.id());
+    refused.refused(1, &["in use by another trainer", &holder]);
+}
