@@ -21,7 +21,7 @@ const GRAIN: usize = 16;
 /// The largest shapes that the scratch memory of a [`Host`] must serve.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Widest row of activations.
+    /// Widest row of activations, `heads * head_dim` included.
     pub width: usize,
     /// Width of a head.
     pub head_dim: usize,

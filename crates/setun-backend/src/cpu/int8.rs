@@ -169,7 +169,7 @@ impl<'s> RowBlock<'s> {
 
     fn pack_inputs(&mut self, x: Int8Rows<'_>) {
         let (width, groups, quads) = (self.shape.width, self.shape.groups(), self.shape.quads());
-        let last = self.rows.len().next_multiple_of(MR) / MR - 1;
+        let last = self.rows.len().div_ceil(MR) - 1;
         self.inputs[last * 4 * MR * quads..].fill(0);
         self.sums[last * MR * groups..].fill(0);
         for (r, row) in self.rows.clone().enumerate() {

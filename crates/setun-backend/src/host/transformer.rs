@@ -634,6 +634,9 @@ multiversion! {
         scratch: &mut [R],
     ) = dq_block;
 }
+/// Takes the gradients of the key and the value at a position.
+type PutKeyGradients<'a, R> = dyn FnMut(usize, &[R], &[R]) + 'a;
+
 multiversion! {
     /// [`dkdv_tile`]
     fn dkdv_task[R: Real, S: Store<R>][R, S](
@@ -642,7 +645,7 @@ multiversion! {
         segment: Segment,
         key_head: usize,
         j0: usize,
-        put: &mut dyn FnMut(usize, &[R], &[R]),
+        put: &mut PutKeyGradients<'_, R>,
         scratch: &mut [R],
         sums: &mut [R],
     ) = dkdv_tile;

@@ -390,6 +390,7 @@ pub fn dq_block<R: Real, S: Store<R>>(
 
 /// `dk` and `dv` `[n, head_dim]` of the keys of one tile from position `j0`: sums over
 /// the query heads of the group, ascending, and over all query blocks, ascending.
+#[allow(clippy::too_many_arguments)]
 #[inline(always)]
 pub fn dkdv_tile<R: Real, S: Store<R>>(
     view: View<'_, S>,

@@ -17,6 +17,10 @@ pub fn project_rows<R: Real>(
     trits: &mut [i8],
     scales: &mut [f32],
 ) -> Result<ProjectStats, ProjectError> {
+    assert!(
+        group_size <= MAX_GROUP,
+        "groups of {group_size} weights; at most {MAX_GROUP}"
+    );
     let mut stats = ProjectStats::default();
     let (mut values, mut fresh) = ([0.0f32; MAX_GROUP], [0i8; MAX_GROUP]);
     let groups = groups_per_row(cols, group_size);

@@ -1,6 +1,7 @@
 //! Settings that cannot be run, each refused with what to do about it.
 
 use super::{ExportFormat, Override, ScheduleKind, Settings, SettingsError, SplitOn, schema};
+use setun_backend::kernels::project::MAX_GROUP;
 use setun_ternary::Numerics;
 
 type Checked = Result<(), SettingsError>;
@@ -119,6 +120,11 @@ fn validate_data(settings: &Settings) -> Checked {
 fn validate_number_format(settings: &Settings) -> Checked {
     let model = &settings.model;
     at_least_one("model.group_size", model.group_size)?;
+    refuse_if(
+        model.group_size > MAX_GROUP,
+        || format!("model.group_size = {} is too large", model.group_size),
+        "make it at most 1024; 128 is usual",
+    )?;
     not_negative("model.init_std", model.init_std)?;
     refuse_if(
         !model.ternary && settings.numerics() == Numerics::Int8,
