@@ -68,7 +68,12 @@ impl RunLock {
     /// A refusing operating system.
     pub fn remove_leftovers(&self) -> Result<Vec<PathBuf>, IoError> {
         let mut removed = Vec::new();
-        for dir in [self.run.clone(), self.run.join(CHECKPOINTS)] {
+        let folders = [
+            self.run.clone(),
+            self.run.join(CHECKPOINTS),
+            self.run.join("export"),
+        ];
+        for dir in folders.into_iter().filter(|dir| dir.is_dir()) {
             for name in entry_names(&dir)? {
                 if !(name.starts_with(TEMPORARY) || name.starts_with(TRASH)) {
                     continue;

@@ -17,8 +17,8 @@ use setun_backend::{Host, Isa};
 use setun_formats::{PackedHeader, Qwen3Config, TernaryInfo, Tokenizer};
 use setun_infer::load_parameters;
 use setun_io::{
-    IoError, OpenModel, RunLock, checkpoint_name, newest_valid_checkpoint, retire, verify_manifest,
-    write_atomic,
+    IoError, OpenModel, RunLock, Which, checkpoint_name, newest_valid_checkpoint, retire,
+    verify_manifest, write_atomic,
 };
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -64,7 +64,11 @@ pub fn train(
     options: &RunOptions<'_>,
     observer: &mut dyn Observer,
 ) -> Result<RunEnd, TrainError> {
-    let init = open_init(&mut settings)?;
+    // A resumed run goes on from its own files; the model that it began with may be gone.
+    let init = match options.resume {
+        Some(run) => Some(OpenModel::open_with(run, Which::Newest)?),
+        None => open_init(&mut settings)?,
+    };
     let run = run_directory(&settings, options.resume.is_some())?;
     let prepared = prepare::prepare(&settings, init.as_ref(), observer)?;
     let config = final_config(&settings, init.as_ref(), &prepared.tokenizer)?;
@@ -126,6 +130,9 @@ fn open_init(settings: &mut Settings) -> Result<Option<OpenModel>, TrainError> {
     if let Some(ternary) = model.ternary() {
         settings.adopt("model.group_size", &ternary.group_size.to_string(), &source)?;
         settings.adopt("model.scale_rule", ternary.scale_rule.name(), &source)?;
+        if !settings.is_given("model.numerics") {
+            settings.adopt("model.numerics", ternary.numerics.name(), &source)?;
+        }
     }
     Ok(Some(model))
 }
@@ -589,8 +596,10 @@ fn restore(
 }
 
 fn planned_memory(layout: &Layout) -> MemoryFacts {
-    let rows = layout.table().into_iter();
-    let rows = rows.map(|(category, bytes)| MemoryRow {
+    // Without the last row, the total.
+    let mut rows = layout.table();
+    rows.pop();
+    let rows = rows.into_iter().map(|(category, bytes)| MemoryRow {
         category: category.to_owned(),
         bytes: bytes as u64,
     });

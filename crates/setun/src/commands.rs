@@ -4,7 +4,7 @@ use crate::args::{
     CheckpointChoice, EvalArgs, ExportArgs, GenerateArgs, ReportArgs, TokenizeArgs,
     TokenizerShowArgs, TokenizerSource, TokenizerTrainArgs, TrainArgs, VerifyArgs,
 };
-use crate::console::Console;
+use crate::console::{self, Console};
 use crate::environment::Environment;
 use crate::{CommandResult, Outcome, WrongUsage};
 use setun_backend::Isa;
@@ -23,6 +23,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
+
+/// As `println!`, but what cannot be printed is an error of the function and no panic.
+macro_rules! say {
+    ($($text:tt)*) => {
+        console::print(format_args!("{}\n", format_args!($($text)*)))?
+    };
+}
 
 /// `setun train`
 pub fn train(args: TrainArgs, environment: &Environment) -> CommandResult {
@@ -45,16 +52,16 @@ pub fn train(args: TrainArgs, environment: &Environment) -> CommandResult {
     drop(console);
     match end {
         RunEnd::Stopped { run, step } => {
-            println!(
+            say!(
                 "stopped after step {step}; go on with: setun train --resume {}",
                 run.display()
             );
             Ok(Outcome::Success)
         }
         RunEnd::Finished(finished) => {
-            print_summary(&finished.run, &finished.report);
+            print_summary(&finished.run, &finished.report)?;
             if let Some(verification) = &finished.verification {
-                println!("{verification}");
+                say!("{verification}");
             }
             Ok(if finished.ok() {
                 Outcome::Success
@@ -75,9 +82,9 @@ fn unwrap_settings(error: setun_train::TrainError) -> Box<dyn Error> {
 
 fn print_plan(settings: Settings) -> CommandResult {
     let layout = run::dry_run(settings).map_err(unwrap_settings)?;
-    println!("memory plan (allocated once, before the first step):");
+    say!("memory plan (allocated once, before the first step):");
     for (category, bytes) in layout.table() {
-        println!(
+        say!(
             "  {category:<12} {bytes:>14} bytes  {:>9.1} MiB",
             mib(bytes)
         );
@@ -89,43 +96,49 @@ fn mib(bytes: usize) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
-fn print_summary(run: &Path, report: &Report) {
+fn print_summary(run: &Path, report: &Report) -> std::io::Result<()> {
     if let Some(results) = &report.results {
-        println!(
+        say!(
             "final training loss {:.4} (mean of the last 20 steps)",
             results.train_loss
         );
         for (name, eval) in [("best", &results.best_eval), ("final", &results.final_eval)] {
             if let Some(e) = eval {
-                println!(
+                say!(
                     "{name:<5} held-out, step {}: loss {:.4}, perplexity {:.3}, {:.4} bits per \
                      byte on {} tokens",
-                    e.step, e.loss, e.perplexity, e.bits_per_byte, e.tokens
+                    e.step,
+                    e.loss,
+                    e.perplexity,
+                    e.bits_per_byte,
+                    e.tokens
                 );
             }
         }
     }
     for c in &report.comparisons {
-        println!(
+        say!(
             "against the {}: {:+.4} nats per token",
-            c.baseline, -c.lead_nats
+            c.baseline,
+            -c.lead_nats
         );
     }
     for observation in &report.observations {
-        println!("- {}", observation.text);
+        say!("- {}", observation.text);
     }
     for sample in &report.run.samples {
-        println!(
+        say!(
             "> {} | {}",
             one_line(&sample.prompt),
             one_line(&sample.text)
         );
     }
-    println!(
+    say!(
         "run: {}\nreport: {}",
         run.display(),
         run.join("report.html").display()
     );
+    Ok(())
 }
 
 fn one_line(text: &str) -> String {
@@ -141,7 +154,9 @@ fn stop_on_signal() -> Result<Arc<AtomicBool>, Box<dyn Error>> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("stopping after this step; once more to stop at once");
+        console::tell(format_args!(
+            "stopping after this step; once more to stop at once"
+        ));
     })?;
     Ok(stop)
 }
@@ -150,8 +165,8 @@ fn stop_on_signal() -> Result<Arc<AtomicBool>, Box<dyn Error>> {
 pub fn verify(args: VerifyArgs, _: &Environment) -> CommandResult {
     let report = setun_io::verify(&args.path)?;
     match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&report)?),
-        false => println!("{report}"),
+        true => say!("{}", serde_json::to_string_pretty(&report)?),
+        false => say!("{report}"),
     }
     Ok(if report.ok() {
         Outcome::Success
@@ -186,7 +201,7 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
         end_tokens,
         max_tokens: args.max_tokens,
     };
-    print!("{}", args.prompt);
+    console::print(format_args!("{}", args.prompt))?;
     let mut stream = tokenizer.stream();
     let mut out = std::io::stdout();
     let start = Instant::now();
@@ -196,18 +211,18 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
             let _ = write!(out, "{text}").and_then(|()| out.flush());
         }
     })?;
-    println!("{}", stream.finish().unwrap_or_default());
+    say!("{}", stream.finish().unwrap_or_default());
     if generation.reason == FinishReason::ContextFull {
-        eprintln!("the context of {context} tokens is full");
+        console::tell(format_args!("the context of {context} tokens is full"));
     }
     if args.stats {
         let seconds = start.elapsed().as_secs_f64();
         let tokens = generation.tokens.len();
-        eprintln!(
+        console::tell(format_args!(
             "{} prompt tokens, {tokens} new tokens, {:.1} tokens/s",
             prompt.len(),
             tokens as f64 / seconds
-        );
+        ));
     }
     Ok(Outcome::Success)
 }
@@ -234,11 +249,14 @@ pub fn eval(args: EvalArgs, environment: &Environment) -> CommandResult {
         evaluate::write_logits(path, &logits)?;
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&evaluation)?);
+        say!("{}", serde_json::to_string_pretty(&evaluation)?);
     } else {
-        println!(
+        say!(
             "loss {:.6} nats per token, perplexity {:.4}, {:.6} bits per byte on {} tokens",
-            evaluation.loss, evaluation.perplexity, evaluation.bits_per_byte, evaluation.tokens
+            evaluation.loss,
+            evaluation.perplexity,
+            evaluation.bits_per_byte,
+            evaluation.tokens
         );
     }
     Ok(Outcome::Success)
@@ -261,7 +279,7 @@ pub fn tokenize(args: TokenizeArgs, _: &Environment) -> CommandResult {
     };
     let tokens = read_tokens(&args.sources, &args.documents, &tokenizer)?;
     tokens.save(&args.output)?;
-    println!(
+    say!(
         "{}: {} tokens from {} documents, {} bytes of text",
         args.output.display(),
         tokens.num_tokens(),
@@ -307,7 +325,7 @@ pub fn tokenizer_train(args: TokenizerTrainArgs, _: &Environment) -> CommandResu
     let texts = corpus.documents.iter().map(|d| d.text.as_str());
     let tokenizer = Tokenizer::train(texts, args.vocab_size)?;
     write_atomic(&args.output, tokenizer.to_json().as_bytes())?;
-    println!(
+    say!(
         "{}: {} entries",
         args.output.display(),
         tokenizer.vocab_size()
@@ -322,7 +340,7 @@ pub fn tokenizer_show(args: TokenizerShowArgs, _: &Environment) -> CommandResult
         true => tokenizer_file(&args.file)?,
         false => tokenizer_of(&OpenModel::open(&args.file)?)?,
     };
-    println!(
+    say!(
         "{} entries, end of text: {:?}",
         tokenizer.vocab_size(),
         tokenizer.end_of_text()
@@ -330,9 +348,9 @@ pub fn tokenizer_show(args: TokenizerShowArgs, _: &Environment) -> CommandResult
     if let Some(text) = &args.text {
         let ids = tokenizer.encode_with_special(text)?;
         for id in &ids {
-            println!("{id:>7}  {:?}", tokenizer.decode(&[*id]));
+            say!("{id:>7}  {:?}", tokenizer.decode(&[*id]));
         }
-        println!("{} tokens", ids.len());
+        say!("{} tokens", ids.len());
     }
     Ok(Outcome::Success)
 }
@@ -355,14 +373,14 @@ pub fn export(args: ExportArgs, _: &Environment) -> CommandResult {
         parent,
         &name,
     )?;
-    println!("{}", path.display());
+    say!("{}", path.display());
     Ok(Outcome::Success)
 }
 
 /// `setun report`
 pub fn report(args: ReportArgs, _: &Environment) -> CommandResult {
     let report = finish::report_of_run(&args.run)?;
-    print_summary(&args.run, &report);
+    print_summary(&args.run, &report)?;
     Ok(Outcome::Success)
 }
 
@@ -376,7 +394,7 @@ fn open(path: &Path, which: CheckpointChoice) -> Result<OpenModel, Box<dyn Error
     model
         .notes()
         .iter()
-        .for_each(|note| eprintln!("note: {note}"));
+        .for_each(|note| console::tell(format_args!("note: {note}")));
     Ok(model)
 }
 

@@ -2,11 +2,34 @@
 
 use indicatif::{ProgressBar, ProgressStyle};
 use setun_train::run::Observer;
-use std::io::IsTerminal;
+use std::fmt::Arguments;
+use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 /// Time between plain lines of one stage.
 const QUIET: Duration = Duration::from_secs(15);
+
+/// Prints to standard output. A closed pipe is no failure: its reader, such as `head`, has
+/// what it wanted.
+///
+/// # Errors
+/// Any other answer of the operating system, such as a full disk.
+pub fn print(text: Arguments<'_>) -> io::Result<()> {
+    let mut out = io::stdout();
+    match out.write_fmt(text).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Err(e) => {
+            let message = format!("cannot write to standard output: {e}");
+            Err(io::Error::new(e.kind(), message))
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+/// Prints a line to standard error; that it cannot be shown stops no work.
+pub fn tell(line: Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
 
 /// Shows the progress of long work.
 pub struct Console {
@@ -59,8 +82,8 @@ impl Drop for Console {
 impl Observer for Console {
     fn message(&mut self, text: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.suspend(|| tell(format_args!("{text}"))),
+            None => tell(format_args!("{text}")),
         }
     }
 
@@ -79,7 +102,7 @@ impl Observer for Console {
         if fresh || due || done == total {
             self.stage = stage.to_owned();
             self.last_line = Some(Instant::now());
-            eprintln!("{stage}: {done}/{total} {detail}");
+            tell(format_args!("{stage}: {done}/{total} {detail}"));
         }
     }
 }

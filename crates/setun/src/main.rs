@@ -56,7 +56,7 @@ fn main() -> ExitCode {
         Ok(Outcome::Success) => ExitCode::SUCCESS,
         Ok(Outcome::CheckFailed) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("error: {}", with_sources(error.as_ref()));
+            console::tell(format_args!("error: {}", with_sources(error.as_ref())));
             let usage = error.is::<SettingsError>() || error.is::<WrongUsage>();
             exit_code(if usage { 2 } else { 1 })
         }

@@ -418,7 +418,7 @@ unsafe fn load_tile<R: Real>(
     for (i, row) in tile.iter_mut().enumerate().take(m) {
         // SAFETY: the caller's promise.
         let from = unsafe { std::slice::from_raw_parts(c.add(i * stride), n) };
-        row[..n].copy_from_slice(from);
+        copy_short(from, &mut row[..n]);
     }
 }
 
@@ -434,7 +434,7 @@ unsafe fn store_tile<R: Real>(
     for (i, row) in tile.iter().enumerate().take(m) {
         // SAFETY: the caller's promise.
         let to = unsafe { std::slice::from_raw_parts_mut(c.add(i * stride), n) };
-        to.copy_from_slice(&row[..n]);
+        copy_short(&row[..n], to);
     }
 }
 

@@ -51,7 +51,7 @@ pub enum DataError {
         source: io::Error,
     },
     /// A source names nothing that exists.
-    #[error("no file or folder at {}: correct the path (paths are relative to {})", path.display(), base.display())]
+    #[error("no file or folder at {}: correct the path", base.join(path).display())]
     Missing {
         /// The path that was looked for.
         path: PathBuf,

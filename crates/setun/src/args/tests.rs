@@ -234,6 +234,10 @@ fn eval_and_export_read_their_arguments() {
         "m",
         "--seq-len",
         "64",
+        "--numerics",
+        "f32",
+        "--logits",
+        "l.safetensors",
     ];
     let expected = Command::Eval(EvalArgs {
         model: "m".into(),
@@ -243,6 +247,8 @@ fn eval_and_export_read_their_arguments() {
         seq_len: Some(64),
         batch_size: 8,
         threads: 0,
+        numerics: Some(Numerics::F32),
+        logits: Some("l.safetensors".into()),
         json: false,
     });
     assert_eq!(parsed(&line).unwrap(), expected);

@@ -59,7 +59,7 @@ pub fn documents(range: Range<usize>) -> String {
     all[range].join("\n\n")
 }
 
-fn workspace() -> PathBuf {
+pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
@@ -169,8 +169,10 @@ pub enum Signal {
     Kill,
 }
 
-/// Starts `training` and sends `signal` when the metrics show `step`.
+/// Starts `training` and sends `signal` when the metrics show `step`, or the first step
+/// after those that they show already.
 pub fn interrupt(training: &mut Command, run: &Path, step: u64, signal: Signal) -> Output {
+    let step = step.max(last_step(run) + 1);
     training.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = training.spawn().unwrap();
     wait_for_step(&mut child, run, step);
@@ -187,6 +189,15 @@ pub fn interrupt(training: &mut Command, run: &Path, step: u64, signal: Signal) 
             .success()
     );
     Output::of(child.wait_with_output().unwrap())
+}
+
+fn last_step(run: &Path) -> u64 {
+    let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
+    let mut steps = metrics.lines().filter_map(|line| {
+        let rest = line.strip_prefix("{\"kind\":\"step\",\"step\":")?;
+        rest.split(',').next()?.parse().ok()
+    });
+    steps.next_back().unwrap_or(0)
 }
 
 /// Waits until the metrics of `run` show `step`.
