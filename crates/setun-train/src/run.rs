@@ -64,16 +64,20 @@ pub fn train(
     options: &RunOptions<'_>,
     observer: &mut dyn Observer,
 ) -> Result<RunEnd, TrainError> {
+    let run = run_directory(&settings, options.resume.is_some())?;
+    let lock = options.resume.map(|_| RunLock::acquire(&run)).transpose()?;
     // A resumed run goes on from its own files; the model that it began with may be gone.
     let init = match options.resume {
         Some(run) => Some(OpenModel::open_with(run, Which::Newest)?),
         None => open_init(&mut settings)?,
     };
-    let run = run_directory(&settings, options.resume.is_some())?;
     let prepared = prepare::prepare(&settings, init.as_ref(), observer)?;
     let config = final_config(&settings, init.as_ref(), &prepared.tokenizer)?;
     std::fs::create_dir_all(&run).map_err(|e| IoError::file("create", &run, e))?;
-    let lock = RunLock::acquire(&run)?;
+    let lock = match lock {
+        Some(lock) => lock,
+        None => RunLock::acquire(&run)?,
+    };
     lock.remove_leftovers()?;
     observer.message(&describe_data(&prepared));
     let baselines = prepare::baselines(&prepared)?;
