@@ -201,6 +201,16 @@ multiversion! {
         = loss::cross_entropy_row;
 }
 multiversion! {
+    /// [`loss::distill_row`]
+    fn distill_row[R: Real][R](
+        logits: &mut [R],
+        teacher: &mut [R],
+        target: usize,
+        mix: loss::Mix<R>,
+        scale: Option<R>,
+    ) -> (R, R) = loss::distill_row;
+}
+multiversion! {
     /// [`optimizer::sum_squares`]
     fn sum_squares_chunk[R: Real][R](x: &[R]) -> f64 = optimizer::sum_squares;
 }

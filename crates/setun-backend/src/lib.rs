@@ -24,7 +24,7 @@ pub use cpu::Isa;
 pub use host::{Host, HostWorkspace, Limits};
 pub use memory::{Arena, Buf, Category, Lease, Plan, PlanRow};
 pub use ops::{
-    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, CrossEntropy, NormRope,
-    ProjectError, ProjectStats, RmsNorm, Segment, TernaryBuf, WeightBuf, WeightData,
+    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, CrossEntropy, Distillation,
+    NormRope, ProjectError, ProjectStats, RmsNorm, Segment, TernaryBuf, WeightBuf, WeightData,
 };
 pub use real::Real;

@@ -13,6 +13,42 @@ use std::ptr::NonNull;
 /// Alignment of every buffer: a cache line, which is also the widest vector.
 const ALIGN: usize = 64;
 
+/// Asks the allocator to take large blocks from the system one by one, so that freeing one
+/// gives its pages back at once.
+///
+/// glibc otherwise raises its limit for such blocks with each one that is freed, up to
+/// 32 MiB, and the heaps of threads, where text is read and tokenized, would keep what they
+/// once held. To be called before large blocks are made; elsewhere it does nothing.
+pub fn return_large_blocks() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        const M_MMAP_THRESHOLD: std::ffi::c_int = -3;
+        const LARGE: std::ffi::c_int = 1 << 20;
+        unsafe extern "C" {
+            fn mallopt(param: std::ffi::c_int, value: std::ffi::c_int) -> std::ffi::c_int;
+        }
+        // SAFETY: mallopt(3) sets a parameter of the allocator under its own lock.
+        unsafe { mallopt(M_MMAP_THRESHOLD, LARGE) };
+    }
+}
+
+/// Gives memory that this process has freed back to the system.
+///
+/// glibc keeps freed pages in the heap of each thread that freed them. Reading and
+/// tokenizing a corpus frees many times what training needs, so a run calls this once
+/// between the two; elsewhere allocators return pages by themselves, and it does nothing.
+pub fn release_freed() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        unsafe extern "C" {
+            fn malloc_trim(pad: usize) -> std::ffi::c_int;
+        }
+        // SAFETY: malloc_trim(3) takes any padding and may be called at any time from any
+        // thread; it touches only memory that nobody holds.
+        unsafe { malloc_trim(0) };
+    }
+}
+
 /// What a buffer is for; the rows that `--dry-run` prints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Category {

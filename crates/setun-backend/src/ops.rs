@@ -197,17 +197,38 @@ pub struct NormRope<R> {
     pub positions: Buf<u32>,
 }
 
+/// A target that does not count: its row has loss 0, divergence 0 and gradient 0. A mean
+/// over the rows that count is up to `gradient_scale` and to who adds the losses up.
+pub const IGNORE_TARGET: u32 = u32::MAX;
+
 /// Softmax cross entropy of a chunk of logits.
 #[derive(Clone, Copy, Debug)]
 pub struct CrossEntropy<R> {
     /// `[rows, vocab]`; overwritten with its gradient where `gradient_scale` is given.
     pub logits: Buf<R>,
-    /// `[rows]`.
+    /// `[rows]`: below `vocab`, or [`IGNORE_TARGET`].
     pub targets: Buf<u32>,
-    /// `[rows]`: negative log-likelihood of each target.
+    /// `[rows]`: negative log-likelihood of each target, 0 where it is ignored.
     pub losses: Buf<R>,
     /// Weight of a row in the loss whose gradient is taken, `1 / tokens` for a mean.
     pub gradient_scale: Option<f64>,
+}
+
+/// Cross entropy mixed with the divergence from a teacher (Hinton et al., 2015), for a
+/// chunk of logits: `(1 - weight) * CE + weight * T^2 * KL(teacher || student)`, with both
+/// distributions at temperature `T` in the divergence.
+#[derive(Clone, Copy, Debug)]
+pub struct Distillation<R> {
+    /// The student's side: losses stay the cross entropy alone; the gradient is of the mix.
+    pub student: CrossEntropy<R>,
+    /// `[rows, vocab]`: the teacher's logits; left as scratch.
+    pub teacher: Buf<R>,
+    /// `[rows]`: the divergence of each row, in nats at temperature `T`.
+    pub divergences: Buf<R>,
+    /// Share of the divergence in the loss, from 0 to 1.
+    pub weight: f64,
+    /// `T`, positive.
+    pub temperature: f64,
 }
 
 /// One AdamW update (Loshchilov and Hutter, 2019), in PyTorch's order of operations.
@@ -354,6 +375,19 @@ pub trait Backend {
 
     /// Losses of a chunk of logits and, where asked for, its gradient in place.
     fn cross_entropy(&mut self, op: CrossEntropy<Self::Real>);
+
+    /// As [`cross_entropy`](Self::cross_entropy), mixed with a teacher.
+    fn distill(&mut self, op: Distillation<Self::Real>);
+    /// `to = (1 - share) * latent + share * s * t`, `[rows, cols]`: a weight on its way to
+    /// its projection.
+    fn blend(
+        &mut self,
+        latent: Buf<Self::Real>,
+        cols: usize,
+        ternary: TernaryBuf,
+        share: f64,
+        to: Buf<Self::Real>,
+    );
 
     /// Sum of squares in f64, over fixed chunks in ascending order.
     fn sum_squares(&mut self, x: Buf<Self::Real>) -> f64;

@@ -117,21 +117,13 @@ impl Real for f32 {
 
     #[inline(always)]
     fn to_bf16(self) -> bf16 {
-        let bits = self.to_bits();
-        let magnitude = bits & 0x7fff_ffff;
-        let rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        let quiet_nan = bits >> 16 | 0x40;
-        let kept = if magnitude > 0x7f80_0000 {
-            quiet_nan
-        } else {
-            rounded
-        };
-        let flushed = if magnitude < 0x0080_0000 {
-            bits >> 16 & 0x8000
-        } else {
-            kept
-        };
-        bf16::from_bits(flushed as u16)
+        bf16::from_bits(bf16_bits(self) as u16)
+    }
+
+    // Without the detour through 16 bits, which compilers do not vectorise well.
+    #[inline(always)]
+    fn round_bf16(self) -> Self {
+        f32::from_bits(bf16_bits(self) << 16)
     }
 
     #[inline(always)]
@@ -203,6 +195,25 @@ impl Real for f64 {
     }
     fn min_exponent(_: &[Self]) -> i32 {
         0
+    }
+}
+
+/// The upper half of `x` rounded to bf16: ties to even, denormals to zero, NaN quiet.
+#[inline(always)]
+fn bf16_bits(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let magnitude = bits & 0x7fff_ffff;
+    let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1))) >> 16;
+    let quiet_nan = bits >> 16 | 0x40;
+    let kept = if magnitude > 0x7f80_0000 {
+        quiet_nan
+    } else {
+        rounded
+    };
+    if magnitude < 0x0080_0000 {
+        bits >> 16 & 0x8000
+    } else {
+        kept
     }
 }
 

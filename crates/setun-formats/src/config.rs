@@ -3,6 +3,7 @@
 //! Source: `Qwen3Config` and `modeling_rope_utils` of Hugging Face transformers, whose
 //! two spellings of the rope settings both occur in the wild.
 
+pub(crate) mod json;
 mod parse;
 
 use serde_json::{Map, Value, json};

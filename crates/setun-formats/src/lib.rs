@@ -7,12 +7,17 @@
 //! caller adds the path.
 #![forbid(unsafe_code)]
 
+pub mod chat;
 pub mod config;
+pub mod generation_config;
+pub mod gguf;
 pub mod packed;
 pub mod tensors;
 pub mod tokenizer;
 
+pub use chat::{ChatError, ChatLimits, ChatRequest, ChatTemplate, Clock, Message};
 pub use config::{ConfigError, ParameterInfo, Qwen3Config, RopeConfig, YarnConfig};
+pub use gguf::{GgufError, GgufHeader, GgufLimits, GgufTensorInfo, GgufType, GgufValue};
 pub use packed::{PackedError, PackedFile, PackedHeader, TernaryInfo};
 pub use tensors::{Dtype, SafeTensors, TensorInfo, TensorView, TensorsError};
 pub use tokenizer::{DecodeStream, END_OF_TEXT, Tokenizer, TokenizerError};

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use setun_ternary::{
     Numerics, PackError, PackedMatrix, ScaleRule, groups_per_row, packed_row_bytes,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
 
 /// Value of the metadata key `format`.
@@ -52,13 +52,13 @@ pub enum PackedError {
     #[error("metadata key `{key}` is missing: not a packed file; export the model as packed")]
     MissingMetadata {
         /// The key.
-        key: &'static str,
+        key: String,
     },
     /// A metadata value that cannot be used.
     #[error("metadata key `{key}` is {found:?}; expected {expected}")]
     BadMetadata {
         /// The key.
-        key: &'static str,
+        key: String,
         /// Its value.
         found: String,
         /// What is read.
@@ -155,17 +155,14 @@ pub fn packed_tensor_infos(config: &Qwen3Config, group_size: usize) -> Vec<Tenso
 
 /// The metadata of a packed file.
 pub fn packed_metadata(header: &PackedHeader) -> BTreeMap<String, String> {
-    let ternary = &header.ternary;
     let entries = [
         ("format", FORMAT.to_owned()),
         ("version", VERSION.to_owned()),
         ("config", header.config.to_json()),
-        ("group_size", ternary.group_size.to_string()),
-        ("scale_rule", ternary.scale_rule.name().to_owned()),
-        ("numerics", ternary.numerics.name().to_owned()),
     ];
     let owned = entries.map(|(key, value)| (key.to_owned(), value));
-    owned.into_iter().collect()
+    let ternary = ternary_entries(&header.ternary, "");
+    owned.into_iter().chain(ternary).collect()
 }
 
 /// A packed file whose tensors are those of its configuration.
@@ -194,8 +191,8 @@ impl<'a> PackedFile<'a> {
             let mut names = tensors.names();
             // The reader keeps its names in a hash map.
             names.sort_unstable();
-            let known = |name: &str| expected.iter().any(|info| info.name == name);
-            if let Some(name) = names.into_iter().find(|name| !known(name)) {
+            let known: BTreeSet<&str> = expected.iter().map(|info| info.name.as_str()).collect();
+            if let Some(name) = names.into_iter().find(|name| !known.contains(name)) {
                 let name = name.to_owned();
                 return Err(PackedError::ExtraTensor { name });
             }
@@ -260,42 +257,78 @@ impl<'a> PackedFile<'a> {
     }
 }
 
-fn parse_header(metadata: &BTreeMap<String, String>) -> Result<PackedHeader, PackedError> {
-    let value = |key: &'static str| {
-        let value = metadata.get(key).map(String::as_str);
-        value.ok_or(PackedError::MissingMetadata { key })
-    };
-    let bad = |key: &'static str, expected: String| PackedError::BadMetadata {
-        key,
-        found: metadata.get(key).cloned().unwrap_or_default(),
-        expected,
-    };
-    if value("format")? != FORMAT {
-        return Err(bad(
-            "format",
-            format!("{FORMAT:?}; export the model as packed"),
-        ));
+/// Reads the metadata of a packed file; its tensors are checked by the caller.
+///
+/// # Errors
+/// A key that is absent or has a value that cannot be used, by key.
+pub fn parse_header(metadata: &BTreeMap<String, String>) -> Result<PackedHeader, PackedError> {
+    if value(metadata, "format")? != FORMAT {
+        let expected = format!("{FORMAT:?}; export the model as packed");
+        return Err(bad_value(metadata, "format", expected));
     }
-    if value("version")? != VERSION {
+    if value(metadata, "version")? != VERSION {
         let expected = format!("{VERSION:?}; a newer Setun wrote this file, update Setun");
-        return Err(bad("version", expected));
+        return Err(bad_value(metadata, "version", expected));
     }
-    let group_size = value("group_size")?.parse().ok();
+    let ternary = parse_ternary(metadata, "")?;
+    let config = Qwen3Config::parse(value(metadata, "config")?.as_bytes())?;
+    Ok(PackedHeader { config, ternary })
+}
+
+/// Reads a ternary format from the keys `group_size`, `scale_rule` and `numerics`, each
+/// behind `prefix` (`setun.` in files whose metadata others share).
+///
+/// # Errors
+/// A key that is absent or has a value that cannot be used, by key.
+pub fn parse_ternary(
+    metadata: &BTreeMap<String, String>,
+    prefix: &str,
+) -> Result<TernaryInfo, PackedError> {
+    let key = format!("{prefix}group_size");
+    let group_size = value(metadata, &key)?.parse().ok();
     let group_size = group_size.filter(|n| (1..=MAX_GROUP_SIZE).contains(n));
     let group_size = group_size.ok_or_else(|| {
         let expected = format!("a whole number from 1 to {MAX_GROUP_SIZE}");
-        bad("group_size", expected)
+        bad_value(metadata, &key, expected)
     })?;
-    let scale_rule = ScaleRule::from_name(value("scale_rule")?);
-    let numerics = Numerics::from_name(value("numerics")?);
-    let ternary = TernaryInfo {
+    let key = format!("{prefix}scale_rule");
+    let scale_rule = ScaleRule::from_name(value(metadata, &key)?);
+    let scale_rule = scale_rule
+        .ok_or_else(|| bad_value(metadata, &key, "mean, max or mean-nonzero".to_owned()))?;
+    let key = format!("{prefix}numerics");
+    let numerics = Numerics::from_name(value(metadata, &key)?);
+    let numerics =
+        numerics.ok_or_else(|| bad_value(metadata, &key, "int8, bf16 or f32".to_owned()))?;
+    Ok(TernaryInfo {
         group_size,
-        scale_rule: scale_rule
-            .ok_or_else(|| bad("scale_rule", "mean, max or mean-nonzero".to_owned()))?,
-        numerics: numerics.ok_or_else(|| bad("numerics", "int8, bf16 or f32".to_owned()))?,
-    };
-    let config = Qwen3Config::parse(value("config")?.as_bytes())?;
-    Ok(PackedHeader { config, ternary })
+        scale_rule,
+        numerics,
+    })
+}
+
+/// The entries that [`parse_ternary`] reads.
+pub fn ternary_entries(ternary: &TernaryInfo, prefix: &str) -> [(String, String); 3] {
+    [
+        ("group_size", ternary.group_size.to_string()),
+        ("scale_rule", ternary.scale_rule.name().to_owned()),
+        ("numerics", ternary.numerics.name().to_owned()),
+    ]
+    .map(|(key, value)| (format!("{prefix}{key}"), value))
+}
+
+fn value<'a>(metadata: &'a BTreeMap<String, String>, key: &str) -> Result<&'a str, PackedError> {
+    let value = metadata.get(key).map(String::as_str);
+    value.ok_or_else(|| PackedError::MissingMetadata {
+        key: key.to_owned(),
+    })
+}
+
+fn bad_value(metadata: &BTreeMap<String, String>, key: &str, expected: String) -> PackedError {
+    PackedError::BadMetadata {
+        key: key.to_owned(),
+        found: metadata.get(key).cloned().unwrap_or_default(),
+        expected,
+    }
 }
 
 fn check_tensor(tensors: &SafeTensors<'_>, info: &TensorInfo) -> Result<(), PackedError> {

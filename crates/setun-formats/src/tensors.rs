@@ -1,8 +1,13 @@
 //! safetensors: reading with the `safetensors` crate, writing as a stream.
 //!
-//! The crate's reader checks every offset. Its writer wants all tensors in memory at
-//! once, so [`write_header`] writes the header from a list and the payloads follow one
-//! by one.
+//! The crate's reader checks every offset, but names no tensor for most of what it
+//! refuses and lets repeated names pass; [`check_header`] comes first. Its writer wants
+//! all tensors in memory at once, so [`write_header`] writes the header from a list and
+//! the payloads follow one by one.
+
+mod header;
+
+pub use header::check_header;
 
 pub use safetensors::tensor::TensorView;
 pub use safetensors::{Dtype, SafeTensors};
@@ -50,9 +55,10 @@ pub enum TensorsError {
 ///
 /// # Errors
 /// [`TensorsError::Damaged`]: a header that is no header or longer than
-/// [`MAX_HEADER_BYTES`], tensors that overlap, leave gaps or do not cover the file.
+/// [`MAX_HEADER_BYTES`], and all that [`check_header`] refuses.
 pub fn open(bytes: &[u8]) -> Result<SafeTensors<'_>, TensorsError> {
-    check_header_length(bytes)?;
+    let (header, payload) = split_header(bytes)?;
+    check_header(header, payload.len() as u64)?;
     SafeTensors::deserialize(bytes).map_err(|error| damaged(&error))
 }
 
@@ -61,7 +67,8 @@ pub fn open(bytes: &[u8]) -> Result<SafeTensors<'_>, TensorsError> {
 /// # Errors
 /// As [`open`].
 pub fn metadata(bytes: &[u8]) -> Result<BTreeMap<String, String>, TensorsError> {
-    check_header_length(bytes)?;
+    let (header, payload) = split_header(bytes)?;
+    check_header(header, payload.len() as u64)?;
     let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| damaged(&error))?;
     let metadata = header.metadata().clone().unwrap_or_default();
     Ok(metadata.into_iter().collect())
@@ -230,7 +237,8 @@ fn header_json(tensors: &[TensorInfo], metadata: &BTreeMap<String, String>) -> i
     Ok(format!("{{{}}}", entries.join(",")))
 }
 
-fn check_header_length(bytes: &[u8]) -> Result<(), TensorsError> {
+/// The header and the payload behind it.
+fn split_header(bytes: &[u8]) -> Result<(&[u8], &[u8]), TensorsError> {
     let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
         let reason = format!("{} bytes are shorter than any header", bytes.len());
         return Err(TensorsError::Damaged { reason });
@@ -241,14 +249,12 @@ fn check_header_length(bytes: &[u8]) -> Result<(), TensorsError> {
             format!("its header claims {length} bytes, at most {MAX_HEADER_BYTES} are read");
         return Err(TensorsError::Damaged { reason });
     }
-    if length > rest.len() as u64 {
-        let reason = format!(
-            "its header claims {length} bytes, but {} follow",
-            rest.len()
-        );
-        return Err(TensorsError::Damaged { reason });
-    }
-    Ok(())
+    // At most MAX_HEADER_BYTES, so the cast keeps the number.
+    rest.split_at_checked(length as usize).ok_or_else(|| {
+        let follow = rest.len();
+        let reason = format!("its header claims {length} bytes, but {follow} follow");
+        TensorsError::Damaged { reason }
+    })
 }
 
 fn damaged(error: &SafeTensorError) -> TensorsError {

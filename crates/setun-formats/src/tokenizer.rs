@@ -4,21 +4,21 @@
 //! makes has the structure of Qwen2's tokenizer, so that transformers and llama.cpp
 //! (`qwen2`) read it identically.
 
+mod check;
 mod decode;
 mod train;
 
 pub use decode::DecodeStream;
 
-use decode::byte_of;
-use serde::Deserialize;
-use std::collections::HashMap;
+use crate::config::json::cut;
+use check::{check_bytes, check_file, check_model};
 use thiserror::Error;
-use tokenizers::models::ModelWrapper;
+use tokenizers::AddedToken;
 use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::split::SplitPattern;
+use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::tokenizer::SplitDelimiterBehavior;
-use tokenizers::{AddedToken, DecoderWrapper};
 
 /// Special token that ends a document.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
@@ -73,6 +73,24 @@ pub enum TokenizerError {
         found: u32,
         /// The id that follows from the vocabulary.
         expected: u32,
+    },
+    /// A token without an id of its own.
+    #[error("token {token:?} has id {id}, {problem}; download the tokenizer again")]
+    BadToken {
+        /// The token.
+        token: String,
+        /// Its id in the file.
+        id: u32,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A merge that the vocabulary does not allow.
+    #[error("merge {index} of model.merges: {problem}; download the tokenizer again")]
+    BadMerge {
+        /// Place in the list, from 0.
+        index: usize,
+        /// What is wrong with it.
+        problem: String,
     },
     /// More than [`MAX_VOCAB_SIZE`], or ids beyond it.
     #[error("token id {found} is too large; at most {MAX_VOCAB_SIZE} tokens are read")]
@@ -150,12 +168,12 @@ impl Tokenizer {
         if json.len() > MAX_TOKENIZER_BYTES {
             return Err(TokenizerError::TooLong { found: json.len() });
         }
-        let malformed = |e: &dyn std::fmt::Display| TokenizerError::Malformed(e.to_string());
+        let malformed = |e: &dyn std::fmt::Display| TokenizerError::Malformed(cut(&e.to_string()));
         let text = std::str::from_utf8(json).map_err(|e| malformed(&e))?;
+        let added_tokens = check_file(text)?;
         let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| malformed(&e))?;
-        let file: TokenFile = serde_json::from_str(text).map_err(|e| malformed(&e))?;
         check_model(&inner)?;
-        for token in file.added_tokens {
+        for token in added_tokens {
             match inner.token_to_id(&token.content) {
                 Some(expected) if expected != token.id => {
                     let (content, found) = (token.content, token.id);
@@ -201,6 +219,8 @@ impl Tokenizer {
         }
         inner.with_truncation(None).map_err(failed)?;
         inner.with_padding(None);
+        // No token is ever added, and a template could repeat or swap texts.
+        inner.with_post_processor(None::<PostProcessorWrapper>);
         let end_of_text = inner.token_to_id(END_OF_TEXT);
         if end_of_text.is_some() {
             // Special in any case, so that plain text never becomes this token.
@@ -319,19 +339,6 @@ impl Tokenizer {
     }
 }
 
-/// The part of a `tokenizer.json` whose ids the `tokenizers` crate assigns anew.
-#[derive(Deserialize)]
-struct TokenFile {
-    #[serde(default)]
-    added_tokens: Vec<NumberedToken>,
-}
-
-#[derive(Deserialize)]
-struct NumberedToken {
-    id: u32,
-    content: String,
-}
-
 /// A long text cut into pieces that encode on their own to the same ids.
 ///
 /// Cuts lie between a line feed and a character that is not white space: no match of
@@ -399,67 +406,6 @@ fn splits_at_lines(inner: &tokenizers::Tokenizer) -> bool {
     let crosses = |token: &AddedToken| token.lstrip || token.rstrip || token.content.contains('\n');
     let crossed = inner.get_added_tokens_decoder().values().any(crosses);
     normalizer && pattern && isolated && !bytes.add_prefix_space && !bytes.use_regex && !crossed
-}
-
-fn check_model(inner: &tokenizers::Tokenizer) -> Result<(), TokenizerError> {
-    let refuse = |part, found: String, expected| {
-        Err(TokenizerError::Unsupported {
-            part,
-            found,
-            expected,
-        })
-    };
-    let ModelWrapper::BPE(bpe) = inner.get_model() else {
-        return refuse("the model", "of another kind".to_owned(), "BPE");
-    };
-    if bpe.dropout.is_some_and(|dropout| dropout != 0.0) {
-        return refuse("model.dropout", format!("{:?}", bpe.dropout), "null");
-    }
-    if bpe.byte_fallback {
-        return refuse("model.byte_fallback", "true".to_owned(), "false");
-    }
-    let affixes = [&bpe.continuing_subword_prefix, &bpe.end_of_word_suffix];
-    if let Some(affix) = affixes
-        .into_iter()
-        .flatten()
-        .find(|affix| !affix.is_empty())
-    {
-        return refuse("a prefix or suffix of model", format!("{affix:?}"), "null");
-    }
-    let is_byte_level =
-        |part: &PreTokenizerWrapper| matches!(part, PreTokenizerWrapper::ByteLevel(_));
-    let maps_bytes = inner.get_pre_tokenizer().is_some_and(|part| match part {
-        PreTokenizerWrapper::Sequence(parts) => parts.as_ref().iter().any(is_byte_level),
-        part => is_byte_level(part),
-    });
-    if !maps_bytes {
-        return refuse("pre_tokenizer", "without ByteLevel".to_owned(), "it");
-    }
-    if !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
-        return refuse("decoder", "not ByteLevel".to_owned(), "that one");
-    }
-    Ok(())
-}
-
-/// A byte without a token would vanish from every text.
-fn check_bytes(vocab: &HashMap<String, u32>) -> Result<(), TokenizerError> {
-    let mut seen = [false; 256];
-    for token in vocab.keys() {
-        let mut chars = token.chars();
-        if let (Some(c), None) = (chars.next(), chars.next())
-            && let Some(byte) = byte_of(c)
-        {
-            seen[usize::from(byte)] = true;
-        }
-    }
-    match seen.iter().position(|seen| !seen) {
-        None => Ok(()),
-        Some(byte) => Err(TokenizerError::Unsupported {
-            part: "model.vocab",
-            found: format!("without a token for byte {byte:#04x}"),
-            expected: "one for each of the 256 bytes",
-        }),
-    }
 }
 
 fn failed(error: tokenizers::Error) -> TokenizerError {
@@ -615,11 +561,12 @@ mod tests {
             // Merges that build the token letter by letter, without a pattern in the way.
             let mut built = String::from("<");
             let mut merges = Vec::new();
-            let next = file["model"]["vocab"].as_object().unwrap().len();
-            for (i, c) in END_OF_TEXT.chars().skip(1).enumerate() {
+            for c in END_OF_TEXT.chars().skip(1) {
                 merges.push(json!([built, c.to_string()]));
                 built.push(c);
-                file["model"]["vocab"][&built] = (next + i).into();
+                let vocab = file["model"]["vocab"].as_object_mut().unwrap();
+                let next = vocab.len();
+                vocab.entry(&built).or_insert(next.into());
             }
             let last = file["model"]["vocab"][END_OF_TEXT].clone();
             file["model"]["merges"] = merges.into();

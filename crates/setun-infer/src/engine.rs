@@ -146,7 +146,15 @@ impl Engine {
         let mut plan = Plan::new();
         let workspace = HostWorkspace::reserve(&mut plan, options.threads, limits);
         let rows = PREFILL_ROWS.min(context);
-        let qwen3 = Qwen3::reserve(&mut plan, spec, Purpose::Infer { rows, context });
+        let qwen3 = Qwen3::reserve(
+            &mut plan,
+            spec,
+            Purpose::Infer {
+                rows,
+                context,
+                head_chunk: 1,
+            },
+        );
         let mut backend = Host::new(&plan, workspace, options.isa);
         qwen3.prepare(&mut backend);
         load_parameters(model, &qwen3.parameters, &mut backend)?;

@@ -186,6 +186,63 @@ fn write_atomic_with(ops: &dyn FileOps, path: &Path, bytes: &[u8]) -> Result<(),
         .map_err(|e| IoError::file("sync", parent, e))
 }
 
+/// Creates the file `path`, which appears under its name only when it is whole; `write`
+/// may stream. Returns its length in bytes.
+///
+/// # Errors
+/// A file of that name, what `write` returns, and a refusing operating system; nothing
+/// stays behind.
+pub(crate) fn create_file(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<u64, IoError> {
+    create_file_with(&RealOps, path, write)
+}
+
+fn create_file_with(
+    ops: &dyn FileOps,
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<u64, IoError> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name =
+        name.ok_or_else(|| IoError::Refused(format!("{} has no file name", path.display())))?;
+    check_name(name)?;
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    refuse_existing(path)?;
+    create_parent(ops, parent)?;
+    let temporary = free_name(parent, name);
+    let entry = write_file(ops, &temporary, write);
+    let named = entry
+        .map_err(|e| IoError::file("write", path, e))
+        .and_then(|entry| {
+            refuse_existing(path)?;
+            ops.rename(&temporary, path)
+                .map_err(|e| IoError::file("rename to", path, e))?;
+            Ok(entry.bytes)
+        });
+    if named.is_err() {
+        // Nothing can be done about a failure here.
+        let _ = ops.remove_file(&temporary);
+    }
+    let num_bytes = named?;
+    ops.sync_dir(parent)
+        .map_err(|e| IoError::file("sync", parent, e))?;
+    Ok(num_bytes)
+}
+
+/// A temporary name that nothing in `parent` has.
+fn free_name(parent: &Path, name: &str) -> PathBuf {
+    let mut names = (0u32..).map(|attempt| parent.join(temporary_name(name, attempt)));
+    let first = parent.join(temporary_name(name, 0));
+    names
+        .find(|path| fs::symlink_metadata(path).is_err())
+        .unwrap_or(first)
+}
+
 /// The file operations of a commit, so that tests can make each of them fail.
 pub(crate) trait FileOps {
     fn create_dir(&self, path: &Path) -> io::Result<()>;
@@ -544,6 +601,38 @@ mod tests {
             assert_eq!(names(scratch.path()), ["old"], "operation {n}");
         }
         true
+    }
+
+    #[test]
+    fn a_created_file_is_whole_or_absent() {
+        let scratch = Scratch::new("commit-create");
+        for n in 0.. {
+            let path = scratch.join("model.gguf");
+            let ops = FailingOps {
+                left: Arc::new(AtomicI64::new(n)),
+                persistent: false,
+                kind: io::ErrorKind::StorageFull,
+            };
+            let result = create_file_with(&ops, &path, |out| out.write_all(b"weights"));
+            if result.is_ok() {
+                assert_eq!(fs::read(&path).unwrap(), b"weights");
+                // Create, write, sync, rename, and sync of the directory.
+                assert_eq!(n, 5);
+                break;
+            }
+            // Only the last step, syncing the directory, comes after the renaming.
+            let expected: &[&str] = if n < 4 { &[] } else { &["model.gguf"] };
+            assert_eq!(names(scratch.path()), expected, "operation {n}");
+            let _ = fs::remove_file(&path);
+        }
+        let path = scratch.join("model.gguf");
+        let again = create_file(&path, |out| out.write_all(b"other"));
+        assert!(matches!(again, Err(IoError::Exists { .. })));
+        let path = scratch.join("new/other.gguf");
+        let failed = create_file(&path, |_| Err(io::Error::other("the source broke")));
+        assert!(failed.unwrap_err().to_string().contains("the source broke"));
+        assert!(names(&scratch.join("new")).is_empty());
+        assert_eq!(fs::read(scratch.join("model.gguf")).unwrap(), b"weights");
     }
 
     #[test]

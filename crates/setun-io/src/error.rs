@@ -67,6 +67,9 @@ pub enum IoError {
         /// The place in it and what is wrong.
         problem: String,
     },
+    /// An output refused; [`IoError::file`] adds its name.
+    #[error("cannot write: {0}")]
+    Stream(#[source] io::Error),
     /// A caller asked for something that cannot be written.
     #[error("{0}")]
     Refused(String),
@@ -77,6 +80,7 @@ impl IoError {
     /// a [`io::Write`] closure.
     pub fn file(action: &'static str, path: &Path, source: io::Error) -> Self {
         match source.downcast::<IoError>() {
+            Ok(Self::Stream(source)) => Self::file(action, path, source),
             Ok(inner) => inner,
             Err(source) => Self::File {
                 action,

@@ -2,7 +2,7 @@
 
 use crate::{DirWriter, IoError, MANIFEST, Matrix, TensorSource, checkpoint_name, write_packed};
 use serde_json::json;
-use setun_formats::config::{ParameterInfo, Qwen3Config, RopeConfig};
+use setun_formats::config::{ParameterInfo, Qwen3Config, RopeConfig, YarnConfig};
 use setun_formats::packed::{PackedHeader, TernaryInfo};
 use setun_formats::tensors::{Dtype, SafeTensors, TensorInfo, write_f32, write_header};
 use setun_formats::tokenizer::Tokenizer;
@@ -75,10 +75,46 @@ impl Tiny {
             bos_token_id: None,
             eos_token_ids: vec![0],
         };
+        Self::with(config, group_size, Numerics::Int8)
+    }
+
+    /// A one-layer model whose rows are 256 weights long, so that every format has blocks
+    /// that divide them; with YaRN and numerics of its own.
+    pub(crate) fn even(tied: bool, group_size: usize) -> Self {
+        let yarn = YarnConfig {
+            factor: 4.0,
+            original_max_position_embeddings: 64,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: None,
+            truncate: true,
+        };
+        let config = Qwen3Config {
+            vocab_size: 283,
+            hidden_size: 256,
+            intermediate_size: 256,
+            num_hidden_layers: 1,
+            num_attention_heads: 8,
+            num_key_value_heads: 1,
+            head_dim: 32,
+            max_position_embeddings: 256,
+            rms_norm_eps: 1e-6,
+            tie_word_embeddings: tied,
+            rope: RopeConfig {
+                rope_theta: 1e6,
+                yarn: tied.then_some(yarn),
+            },
+            bos_token_id: None,
+            eos_token_ids: vec![279],
+        };
+        Self::with(config, group_size, Numerics::Bf16)
+    }
+
+    fn with(config: Qwen3Config, group_size: usize, numerics: Numerics) -> Self {
         let ternary = TernaryInfo {
             group_size,
             scale_rule: ScaleRule::Mean,
-            numerics: Numerics::Int8,
+            numerics,
         };
         let mut tiny = Self {
             header: PackedHeader { config, ternary },

@@ -1,5 +1,6 @@
 //! The canonical hash of a ternary model: equal in every format that holds it.
 
+use half::f16;
 use setun_ternary::PackedMatrix;
 
 /// Hashes all ternary matrices of a model, added in the order of
@@ -21,12 +22,27 @@ impl TernaryHasher {
 
     /// Adds the matrix called `name` (the Hugging Face parameter name).
     pub fn add(&mut self, name: &str, m: &PackedMatrix) {
-        for number in [name.len(), m.rows, m.cols, m.group_size] {
+        self.begin(name, m.rows, m.cols, m.group_size);
+        self.trits(&m.trits);
+        self.scales(&m.scales);
+    }
+
+    /// Begins a matrix that is added in parts: all its trits, then all its scales.
+    pub(crate) fn begin(&mut self, name: &str, rows: usize, cols: usize, group_size: usize) {
+        for number in [name.len(), rows, cols, group_size] {
             self.hasher.update(&(number as u64).to_le_bytes());
         }
         self.hasher.update(name.as_bytes());
-        self.hasher.update(&m.trits);
-        for scales in m.scales.chunks(4096) {
+    }
+
+    /// Adds the packed trits of the next rows.
+    pub(crate) fn trits(&mut self, trits: &[u8]) {
+        self.hasher.update(trits);
+    }
+
+    /// Adds the scales of the next rows.
+    pub(crate) fn scales(&mut self, scales: &[f16]) {
+        for scales in scales.chunks(4096) {
             let bytes: Vec<u8> = scales.iter().flat_map(|s| s.to_le_bytes()).collect();
             self.hasher.update(&bytes);
         }

@@ -2,32 +2,36 @@
 //! and verifying share.
 
 use crate::checkpoints::CHECKPOINTS;
+use crate::huggingface::{read_index, unexpected};
 use crate::manifest::is_plain_name;
 use crate::{IoError, TensorFile};
 use half::{bf16, f16};
-use serde::Deserialize;
 use setun_formats::config::Qwen3Config;
+use setun_formats::generation_config::GenerationConfig;
 use setun_formats::packed::{
-    FORMAT, MAX_GROUP_SIZE, PackedHeader, TernaryInfo, VERSION, packed_tensor_infos,
+    FORMAT, PackedHeader, TernaryInfo, packed_tensor_infos, parse_header, parse_ternary,
 };
 use setun_formats::tensors::Dtype;
-use setun_ternary::{Numerics, PackedMatrix, ScaleRule};
+use setun_ternary::PackedMatrix;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub(crate) const BEST: &str = "best.json";
 pub(crate) const CONFIG: &str = "config.json";
+pub(crate) const GENERATION: &str = "generation_config.json";
 pub(crate) const TOKENIZER: &str = "tokenizer.json";
 pub(crate) const LATENTS: &str = "latents.safetensors";
 pub(crate) const PACKED: &str = "packed.safetensors";
 pub(crate) const HF_SINGLE: &str = "model.safetensors";
-const HF_INDEX: &str = "model.safetensors.index.json";
+pub(crate) const HF_INDEX: &str = "model.safetensors.index.json";
 
 /// Group sizes that are tried where a file records none, largest first.
 pub(crate) const GROUP_SIZES: [usize; 4] = [256, 128, 64, 32];
 
-const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::BF16];
+/// Prefix of Setun's keys in metadata that belong to others.
+pub(crate) const KEY_PREFIX: &str = "setun.";
 
 /// What a path that is not a run directory holds.
 #[derive(Debug)]
@@ -36,22 +40,28 @@ pub(crate) enum Located {
     Checkpoint(PathBuf),
     /// A packed file.
     Packed(PathBuf),
-    /// A Hugging Face directory and its safetensors files.
+    /// A Hugging Face directory and its safetensors files; also MLX and
+    /// compressed-tensors.
     HuggingFace(PathBuf, Vec<PathBuf>),
+    /// A GGUF file.
+    Gguf(PathBuf),
 }
 
 pub(crate) fn is_run(path: &Path) -> bool {
     path.join(CHECKPOINTS).is_dir()
 }
 
-/// Recognises a checkpoint, a packed file or directory, or a Hugging Face directory or
-/// file, by the names that are there; contents are checked later.
+/// Recognises a checkpoint, a packed file or directory, a Hugging Face directory or file,
+/// or a GGUF file, by the names that are there; contents are checked later.
 pub(crate) fn locate(path: &Path) -> Result<Located, IoError> {
     let not_a_model = |problem: &str| IoError::NotAModel {
         path: path.to_owned(),
         problem: problem.to_owned(),
     };
     if path.is_file() {
+        if starts_as_gguf(path)? {
+            return Ok(Located::Gguf(path.to_owned()));
+        }
         let file = TensorFile::open(path)?;
         if file.metadata().get("format").is_some_and(|f| f == FORMAT) {
             return Ok(Located::Packed(path.to_owned()));
@@ -81,23 +91,32 @@ pub(crate) fn locate(path: &Path) -> Result<Located, IoError> {
     if path.join(HF_INDEX).is_file() {
         return Ok(Located::HuggingFace(dir, sharded_files(path)?));
     }
+    if path.join("pytorch_model.bin").is_file() || path.join(TORCH_INDEX).is_file() {
+        return Err(not_a_model(
+            "its weights are pickled (pytorch_model.bin); save them as safetensors with \
+             transformers (save_pretrained) first",
+        ));
+    }
     Err(not_a_model(
         "expected a run (checkpoints/), a checkpoint (latents.safetensors), a packed model \
-         (packed.safetensors) or a Hugging Face model (config.json with model.safetensors \
-         or model.safetensors.index.json)",
+         (packed.safetensors), a Hugging Face or MLX model (config.json with \
+         model.safetensors or model.safetensors.index.json) or a GGUF file",
     ))
 }
 
-#[derive(Deserialize)]
-struct ShardIndex {
-    weight_map: BTreeMap<String, String>,
+const TORCH_INDEX: &str = "pytorch_model.bin.index.json";
+
+fn starts_as_gguf(path: &Path) -> Result<bool, IoError> {
+    let mut magic = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(4).read_to_end(&mut magic))
+        .map_err(|e| IoError::file("read", path, e))?;
+    Ok(magic == b"GGUF")
 }
 
 fn sharded_files(dir: &Path) -> Result<Vec<PathBuf>, IoError> {
     let path = dir.join(HF_INDEX);
-    let index: ShardIndex = serde_json::from_slice(&read(&path)?)
-        .map_err(|e| IoError::invalid(&path, format!("not a shard index: {e}")))?;
-    let names: BTreeSet<&String> = index.weight_map.values().collect();
+    let names: BTreeSet<String> = read_index(&path)?.into_values().collect();
     if let Some(name) = names.iter().find(|name| !is_plain_name(name)) {
         let problem = format!("{name:?} is not a plain file name");
         return Err(IoError::invalid(&path, problem));
@@ -106,7 +125,7 @@ fn sharded_files(dir: &Path) -> Result<Vec<PathBuf>, IoError> {
 }
 
 /// Files of values that together hold each tensor once.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Shards {
     files: Vec<TensorFile>,
     file_of: BTreeMap<String, usize>,
@@ -171,6 +190,17 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, IoError> {
     fs::read(path).map_err(|e| IoError::file("read", path, e))
 }
 
+/// The `generation_config.json` in `dir`, if there is one.
+pub(crate) fn read_generation(dir: &Path) -> Result<Option<GenerationConfig>, IoError> {
+    let path = dir.join(GENERATION);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    GenerationConfig::from_bytes(&read(&path)?)
+        .map(Some)
+        .map_err(|e| IoError::invalid(&path, e.to_string()))
+}
+
 pub(crate) fn read_config(path: &Path) -> Result<Qwen3Config, IoError> {
     Qwen3Config::parse(&read(path)?).map_err(|e| IoError::invalid(path, e.to_string()))
 }
@@ -188,70 +218,25 @@ pub(crate) fn check_latents(file: &TensorFile, config: &Qwen3Config) -> Result<(
     }
 }
 
-/// Checks that Hugging Face files hold all parameters as floats, and nothing that would
-/// be silently dropped. `dir` is named when there is no file at all.
-pub(crate) fn check_values(
-    shards: &Shards,
-    config: &Qwen3Config,
-    dir: &Path,
-) -> Result<(), IoError> {
-    let parameters = config.parameters();
-    for parameter in &parameters {
-        let Some(file) = shards.file_of(&parameter.name) else {
-            return Err(missing(dir, &parameter.name));
-        };
-        file.expect(&parameter.name, &FLOATS, &parameter.shape)?;
-    }
-    let known: BTreeSet<&str> = parameters.iter().map(|p| p.name.as_str()).collect();
-    for (name, file) in shards.tensors() {
-        // Older writers store the tied head again and a table that RoPE recomputes.
-        let redundant = config.tie_word_embeddings && name == "lm_head.weight"
-            || name.ends_with(".rotary_emb.inv_freq");
-        if !known.contains(name) && !redundant {
-            return Err(unexpected(file.path(), name));
-        }
-    }
-    Ok(())
-}
-
-fn unexpected(path: &Path, name: &str) -> IoError {
-    IoError::invalid(
-        path,
-        format!("tensor {name} is not part of a Qwen3 model of this config"),
-    )
-}
-
 /// How Hugging Face files say that they are ternary; `None` if they do not.
 pub(crate) fn ternary_metadata(shards: &Shards) -> Result<Option<TernaryInfo>, IoError> {
-    let marked = |file: &&TensorFile| file.metadata().contains_key("setun.group_size");
+    let key = format!("{KEY_PREFIX}group_size");
+    let marked = |file: &&TensorFile| file.metadata().contains_key(&key);
     let Some(file) = shards.files.iter().find(marked) else {
         return Ok(None);
     };
-    ternary_info(file, "setun.").map(Some)
+    parse_ternary(file.metadata(), KEY_PREFIX)
+        .map(Some)
+        .map_err(|e| IoError::invalid(file.path(), e.to_string()))
 }
 
 /// Checks the header of a packed file: every tensor that its config implies with its
 /// dtype and shape, and nothing else.
 pub(crate) fn packed_header(file: &TensorFile) -> Result<PackedHeader, IoError> {
-    let invalid = |problem: String| IoError::invalid(file.path(), problem);
-    let metadata = file.metadata();
-    let field = |key: &str| metadata.get(key).map_or("", String::as_str);
-    if field("format") != FORMAT {
-        return Err(invalid(
-            "not a packed model: its metadata has no format \"setun-packed\"".into(),
-        ));
-    }
-    if field("version") != VERSION {
-        let problem = format!(
-            "packed version {:?} is unknown: read it with the version of Setun that wrote it",
-            field("version")
-        );
-        return Err(invalid(problem));
-    }
-    let config = Qwen3Config::parse(field("config").as_bytes())
-        .map_err(|e| invalid(format!("metadata \"config\": {e}")))?;
-    let ternary = ternary_info(file, "")?;
-    let expected = packed_tensor_infos(&config, ternary.group_size);
+    let header =
+        parse_header(file.metadata()).map_err(|e| IoError::invalid(file.path(), e.to_string()))?;
+    let PackedHeader { config, ternary } = &header;
+    let expected = packed_tensor_infos(config, ternary.group_size);
     for info in &expected {
         file.expect(&info.name, &[info.dtype], &info.shape)?;
     }
@@ -259,48 +244,29 @@ pub(crate) fn packed_header(file: &TensorFile) -> Result<PackedHeader, IoError> 
     if let Some((name, _, _)) = file.tensors().find(|t| !known.contains(t.0)) {
         return Err(unexpected(file.path(), name));
     }
-    Ok(PackedHeader { config, ternary })
+    Ok(header)
 }
 
-fn ternary_info(file: &TensorFile, prefix: &str) -> Result<TernaryInfo, IoError> {
-    let field = |key: &str| {
-        let key = format!("{prefix}{key}");
-        let value = file.metadata().get(&key).map(String::as_str);
-        (key, value.unwrap_or_default())
-    };
-    let bad = |key: String, value: &str, expected: &str| {
-        let problem = format!("metadata {key:?} is {value:?}, expected {expected}");
-        IoError::invalid(file.path(), problem)
-    };
-    let (key, value) = field("group_size");
-    let group_size = value
-        .parse()
-        .ok()
-        .filter(|size| (1..=MAX_GROUP_SIZE).contains(size));
-    let group_size =
-        group_size.ok_or_else(|| bad(key, value, "a number of weights from 1 to 65536"))?;
-    let (key, value) = field("scale_rule");
-    let scale_rule =
-        ScaleRule::from_name(value).ok_or_else(|| bad(key, value, "mean, max or mean-nonzero"))?;
-    let (key, value) = field("numerics");
-    let numerics =
-        Numerics::from_name(value).ok_or_else(|| bad(key, value, "int8, bf16 or f32"))?;
-    Ok(TernaryInfo {
-        group_size,
-        scale_rule,
-        numerics,
-    })
-}
-
-/// The first group of `matrix` whose scale cannot be one, with the reason.
-pub(crate) fn bad_scale(matrix: &PackedMatrix) -> Option<String> {
+/// The first group of `matrix` whose scale cannot be one, with the reason; rows count
+/// from `first_row`.
+pub(crate) fn bad_scale(matrix: &PackedMatrix, first_row: usize) -> Option<String> {
     let groups = matrix.groups();
-    let scales = matrix.scales.iter().enumerate();
-    scales.into_iter().find_map(|(i, &scale)| {
+    let mut scales = matrix.scales.iter().enumerate();
+    scales.find_map(|(i, &scale)| {
         let problem = scale_problem(scale)?;
-        let (row, group) = (i / groups, i % groups);
+        let (row, group) = (first_row + i / groups, i % groups);
         Some(format!("row {row} group {group}: scale {scale} {problem}"))
     })
+}
+
+/// As [`bad_scale`], for formats whose scales need not be exact in bf16.
+pub(crate) fn negative_or_infinite(matrix: &PackedMatrix, first_row: usize) -> Option<String> {
+    let bad = |scale: &f16| !scale.is_finite() || scale.is_sign_negative();
+    let i = matrix.scales.iter().position(bad)?;
+    let (groups, scale) = (matrix.groups(), matrix.scales[i]);
+    let problem = scale_problem(scale)?;
+    let (row, group) = (first_row + i / groups, i % groups);
+    Some(format!("row {row} group {group}: scale {scale} {problem}"))
 }
 
 /// Why `scale` cannot be the scale of a group, if it cannot.

@@ -3,9 +3,10 @@
 //!
 //! - [`DirWriter`] writes a directory that appears whole or not at all, with a manifest
 //!   of sizes and hashes; [`newest_valid_checkpoint`] and [`retire`] live off it.
-//! - [`OpenModel`] reads a model from a run, a checkpoint, a packed file or a Hugging
-//!   Face directory, one tensor at a time.
-//! - [`export_huggingface`] and [`export_packed`] write what the ecosystem loads.
+//! - [`OpenModel`] reads a model from a run, a checkpoint, a packed file, a Hugging Face,
+//!   compressed-tensors or MLX directory, or a GGUF file, a few rows at a time.
+//! - [`export_huggingface`], [`export_packed`] and [`convert`] write what the ecosystem
+//!   loads; [`inspect`] says what a file holds.
 //! - [`verify`] proves that a file is ternary and undamaged, or names the place.
 //!
 //! Invariants: no training, no `unsafe`, and so no memory maps: a file that is
@@ -15,25 +16,38 @@
 
 mod checkpoints;
 mod commit;
+mod convert;
+mod encode;
 mod error;
 mod export;
 #[cfg(test)]
 mod fixture;
+mod gguf_file;
 mod hash;
+mod huggingface;
+mod inspect;
 mod layout;
 mod manifest;
 mod open;
+mod regroup;
+mod source;
 mod tensor_file;
 mod verify;
+mod weights;
 
 pub use checkpoints::{
     RunLock, checkpoint_name, checkpoints, newest_valid_checkpoint, parse_checkpoint_name, retire,
 };
 pub use commit::{DirWriter, write_atomic};
+pub use convert::{ConvertOptions, ConvertSummary, Format, convert};
 pub use error::IoError;
-pub use export::{ExportDtype, TensorSource, export_huggingface, export_packed, write_packed};
+pub use export::{
+    ExportDtype, GgufWeights, MAX_SHARD_BYTES, export_huggingface, export_packed, write_packed,
+};
 pub use hash::TernaryHasher;
+pub use inspect::{InspectedFile, InspectedTensor, Inspection, inspect};
 pub use manifest::{FileEntry, MANIFEST, Manifest, verify_manifest};
 pub use open::{Matrix, ModelKind, OpenModel, Which};
+pub use source::{BlockSink, TensorSource};
 pub use tensor_file::TensorFile;
 pub use verify::{ModelReport, TensorReport, VerifyReport, verify};

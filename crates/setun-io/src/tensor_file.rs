@@ -4,7 +4,7 @@
 use crate::IoError;
 use half::{bf16, f16};
 use safetensors::tensor::{Metadata, TensorInfo};
-use setun_formats::tensors::{Dtype, MAX_HEADER_BYTES};
+use setun_formats::tensors::{Dtype, MAX_HEADER_BYTES, check_header};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -50,7 +50,6 @@ impl TensorFile {
         }
         let mut header = vec![0; header_bytes as usize];
         file.read_exact(&mut header).map_err(read_error)?;
-        // Deserializing checks that the tensors fill the payload without holes or overlap.
         let parsed: Metadata = serde_json::from_slice(&header)
             .map_err(|e| IoError::invalid(path, format!("bad safetensors header: {e}")))?;
         let expected = payload_start + parsed.data_len() as u64;
@@ -61,6 +60,9 @@ impl TensorFile {
             let problem = format!("{} bytes behind the last tensor", file_bytes - expected);
             return Err(IoError::invalid(path, problem));
         }
+        // The parser above lets repeated names and leading spaces pass.
+        check_header(&header, file_bytes - payload_start)
+            .map_err(|e| IoError::invalid(path, e.to_string()))?;
         let tensors = parsed.tensors().into_iter();
         let metadata = parsed.metadata().clone().unwrap_or_default();
         Ok(Self {

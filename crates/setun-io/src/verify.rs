@@ -15,12 +15,15 @@ mod scan;
 pub use report::{ModelReport, TensorReport, VerifyReport};
 
 use crate::checkpoints::{CHECKPOINTS, checkpoints, entry_names, verify_checkpoint};
+use crate::huggingface::{Storage, check_tensors, read_checkpoint};
 use crate::layout::{
-    CONFIG, LATENTS, Located, PACKED, Shards, check_latents, check_values, is_run, locate,
-    packed_header, read, read_config, ternary_metadata,
+    CONFIG, LATENTS, Located, PACKED, Shards, check_latents, is_run, locate, packed_header, read,
+    read_config, ternary_metadata,
 };
-use crate::{IoError, MANIFEST, Manifest, ModelKind, TensorFile, TernaryHasher, verify_manifest};
-use scan::{Scan, infer_group_size, projection_difference, scan_packed, scan_values};
+use crate::{
+    IoError, MANIFEST, Manifest, ModelKind, OpenModel, TensorFile, TernaryHasher, verify_manifest,
+};
+use scan::{Scan, infer_group_size, projection_difference, scan_model, scan_packed, scan_values};
 use serde_json::Value;
 use setun_formats::config::Qwen3Config;
 use setun_formats::packed::TernaryInfo;
@@ -34,7 +37,8 @@ const MIN_GROUP_SIZE: usize = 8;
 const EXPORTS: &str = "export";
 
 /// Verifies a run (every checkpoint's hashes, the newest checkpoint, all exports), a
-/// checkpoint, a packed file or directory, or a Hugging Face directory or file.
+/// checkpoint, a packed file or directory, a Hugging Face, compressed-tensors or MLX
+/// directory or file, or a GGUF file.
 ///
 /// What is wrong with the model is in the report; all of it is looked at, so that one
 /// damaged file does not hide another.
@@ -99,13 +103,20 @@ fn verify_model(path: &Path, report: &mut VerifyReport) -> Result<(), IoError> {
     };
     let dir = match &located {
         Located::Checkpoint(dir) | Located::HuggingFace(dir, _) => dir.clone(),
-        Located::Packed(file) => file.parent().unwrap_or(Path::new("")).to_owned(),
+        Located::Packed(file) | Located::Gguf(file) => {
+            file.parent().unwrap_or(Path::new("")).to_owned()
+        }
     };
-    let manifest = check_manifest(&dir, matches!(located, Located::Checkpoint(_)), report);
+    // A GGUF file stands alone: a manifest beside it is of something else.
+    let manifest = match located {
+        Located::Gguf(_) => None,
+        _ => check_manifest(&dir, matches!(located, Located::Checkpoint(_)), report),
+    };
     let checked = match &located {
         Located::Checkpoint(dir) => check_checkpoint(dir, manifest.as_ref(), report),
         Located::Packed(file) => check_packed(file, report).map(|(model, _)| model),
         Located::HuggingFace(dir, files) => check_huggingface(dir, files, report),
+        Located::Gguf(file) => check_open(file, report),
     };
     match checked {
         Ok(mut model) => {
@@ -218,9 +229,19 @@ fn check_huggingface(
     files: &[PathBuf],
     report: &mut VerifyReport,
 ) -> Result<ModelReport, IoError> {
-    let config = read_config(&dir.join(CONFIG))?;
-    let shards = Shards::open(files)?;
-    if let Err(error) = check_values(&shards, &config, dir) {
+    let checkpoint = read_checkpoint(dir, files)?;
+    if checkpoint.storage != Storage::Values {
+        return match files {
+            [file] => check_open(file, report),
+            _ => check_open(dir, report),
+        };
+    }
+    let (config, shards) = (checkpoint.config, checkpoint.shards);
+    checkpoint
+        .notes
+        .into_iter()
+        .for_each(|note| report.note(note));
+    if let Err(error) = check_tensors(&shards, &config, Storage::Values, dir) {
         report.fail(error);
     }
     let matrices = matrices_of(&shards, &config);
@@ -253,6 +274,43 @@ fn check_huggingface(
     }
     model.ternary_hash = hasher.map(TernaryHasher::finish);
     Ok(model)
+}
+
+/// Checks a model of words or blocks through the same reader that runs it: every matrix
+/// must come out as trits and scales.
+fn check_open(path: &Path, report: &mut VerifyReport) -> Result<ModelReport, IoError> {
+    let mut model = OpenModel::open(path)?;
+    let inferred = !model.records_group_size();
+    model.detect_ternary()?;
+    let Some(&ternary) = model.ternary() else {
+        let problem = "not a ternary model: it holds float matrices whose values are not \
+                       ternary with groups of 256, 128, 64 or 32";
+        return Err(IoError::invalid(path, problem));
+    };
+    model
+        .notes()
+        .iter()
+        .for_each(|note| report.note(note.clone()));
+    let mut found = ModelReport::new(path, model.kind(), &ternary, inferred);
+    check_group_size(path, &ternary, report);
+    let mut hasher = Some(TernaryHasher::new());
+    for parameter in model.config().parameters() {
+        let name = &parameter.name;
+        if !parameter.is_matrix() {
+            let norm = model.norm(name)?;
+            add_norm(model.path_of(name), name, &norm, &mut found, report);
+            continue;
+        }
+        let scan = scan_model(&model, &parameter, ternary.group_size);
+        match &mut hasher {
+            Some(hasher) if scan.exact => hasher.add(name, &scan.matrix),
+            _ => hasher = None,
+        }
+        let file = model.path_of(name).to_owned();
+        add_scan(&file, scan, &mut found, report);
+    }
+    found.ternary_hash = hasher.map(TernaryHasher::finish);
+    Ok(found)
 }
 
 /// All 2-D weights: the parameters in canonical order, then whatever else is there.
@@ -319,14 +377,23 @@ fn check_norm(
     model: &mut ModelReport,
     report: &mut VerifyReport,
 ) -> Result<(), IoError> {
-    let values = file.floats(name)?;
+    add_norm(file.path(), name, &file.floats(name)?, model, report);
+    Ok(())
+}
+
+fn add_norm(
+    path: &Path,
+    name: &str,
+    values: &[f32],
+    model: &mut ModelReport,
+    report: &mut VerifyReport,
+) {
     model.num_norms += 1;
     model.num_norm_weights += values.len();
     if let Some(i) = values.iter().position(|v| !v.is_finite()) {
         let problem = format!("{name} element {i} is {}", values[i]);
-        report.fail(IoError::invalid(file.path(), problem));
+        report.fail(IoError::invalid(path, problem));
     }
-    Ok(())
 }
 
 fn compare_norms(latents: &TensorFile, packed: &TensorFile, name: &str, report: &mut VerifyReport) {

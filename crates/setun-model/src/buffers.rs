@@ -16,6 +16,8 @@ pub enum Purpose {
         rows: usize,
         /// Most positions in the cache.
         context: usize,
+        /// Rows of logits that exist at a time.
+        head_chunk: usize,
     },
 }
 
@@ -129,6 +131,8 @@ pub(crate) struct Buffers<R> {
     pub logits: Buf<R>,
     /// `[t]`
     pub losses: Buf<R>,
+    /// `[t]`, in training: divergences from a teacher.
+    pub divergences: Buf<R>,
     /// In training.
     pub backward: Option<BackwardBuffers<R>>,
 }
@@ -217,7 +221,11 @@ impl<R: Real> Buffers<R> {
         let c = &spec.config;
         let (rows, positions_len, shared, head_chunk, cache) = match purpose {
             Purpose::Train(s) => (s.rows, s.positions, s.recompute, s.head_chunk, None),
-            Purpose::Infer { rows, context } => (rows, context, true, rows.min(32), Some(context)),
+            Purpose::Infer {
+                rows,
+                context,
+                head_chunk,
+            } => (rows, context, true, head_chunk, Some(context)),
         };
         let group_size = spec.scheme.map_or(1, |s| s.group_size);
         let table = positions_len * c.head_dim / 2;
@@ -262,6 +270,7 @@ impl<R: Real> Buffers<R> {
             act_head: a.act("act_head", c.hidden_size),
             logits,
             losses: a.real("losses", 1),
+            divergences: a.real("divergences", usize::from(backward.is_some())),
             backward,
         }
     }

@@ -14,6 +14,8 @@ mod qwen3;
 mod rope;
 
 pub use buffers::{Purpose, TrainShape};
-pub use parameters::{Parameter, Parameters, ProjectFailure, Scheme, SetError};
-pub use qwen3::{ModelSpec, Qwen3};
+pub use parameters::{
+    Form, Parameter, ParameterUse, Parameters, ProjectFailure, Scheme, SetError, is_frozen,
+};
+pub use qwen3::{ModelSpec, Qwen3, Teacher};
 pub use rope::{RopeTable, inverse_frequencies};

@@ -17,6 +17,39 @@ pub struct Scheme {
     pub scale_rule: ScaleRule,
 }
 
+/// Which values of its matrices a ternary model multiplies with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Form {
+    /// Trits and scales: what is trained in the end, and the only form that is exported.
+    #[default]
+    Ternary,
+    /// The latents as they are: the model before its projection.
+    Latent,
+    /// A blend of both: gradual projection.
+    Blend,
+}
+
+/// What the memory of parameters is reserved for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ParameterUse<'a> {
+    /// Whether there are latents and gradients.
+    pub train: bool,
+    /// Whether matrices have a buffer for [`Form::Blend`].
+    pub blend: bool,
+    /// Parameters that stay as they are: parts of their names, see [`is_frozen`].
+    pub freeze: &'a [String],
+}
+
+/// Whether `name` is meant by one of `patterns`: a run of whole parts of the dotted name,
+/// such as `embed_tokens`, `layers.3`, `layers.0.mlp` or `norm`.
+pub fn is_frozen(name: &str, patterns: &[String]) -> bool {
+    let parts: Vec<&str> = name.split('.').collect();
+    patterns.iter().any(|pattern| {
+        let pattern: Vec<&str> = pattern.split('.').collect();
+        parts.windows(pattern.len()).any(|w| w == pattern)
+    })
+}
+
 /// One parameter: a matrix `[rows, cols]`, or a norm with one row.
 #[derive(Clone, Debug)]
 pub struct Parameter<R> {
@@ -30,10 +63,16 @@ pub struct Parameter<R> {
     pub is_matrix: bool,
     /// The values that are trained; a ternary model that only runs has none for matrices.
     pub latent: Option<Buf<R>>,
-    /// Gradient, in training.
+    /// Gradient, in training; a frozen matrix has none.
     pub grad: Option<Buf<R>>,
     /// Projection: what the forward pass multiplies with.
     pub ternary: Option<TernaryBuf>,
+    /// Values on their way from the latents to the projection.
+    pub blend: Option<Buf<R>>,
+    /// What the forward pass multiplies with now.
+    pub form: Form,
+    /// Whether training leaves it as it is.
+    pub frozen: bool,
 }
 
 impl<R> Parameter<R> {
@@ -44,10 +83,16 @@ impl<R> Parameter<R> {
 
     /// The matrix as products see it.
     pub fn weight(&self) -> WeightBuf<R> {
-        let data = match (self.ternary, self.latent) {
-            (Some(ternary), _) => WeightData::Ternary(ternary),
-            (None, Some(latent)) => WeightData::Dense(latent),
-            (None, None) => unreachable!("a parameter has a latent or a ternary form"),
+        let dense = match self.form {
+            Form::Ternary => None,
+            Form::Latent => self.latent,
+            Form::Blend => self.blend,
+        };
+        let data = match (dense, self.ternary, self.latent) {
+            (Some(values), _, _) => WeightData::Dense(values),
+            (None, Some(ternary), _) => WeightData::Ternary(ternary),
+            (None, None, Some(latent)) => WeightData::Dense(latent),
+            (None, None, None) => unreachable!("a parameter has a latent or a ternary form"),
         };
         WeightBuf {
             out: self.rows,
@@ -136,7 +181,7 @@ impl<R: Real> Parameters<R> {
         plan: &mut Plan,
         config: &Qwen3Config,
         scheme: Option<Scheme>,
-        train: bool,
+        purpose: ParameterUse<'_>,
     ) -> Self {
         let mut list = Vec::new();
         for info in config.parameters() {
@@ -160,9 +205,15 @@ impl<R: Real> Parameters<R> {
                     group_size,
                 }
             });
-            let latent = (train || ternary.is_none())
+            let frozen = is_frozen(&info.name, purpose.freeze);
+            let latent = (purpose.train || ternary.is_none())
                 .then(|| plan.alloc(Category::Parameters, info.name.clone(), rows * cols));
-            let grad = train
+            let blend = (purpose.blend && ternary.is_some()).then(|| {
+                let name = format!("{} blend", info.name);
+                plan.alloc(Category::Parameters, name, rows * cols)
+            });
+            // The gradient of a frozen norm costs next to nothing; nobody reads it.
+            let grad = (purpose.train && !(frozen && is_matrix))
                 .then(|| plan.alloc(Category::Gradients, format!("d {}", info.name), rows * cols));
             list.push(Parameter {
                 name: info.name,
@@ -172,6 +223,9 @@ impl<R: Real> Parameters<R> {
                 latent,
                 grad,
                 ternary,
+                blend,
+                form: Form::default(),
+                frozen,
             });
         }
         Self { list, scheme }
@@ -212,6 +266,24 @@ impl<R: Real> Parameters<R> {
             total.flips += stats.flips;
         }
         Ok(total)
+    }
+
+    /// What all matrices multiply with from now on.
+    pub fn set_form(&mut self, form: Form) {
+        for p in self.list.iter_mut().filter(|p| p.ternary.is_some()) {
+            p.form = form;
+        }
+    }
+
+    /// Makes all matrices multiply with `(1 - share) * latent + share * s * t` of their
+    /// latents and projections as they are now.
+    pub fn blend<B: Backend<Real = R>>(&mut self, b: &mut B, share: f64) {
+        for p in &self.list {
+            if let (Some(latent), Some(ternary), Some(to)) = (p.latent, p.ternary, p.blend) {
+                b.blend(latent, p.cols, ternary, share, to);
+            }
+        }
+        self.set_form(Form::Blend);
     }
 
     /// Sets the latent values (of a dense model: the values) of `name`.

@@ -6,11 +6,11 @@
 //! [`weight`](crate::Parameter::weight) is.
 
 use crate::buffers::{Buffers, LayerBuffers, Purpose};
-use crate::parameters::{Parameter, Parameters, Scheme};
+use crate::parameters::{Parameter, ParameterUse, Parameters, Scheme};
 use crate::rope::RopeTable;
 use setun_backend::{
-    Attention, AttentionBackward, Backend, Buf, CrossEntropy, NormRope, Plan, Real, RmsNorm,
-    Segment,
+    ActBuf, Attention, AttentionBackward, Backend, Buf, CrossEntropy, Distillation, NormRope, Plan,
+    Real, RmsNorm, Segment,
 };
 use setun_formats::Qwen3Config;
 use setun_ternary::Numerics;
@@ -48,6 +48,17 @@ pub struct Qwen3<R: Real> {
     buffers: Buffers<R>,
 }
 
+/// A model whose distribution another one learns.
+#[derive(Clone, Copy)]
+pub struct Teacher<'a, R: Real> {
+    /// A model with as large a vocabulary, whose forward pass has seen the same batch.
+    pub model: &'a Qwen3<R>,
+    /// Share of the divergence in the loss.
+    pub weight: f64,
+    /// Temperature of the divergence.
+    pub temperature: f64,
+}
+
 /// One call of the forward pass.
 #[derive(Clone, Copy)]
 struct Call<'a> {
@@ -62,11 +73,37 @@ fn rows_of<R>(buf: Buf<R>, rows: usize, width: usize) -> Buf<R> {
     buf.part(0, rows * width)
 }
 
+/// `dw += dy * x`, unless the matrix is frozen.
+fn weight_gradient<R: Real, B: Backend<Real = R>>(
+    b: &mut B,
+    p: &Parameter<R>,
+    dy: Buf<R>,
+    x: ActBuf<R>,
+) {
+    if let Some(gradient) = p.grad {
+        b.linear_dw(dy, x, p.rows, p.cols, gradient);
+    }
+}
+
 impl<R: Real> Qwen3<R> {
     /// Reserves all memory of the model.
     pub fn reserve(plan: &mut Plan, spec: ModelSpec, purpose: Purpose) -> Self {
         let train = matches!(purpose, Purpose::Train(_));
-        let parameters = Parameters::reserve(plan, &spec.config, spec.scheme, train);
+        let parameters = ParameterUse {
+            train,
+            ..ParameterUse::default()
+        };
+        Self::reserve_with(plan, spec, purpose, parameters)
+    }
+
+    /// As [`reserve`](Self::reserve), with a say in the memory of the parameters.
+    pub fn reserve_with(
+        plan: &mut Plan,
+        spec: ModelSpec,
+        purpose: Purpose,
+        parameters: ParameterUse<'_>,
+    ) -> Self {
+        let parameters = Parameters::reserve(plan, &spec.config, spec.scheme, parameters);
         let buffers = Buffers::reserve(plan, &spec, purpose);
         Self {
             spec,
@@ -136,15 +173,17 @@ impl<R: Real> Qwen3<R> {
 
     /// Losses of the last forward pass, one for each row; `loss(rows)` reads them. With
     /// `gradient_scale` also the gradients of all parameters, `+=`, of the sum of the
-    /// losses times that scale.
+    /// losses times that scale; with a `teacher` of the mix that
+    /// [`Distillation`] defines, while the losses stay the cross entropy.
     pub fn loss_and_backward<B: Backend<Real = R>>(
         &self,
         b: &mut B,
         rows: usize,
         segments: &[Segment],
         gradient_scale: Option<f64>,
+        teacher: Option<Teacher<'_, R>>,
     ) {
-        self.head(b, rows, gradient_scale);
+        self.head(b, rows, gradient_scale, teacher);
         if gradient_scale.is_some() {
             self.backward(
                 b,
@@ -160,6 +199,24 @@ impl<R: Real> Qwen3<R> {
     /// Losses of the last [`loss_and_backward`](Self::loss_and_backward).
     pub fn read_losses<B: Backend<Real = R>>(&self, b: &B, losses: &mut [R]) {
         b.read(self.buffers.losses.part(0, losses.len()), losses);
+    }
+
+    /// Divergences from the teacher, of the last
+    /// [`loss_and_backward`](Self::loss_and_backward) with one.
+    pub fn read_divergences<B: Backend<Real = R>>(&self, b: &B, divergences: &mut [R]) {
+        b.read(
+            self.buffers.divergences.part(0, divergences.len()),
+            divergences,
+        );
+    }
+
+    /// Logits of `n` rows from `start` of the last forward pass, `[n, v]`, in a buffer of
+    /// the model.
+    fn chunk_of_logits<B: Backend<Real = R>>(&self, b: &mut B, start: usize, n: usize) -> Buf<R> {
+        let head = self.head_parameter().weight();
+        let logits = rows_of(self.buffers.logits, n, head.out);
+        b.linear(self.buffers.act_head.rows(start, n, head.inp), head, logits);
+        logits
     }
 
     /// Logits `[1, v]` of row `row` of the last forward pass.
@@ -317,26 +374,44 @@ impl<R: Real> Qwen3<R> {
 
     /// Cross entropy fused with the head, a chunk of rows at a time: the full logits
     /// never exist. Leaves the gradient of the normed residual stream in `dnorm`.
-    fn head<B: Backend<Real = R>>(&self, b: &mut B, rows: usize, gradient_scale: Option<f64>) {
+    fn head<B: Backend<Real = R>>(
+        &self,
+        b: &mut B,
+        rows: usize,
+        gradient_scale: Option<f64>,
+        teacher: Option<Teacher<'_, R>>,
+    ) {
         let parameter = self.head_parameter();
         let weight = parameter.weight();
-        let (d, v) = (weight.inp, weight.out);
+        let d = weight.inp;
         let chunk = self.buffers.head_chunk;
         for start in (0..rows).step_by(chunk) {
             let n = chunk.min(rows - start);
-            let logits = rows_of(self.buffers.logits, n, v);
             let act = self.buffers.act_head.rows(start, n, d);
-            b.linear(act, weight, logits);
-            b.cross_entropy(CrossEntropy {
+            let logits = self.chunk_of_logits(b, start, n);
+            let student = CrossEntropy {
                 logits,
                 targets: self.buffers.targets.part(start, n),
                 losses: self.buffers.losses.part(start, n),
                 gradient_scale,
-            });
+            };
+            match teacher {
+                None => b.cross_entropy(student),
+                Some(t) => {
+                    let teacher = t.model.chunk_of_logits(b, start, n);
+                    b.distill(Distillation {
+                        student,
+                        teacher,
+                        divergences: self.buffers.divergences.part(start, n),
+                        weight: t.weight,
+                        temperature: t.temperature,
+                    });
+                }
+            }
             if gradient_scale.is_some() {
                 let dnorm = self.backward_buffers().dnorm.part(start * d, n * d);
                 b.linear_dx(logits, weight, dnorm, self.exact(), false);
-                b.linear_dw(logits, act, v, d, parameter.gradient());
+                weight_gradient(b, parameter, logits, act);
             }
         }
     }
@@ -367,11 +442,9 @@ impl<R: Real> Qwen3<R> {
             self.mlp_backward(b, l, rows);
             self.attention_backward(b, l, call);
         }
-        b.embedding_backward(
-            self.buffers.ids.part(0, rows),
-            dx,
-            self.parameters.list[0].gradient(),
-        );
+        if let Some(gradient) = self.parameters.list[0].grad {
+            b.embedding_backward(self.buffers.ids.part(0, rows), dx, gradient);
+        }
     }
 
     fn mlp_backward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, rows: usize) {
@@ -381,19 +454,13 @@ impl<R: Real> Qwen3<R> {
         let p = |which| self.layer_parameter(l, which);
         let (dx, dnorm) = (rows_of(g.dx, rows, d), rows_of(g.dnorm, rows, d));
         let dmlp = rows_of(g.dmlp, rows, f);
-        b.linear_dw(
-            dx,
-            s.act_down.rows(0, rows, f),
-            d,
-            f,
-            p(DOWN_PROJ).gradient(),
-        );
+        weight_gradient(b, p(DOWN_PROJ), dx, s.act_down.rows(0, rows, f));
         b.linear_dx(dx, p(DOWN_PROJ).weight(), dmlp, self.exact(), false);
         let (gate, up) = (rows_of(s.gate, rows, f), rows_of(s.up, rows, f));
         b.swiglu_backward(dmlp, gate, up);
         let act_mlp = s.act_mlp.rows(0, rows, d);
-        b.linear_dw(gate, act_mlp, f, d, p(GATE_PROJ).gradient());
-        b.linear_dw(up, act_mlp, f, d, p(UP_PROJ).gradient());
+        weight_gradient(b, p(GATE_PROJ), gate, act_mlp);
+        weight_gradient(b, p(UP_PROJ), up, act_mlp);
         b.linear_dx(gate, p(GATE_PROJ).weight(), dnorm, self.exact(), false);
         b.linear_dx(up, p(UP_PROJ).weight(), dnorm, self.exact(), true);
         b.rms_norm_backward(
@@ -416,7 +483,7 @@ impl<R: Real> Qwen3<R> {
         let (dx, dnorm) = (rows_of(g.dx, rows, d), rows_of(g.dnorm, rows, d));
         let (dattn, dq) = (rows_of(g.dattn, rows, qw), rows_of(g.dq, rows, qw));
         let (dk, dv) = (rows_of(g.dk, rows, kw), rows_of(g.dv, rows, kw));
-        b.linear_dw(dx, s.act_o.rows(0, rows, qw), d, qw, p(O_PROJ).gradient());
+        weight_gradient(b, p(O_PROJ), dx, s.act_o.rows(0, rows, qw));
         b.linear_dx(dx, p(O_PROJ).weight(), dattn, self.exact(), false);
         b.attention_backward(AttentionBackward {
             forward: self.attention(s, call),
@@ -429,11 +496,11 @@ impl<R: Real> Qwen3<R> {
         b.norm_rope_backward(self.head_norm(l, false, rows), dq, p(Q_NORM).gradient());
         b.norm_rope_backward(self.head_norm(l, true, rows), dk, p(K_NORM).gradient());
         let act_qkv = s.act_qkv.rows(0, rows, d);
-        for (i, (dy, which, width)) in [(dq, Q_PROJ, qw), (dk, K_PROJ, kw), (dv, V_PROJ, kw)]
+        for (i, (dy, which)) in [(dq, Q_PROJ), (dk, K_PROJ), (dv, V_PROJ)]
             .into_iter()
             .enumerate()
         {
-            b.linear_dw(dy, act_qkv, width, d, p(which).gradient());
+            weight_gradient(b, p(which), dy, act_qkv);
             b.linear_dx(dy, p(which).weight(), dnorm, self.exact(), i > 0);
         }
         b.rms_norm_backward(

@@ -3,12 +3,16 @@
 //! A weight matrix has shape `[out, in]`. Along `in`, each run of `group_size`
 //! weights shares one scale; a last, shorter group is allowed. This crate holds the
 //! only quantizer ([`project_group`]), its inverse for training on
-//! ([`reconstruct_latents`]) and the packed bytes ([`PackedMatrix`]).
+//! ([`reconstruct_latents`]), the packed bytes ([`PackedMatrix`]), and the codecs of the
+//! formats of others that hold the same weights ([`blocks`], [`words`]).
 //! No threads, no files, no `unsafe`.
 #![forbid(unsafe_code)]
 
+pub mod blocks;
+mod codes;
 mod packed;
 mod project;
+pub mod words;
 
 pub use packed::{PackError, PackedMatrix, pack_row, packed_row_bytes, unpack_row};
 pub use project::{MAX_SCALE, MIN_SCALE, ScaleError, project_group, reconstruct_latents};

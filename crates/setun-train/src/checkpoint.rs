@@ -135,7 +135,8 @@ pub fn save<B: Backend<Real = f32>>(
         })
     })?;
     let optimizer = &trainer.optimizer;
-    let moments = parameters.list.iter().enumerate().flat_map(|(i, p)| {
+    let trained = parameters.list.iter().enumerate();
+    let moments = trained.filter(|(_, p)| !p.frozen).flat_map(|(i, p)| {
         [
             Entry::of(p, ".m", optimizer.m[i]),
             Entry::of(p, ".v", optimizer.v[i]),
@@ -217,6 +218,9 @@ pub fn restore<B: Backend<Real = f32>>(
             &p.name,
             &latents.floats(&p.name)?,
         )?;
+        if p.frozen {
+            continue;
+        }
         for (buf, letter) in [(trainer.optimizer.m[i], "m"), (trainer.optimizer.v[i], "v")] {
             let name = format!("{}.{letter}", p.name);
             let values = moments.floats(&name)?;

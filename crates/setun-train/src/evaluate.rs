@@ -4,6 +4,7 @@ use crate::TrainError;
 use crate::data::{EvalWindows, TokenSet};
 use crate::trainer::BatchBuffers;
 use serde::Serialize;
+use setun_backend::ops::IGNORE_TARGET;
 use setun_backend::{Backend, Host, HostWorkspace, Isa, Limits, Plan};
 use setun_formats::tensors::write_header;
 use setun_formats::{Dtype, TensorInfo};
@@ -14,7 +15,10 @@ use setun_ternary::Numerics;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Loss on held-out text, every token weighted alike.
+/// Rows of logits that exist at a time in an evaluation of a model on disk.
+const HEAD_CHUNK: usize = 32;
+
+/// Loss on held-out text, every target weighted alike.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Evaluation {
     /// Nats per token.
@@ -23,7 +27,7 @@ pub struct Evaluation {
     pub perplexity: f64,
     /// Total nats / (ln 2 x UTF-8 bytes of the text); does not.
     pub bits_per_byte: f64,
-    /// Tokens that were predicted, separators included.
+    /// Tokens that were predicted, separators included; of conversations, the answers.
     pub tokens: u64,
 }
 
@@ -90,13 +94,14 @@ impl Evaluator {
                 &batch.targets[..n],
             );
             model.forward(backend, n, 0, &batch.segments);
-            model.loss_and_backward(backend, n, &batch.segments, None);
+            model.loss_and_backward(backend, n, &batch.segments, None, None);
             model.read_losses(backend, &mut batch.losses[..n]);
             // One by one: partial sums would depend on the batch size.
             for &loss in &batch.losses[..n] {
                 total += f64::from(loss);
             }
-            tokens += n as u64;
+            let counts = batch.targets[..n].iter().filter(|&&t| t != IGNORE_TARGET);
+            tokens += counts.count() as u64;
         }
         let bytes = self.windows.tokens().info().raw_bytes;
         Ok(Evaluation::new(total, tokens, bytes))
@@ -157,6 +162,7 @@ pub fn evaluate_model(
         Purpose::Infer {
             rows,
             context: rows,
+            head_chunk: rows.min(HEAD_CHUNK),
         },
     );
     let mut backend = Host::new(&plan, workspace, options.isa);

@@ -19,5 +19,6 @@ pub mod tensorboard;
 pub mod trainer;
 
 mod error;
+mod models;
 
 pub use error::TrainError;

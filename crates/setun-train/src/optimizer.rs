@@ -16,7 +16,7 @@ pub struct AdamWOptions {
 
 /// First and second moment of each parameter, in canonical order.
 pub struct Optimizer {
-    /// First moments.
+    /// First moments; empty for a frozen parameter.
     pub m: Vec<Buf<f32>>,
     /// Second moments.
     pub v: Vec<Buf<f32>>,
@@ -30,11 +30,8 @@ impl Optimizer {
     pub fn reserve(plan: &mut Plan, parameters: &Parameters<f32>, options: AdamWOptions) -> Self {
         let mut moments = |letter: &str| {
             let each = parameters.list.iter().map(|p| {
-                plan.alloc(
-                    Category::Optimizer,
-                    format!("{}.{letter}", p.name),
-                    p.numel(),
-                )
+                let len = if p.frozen { 0 } else { p.numel() };
+                plan.alloc(Category::Optimizer, format!("{}.{letter}", p.name), len)
             });
             each.collect::<Vec<_>>()
         };
@@ -49,11 +46,12 @@ impl Optimizer {
 
     /// 2-norm of all gradients together: squares summed in f64 in a fixed order.
     pub fn gradient_norm<B: Backend<Real = f32>>(b: &mut B, parameters: &Parameters<f32>) -> f64 {
-        let squares = parameters.list.iter().map(|p| b.sum_squares(p.gradient()));
+        let trained = parameters.list.iter().filter(|p| !p.frozen);
+        let squares = trained.map(|p| b.sum_squares(p.gradient()));
         squares.sum::<f64>().sqrt()
     }
 
-    /// Updates every parameter. Matrices decay, the embedding included; norms do not.
+    /// Updates every parameter that is not frozen. Matrices decay, the embedding included; norms do not.
     /// `grad_scale` multiplies the gradients: the clipping.
     pub fn step<B: Backend<Real = f32>>(
         &mut self,
@@ -64,7 +62,8 @@ impl Optimizer {
         grad_scale: f64,
     ) {
         self.updates += 1;
-        for (i, p) in parameters.list.iter().enumerate() {
+        let trained = parameters.list.iter().enumerate();
+        for (i, p) in trained.filter(|(_, p)| !p.frozen) {
             b.adamw(AdamW {
                 weight: p.values(),
                 grad: p.gradient(),

@@ -3,13 +3,13 @@
 use crate::TrainError;
 use crate::checkpoint::DataIdentity;
 use crate::data::{
-    Baselines, Batches, Corpus, DocumentOptions, EvalWindows, Overlap, Split, TokenSet,
-    expand_sources, load_documents,
+    Baselines, Batches, ChatOptions, Corpus, DocumentOptions, EvalWindows, Overlap, Split,
+    TokenSet, expand_sources, load_documents_with,
 };
 use crate::report::record::{Baseline, DataFacts, DuplicatePair, Duplicates};
 use crate::run::Observer;
 use crate::settings::Settings;
-use setun_formats::{Qwen3Config, RopeConfig, Tokenizer};
+use setun_formats::{ChatLimits, ChatTemplate, Qwen3Config, RopeConfig, Tokenizer};
 use setun_io::OpenModel;
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -29,6 +29,17 @@ pub struct Prepared {
     pub facts: DataFacts,
     /// What resume checks.
     pub identity: DataIdentity,
+}
+
+impl Prepared {
+    /// Moves large streams out of memory, into nameless files in `directory`.
+    ///
+    /// # Errors
+    /// What the operating system says, with the path.
+    pub fn spill(&mut self, directory: &Path) -> Result<(), TrainError> {
+        self.batches.spill(directory)?;
+        Ok(self.windows.spill(directory)?)
+    }
 }
 
 /// Both sides of the split, as tokens.
@@ -54,7 +65,7 @@ pub fn prepare(
         false => from_text(settings, init, observer)?,
     };
     sides.facts.train_tokens = sides.train.num_tokens();
-    sides.facts.valid_tokens = sides.valid.num_tokens();
+    sides.facts.valid_tokens = sides.valid.num_targets();
     sides.facts.valid_bytes = sides.valid.info().raw_bytes;
     sides.facts.train_documents = sides.train.document_starts().len() as u64;
     sides.facts.valid_documents = sides.valid.document_starts().len() as u64;
@@ -189,9 +200,11 @@ fn from_text(
     init: Option<&OpenModel>,
     observer: &mut dyn Observer,
 ) -> Result<Sides, TrainError> {
-    let (corpus, split, facts) = split_corpus(settings)?;
+    let given = given_tokenizer(settings, init)?;
+    let chat = ChatOptions::new(settings.data.format, chat_template(init)?, given.as_ref());
+    let (corpus, split, facts) = split_corpus(settings, &chat)?;
     let texts = |side: &[usize]| -> Vec<usize> { side.to_vec() };
-    let tokenizer = match given_tokenizer(settings, init)? {
+    let tokenizer = match given {
         Some(tokenizer) => tokenizer,
         None => {
             observer.message("training the tokenizer on the training documents");
@@ -220,8 +233,23 @@ fn from_text(
     })
 }
 
+/// The chat template of the model that training starts from, or the built-in one.
+fn chat_template(init: Option<&OpenModel>) -> Result<ChatTemplate, TrainError> {
+    let Some(init) = init else {
+        return Ok(ChatTemplate::ChatMl);
+    };
+    let Some(source) = init.chat_template()? else {
+        return Ok(ChatTemplate::ChatMl);
+    };
+    let template = ChatTemplate::from_text(&source, ChatLimits::default());
+    template.map_err(|e| TrainError::refused(format!("{}: {e}", init.directory().display())))
+}
+
 /// Documents, split before anything else, with what was found about them.
-fn split_corpus(settings: &Settings) -> Result<(Corpus, Split, DataFacts), TrainError> {
+fn split_corpus(
+    settings: &Settings,
+    chat: &ChatOptions,
+) -> Result<(Corpus, Split, DataFacts), TrainError> {
     let data = &settings.data;
     let options = DocumentOptions {
         split_on: data.split_on.clone(),
@@ -238,7 +266,7 @@ fn split_corpus(settings: &Settings) -> Result<(Corpus, Split, DataFacts), Train
     };
     let (train, valid) = (named(&data.train), named(&data.valid));
     let all: Vec<String> = train.iter().chain(&valid).cloned().collect();
-    let corpus = load_documents(&all, base, &options)?;
+    let corpus = load_documents_with(&all, base, &options, chat)?;
     let mut split = match valid.is_empty() {
         true => Split::by_fraction(&corpus, data.valid_fraction, settings.run.seed)?,
         false => Split::by_files(&corpus, &expand_sources(&valid, base)?)?,

@@ -6,13 +6,15 @@ use crate::evaluate::{Evaluation, Evaluator};
 use crate::finish::{self, Finished};
 use crate::machine;
 use crate::metrics::{self, MetricsWriter};
+use crate::models::{check_names, final_config, open_init, open_teacher, teacher_spec};
 use crate::prepare::{self, Prepared};
 use crate::report::record::{
-    EarlyStop, EvalRecord, MemoryFacts, MemoryRow, Metric, ModelFacts, RunRecord, StepRecord,
-    TernaryRecord,
+    EarlyStop, EvalRecord, MemoryFacts, MemoryRow, Metric, ModelFacts, ProjectionCost, RunRecord,
+    StepRecord, TernaryRecord,
 };
 use crate::settings::{SETTINGS_FILE, Settings};
 use crate::trainer::{Layout, StepOutcome, Trainer};
+use setun_backend::memory::{release_freed, return_large_blocks};
 use setun_backend::{Host, Isa};
 use setun_formats::{PackedHeader, Qwen3Config, TernaryInfo, Tokenizer};
 use setun_infer::load_parameters;
@@ -20,6 +22,7 @@ use setun_io::{
     IoError, OpenModel, RunLock, Which, checkpoint_name, newest_valid_checkpoint, retire,
     verify_manifest, write_atomic,
 };
+use setun_model::Form;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -64,6 +67,7 @@ pub fn train(
     options: &RunOptions<'_>,
     observer: &mut dyn Observer,
 ) -> Result<RunEnd, TrainError> {
+    return_large_blocks();
     let run = run_directory(&settings, options.resume.is_some())?;
     let lock = options.resume.map(|_| RunLock::acquire(&run)).transpose()?;
     // A resumed run goes on from its own files; the model that it began with may be gone.
@@ -71,8 +75,10 @@ pub fn train(
         Some(run) => Some(OpenModel::open_with(run, Which::Newest)?),
         None => open_init(&mut settings)?,
     };
-    let prepared = prepare::prepare(&settings, init.as_ref(), observer)?;
+    let teacher = open_teacher(&mut settings)?;
+    let mut prepared = prepare::prepare(&settings, init.as_ref(), observer)?;
     let config = final_config(&settings, init.as_ref(), &prepared.tokenizer)?;
+    check_names(&settings, &config)?;
     std::fs::create_dir_all(&run).map_err(|e| IoError::file("create", &run, e))?;
     let lock = match lock {
         Some(lock) => lock,
@@ -81,10 +87,19 @@ pub fn train(
     lock.remove_leftovers()?;
     observer.message(&describe_data(&prepared));
     let baselines = prepare::baselines(&prepared)?;
-    let mut session = Session::start(settings, config, prepared, run, options, observer)?;
+    prepared.spill(&run)?;
+    release_freed();
+    let begin = Beginning {
+        settings,
+        config,
+        prepared,
+        run,
+        teacher,
+    };
+    let mut session = Session::start(begin, options, observer)?;
     session.record.baselines = baselines;
     if options.resume.is_none() {
-        session.initialize(init.as_ref())?;
+        session.initialize(init.as_ref(), observer)?;
     }
     let stopped = session.train(options.stop, observer)?;
     if stopped {
@@ -104,6 +119,7 @@ pub fn train(
 /// A tokenizer or a model that cannot be opened.
 pub fn dry_run(mut settings: Settings) -> Result<Layout, TrainError> {
     let init = open_init(&mut settings)?;
+    let teacher = open_teacher(&mut settings)?;
     let vocab_size = match (&init, &settings.tokenizer.path) {
         (Some(model), _) => model.config().vocab_size,
         (None, Some(path)) => {
@@ -116,49 +132,10 @@ pub fn dry_run(mut settings: Settings) -> Result<Layout, TrainError> {
         Some(model) => model.config().clone(),
         None => prepare::model_config(&settings, vocab_size, None)?,
     };
-    Ok(Layout::new(
-        &settings,
-        &config,
-        machine::threads(settings.run.threads),
-    ))
-}
-
-/// Opens the model that training starts from and takes over its shape.
-fn open_init(settings: &mut Settings) -> Result<Option<OpenModel>, TrainError> {
-    let Some(path) = settings.model.init_from.clone() else {
-        return Ok(None);
-    };
-    let model = OpenModel::open(&path)?;
-    let source = path.display().to_string();
-    settings.adopt_model(model.config(), &source)?;
-    if let Some(ternary) = model.ternary() {
-        settings.adopt("model.group_size", &ternary.group_size.to_string(), &source)?;
-        settings.adopt("model.scale_rule", ternary.scale_rule.name(), &source)?;
-        if !settings.is_given("model.numerics") {
-            settings.adopt("model.numerics", ternary.numerics.name(), &source)?;
-        }
-    }
-    Ok(Some(model))
-}
-
-fn final_config(
-    settings: &Settings,
-    init: Option<&OpenModel>,
-    tokenizer: &Tokenizer,
-) -> Result<Qwen3Config, TrainError> {
-    let vocab_size = tokenizer.vocab_size();
-    let Some(model) = init else {
-        return prepare::model_config(settings, vocab_size, tokenizer.end_of_text());
-    };
-    let config = model.config().clone();
-    if vocab_size > config.vocab_size {
-        return Err(TrainError::refused(format!(
-            "the tokenizer has {vocab_size} entries, the model's embedding {} rows; use the \
-             model's own tokenizer",
-            config.vocab_size
-        )));
-    }
-    Ok(config)
+    check_names(&settings, &config)?;
+    let teacher = teacher.map(|t| teacher_spec(&t, &config)).transpose()?;
+    let threads = machine::threads(settings.run.threads);
+    Ok(Layout::new(&settings, &config, teacher, threads))
 }
 
 /// The directory of the run: one that is named must be new; the default one gets a number.
@@ -201,6 +178,15 @@ fn describe_data(prepared: &Prepared) -> String {
     )
 }
 
+/// What a session starts from.
+struct Beginning {
+    settings: Settings,
+    config: Qwen3Config,
+    prepared: Prepared,
+    run: PathBuf,
+    teacher: Option<OpenModel>,
+}
+
 /// A run in progress.
 pub(crate) struct Session {
     pub settings: Settings,
@@ -221,15 +207,20 @@ pub(crate) struct Session {
 
 impl Session {
     fn start(
-        settings: Settings,
-        config: Qwen3Config,
-        prepared: Prepared,
-        run: PathBuf,
+        begin: Beginning,
         options: &RunOptions<'_>,
         observer: &mut dyn Observer,
     ) -> Result<Self, TrainError> {
+        let Beginning {
+            settings,
+            config,
+            prepared,
+            run,
+            teacher: open_teacher,
+        } = begin;
         let threads = machine::threads(settings.run.threads);
-        let layout = Layout::new(&settings, &config, threads);
+        let spec = open_teacher.as_ref().map(|t| teacher_spec(t, &config));
+        let layout = Layout::new(&settings, &config, spec.transpose()?, threads);
         let mut record = new_record(&settings, &config, &prepared, options.isa, threads);
         record.memory = planned_memory(&layout);
         let total = layout.plan.total_bytes() as f64 / f64::from(1 << 20);
@@ -239,10 +230,15 @@ impl Session {
             workspace,
             model,
             optimizer,
+            teacher,
         } = layout;
         let rows = model.max_rows();
-        let backend = Host::new(&plan, workspace, options.isa);
-        let mut trainer = Trainer::new(backend, model, optimizer, &settings, &prepared.batches);
+        let mut backend = Host::new(&plan, workspace, options.isa);
+        if let (Some(open), Some(teacher)) = (&open_teacher, &teacher) {
+            load_parameters(open, &teacher.parameters, &mut backend)?;
+        }
+        let parts = (model, optimizer, teacher);
+        let mut trainer = Trainer::new(backend, parts, &settings, &prepared.batches);
         // Before anything is written, so that a refused resume changes nothing.
         let (state, earlier) = match options.resume {
             Some(_) => restore(
@@ -282,7 +278,11 @@ impl Session {
     }
 
     /// Sets the first weights: random, or those of another model.
-    fn initialize(&mut self, init: Option<&OpenModel>) -> Result<(), TrainError> {
+    fn initialize(
+        &mut self,
+        init: Option<&OpenModel>,
+        observer: &mut dyn Observer,
+    ) -> Result<(), TrainError> {
         let parameters = &self.trainer.model.parameters;
         let m = &self.settings.model;
         match init {
@@ -299,7 +299,30 @@ impl Session {
             Some(model) => load_parameters(model, parameters, &mut self.trainer.backend)?,
         }
         self.trainer.project()?;
+        // Random weights have no quality to lose.
+        let dense = init.is_some_and(|model| model.ternary().is_none());
+        if dense && self.settings.model.ternary {
+            self.measure_projection(observer)?;
+        }
         Ok(())
+    }
+
+    /// Notes the held-out loss of the dense model and of its projection.
+    fn measure_projection(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let trainer = &mut self.trainer;
+        trainer.model.parameters.set_form(Form::Latent);
+        let before = self.evaluator.run(&mut trainer.backend, &trainer.model)?;
+        trainer.model.parameters.set_form(Form::Ternary);
+        let after = self.evaluator.run(&mut trainer.backend, &trainer.model)?;
+        observer.message(&format!(
+            "held-out loss before projection {:.4}, after it {:.4} ({:.4} and {:.4} bits per byte)",
+            before.loss, after.loss, before.bits_per_byte, after.bits_per_byte
+        ));
+        self.record.projection = Some(ProjectionCost {
+            before: before.loss,
+            after: after.loss,
+        });
+        self.write_record()
     }
 
     /// Steps, evaluations and checkpoints; true if the user stopped it.
@@ -357,6 +380,7 @@ impl Session {
         let record = StepRecord {
             step,
             loss: outcome.loss,
+            divergence: outcome.divergence,
             lr: outcome.lr,
             grad_norm: outcome.grad_norm,
             clipped: outcome.clipped,
@@ -593,6 +617,7 @@ fn restore(
     if let Ok(earlier) = serde_json::from_slice::<RunRecord>(&text) {
         record.ternary_hashes = earlier.ternary_hashes;
         record.started = earlier.started;
+        record.projection = earlier.projection;
         record.early_stop = earlier.early_stop.filter(|stop| stop.step <= step);
     }
     observer.message(&format!("resumed from {} after step {step}", dir.display()));
@@ -665,6 +690,7 @@ fn new_record(
         results: None,
         samples: Vec::new(),
         early_stop: None,
+        projection: None,
     }
 }
 

@@ -7,7 +7,7 @@ use crate::schedule::Schedule;
 use crate::settings::Settings;
 use setun_backend::{Backend, Category, HostWorkspace, Limits, Plan, ProjectStats, Segment};
 use setun_formats::Qwen3Config;
-use setun_model::{ModelSpec, Purpose, Qwen3, Scheme, TrainShape};
+use setun_model::{Form, ModelSpec, ParameterUse, Purpose, Qwen3, Scheme, Teacher, TrainShape};
 
 /// Bytes of logits that exist at a time when `train.head_chunk` is automatic.
 const LOGITS_BYTES: usize = 16 << 20;
@@ -22,11 +22,19 @@ pub struct Layout {
     pub model: Qwen3<f32>,
     /// The optimizer.
     pub optimizer: Optimizer,
+    /// The model that is learned from.
+    pub teacher: Option<Qwen3<f32>>,
 }
 
 impl Layout {
-    /// Lays out the memory of a training of `config`.
-    pub fn new(settings: &Settings, config: &Qwen3Config, threads: usize) -> Self {
+    /// Lays out the memory of a training of `config`, with a teacher that computes what
+    /// `teacher` says.
+    pub fn new(
+        settings: &Settings,
+        config: &Qwen3Config,
+        teacher: Option<ModelSpec>,
+        threads: usize,
+    ) -> Self {
         let train = &settings.train;
         let windows = train.micro_batch_size.max(settings.eval.batch_size);
         let chunk = match train.head_chunk {
@@ -50,14 +58,23 @@ impl Layout {
             scheme,
             numerics,
         };
-        let heads = config.num_attention_heads * config.head_dim;
-        let limits = Limits {
-            width: config.intermediate_size.max(config.hidden_size).max(heads),
-            head_dim: config.head_dim,
-            group_size: settings.model.group_size,
-        };
+        let all = [Some(config), teacher.as_ref().map(|t| &t.config)];
+        let limits = limits(all.into_iter().flatten(), settings.model.group_size);
         let mut plan = Plan::new();
-        let model = Qwen3::reserve(&mut plan, spec, Purpose::Train(shape));
+        let parameters = ParameterUse {
+            train: true,
+            blend: train.blend_steps > 0,
+            freeze: &train.freeze,
+        };
+        let model = Qwen3::reserve_with(&mut plan, spec, Purpose::Train(shape), parameters);
+        let teacher = teacher.map(|spec| {
+            let purpose = Purpose::Infer {
+                rows,
+                context: rows,
+                head_chunk: shape.head_chunk,
+            };
+            Qwen3::reserve(&mut plan, spec, purpose)
+        });
         let options = AdamWOptions {
             beta1: train.beta1,
             beta2: train.beta2,
@@ -70,6 +87,7 @@ impl Layout {
             workspace,
             model,
             optimizer,
+            teacher,
         }
     }
 
@@ -82,6 +100,24 @@ impl Layout {
         rows.push(("total", self.plan.total_bytes()));
         rows
     }
+}
+
+/// Scratch memory that serves all of `configs`.
+fn limits<'a>(configs: impl Iterator<Item = &'a Qwen3Config>, group_size: usize) -> Limits {
+    let none = Limits {
+        width: 0,
+        head_dim: 0,
+        group_size,
+    };
+    configs.fold(none, |limits, c| {
+        let heads = c.num_attention_heads * c.head_dim;
+        let width = c.intermediate_size.max(c.hidden_size).max(heads);
+        Limits {
+            width: limits.width.max(width),
+            head_dim: limits.head_dim.max(c.head_dim),
+            group_size,
+        }
+    })
 }
 
 /// Why a step changed nothing.
@@ -108,6 +144,8 @@ impl Skip {
 pub struct StepOutcome {
     /// Mean loss of the batch in nats per token, before the update.
     pub loss: f64,
+    /// Mean divergence from the teacher in nats per token, where there is one.
+    pub divergence: Option<f64>,
     /// 2-norm of the gradient, before clipping.
     pub grad_norm: f64,
     /// Learning rate of the update.
@@ -130,6 +168,8 @@ pub struct Trainer<B: Backend<Real = f32>> {
     pub model: Qwen3<f32>,
     /// The optimizer.
     pub optimizer: Optimizer,
+    /// The model that is learned from.
+    pub teacher: Option<Qwen3<f32>>,
     /// Steps that are finished, skipped ones included.
     pub step: u64,
     schedule: Schedule,
@@ -144,6 +184,9 @@ struct StepOptions {
     micro_rows: usize,
     grad_clip: f64,
     document_mask: bool,
+    blend_steps: u64,
+    teacher_weight: f64,
+    temperature: f64,
 }
 
 /// The batch on the host; reused, so that a step allocates nothing.
@@ -191,8 +234,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
     /// Puts the parts together; the weights are still to be set.
     pub fn new(
         backend: B,
-        model: Qwen3<f32>,
-        optimizer: Optimizer,
+        (model, optimizer, teacher): (Qwen3<f32>, Optimizer, Option<Qwen3<f32>>),
         settings: &Settings,
         batches: &Batches,
     ) -> Self {
@@ -202,6 +244,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
             backend,
             model,
             optimizer,
+            teacher,
             step: 0,
             schedule: Schedule::new(train),
             options: StepOptions {
@@ -209,10 +252,16 @@ impl<B: Backend<Real = f32>> Trainer<B> {
                 micro_rows: train.micro_batch_size * train.seq_len,
                 grad_clip: train.grad_clip,
                 document_mask: settings.data.document_mask,
+                blend_steps: train.blend_steps,
+                teacher_weight: settings.distill.weight,
+                temperature: settings.distill.temperature,
             },
             batch: BatchBuffers::new(rows, batches.max_segments()),
         };
         trainer.model.prepare(&mut trainer.backend);
+        if let Some(teacher) = &trainer.teacher {
+            teacher.prepare(&mut trainer.backend);
+        }
         trainer
     }
 
@@ -234,10 +283,15 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         let step = self.step;
         let info = batches.fill(step, &mut self.batch.inputs, &mut self.batch.targets)?;
         batches.segments(step, self.options.document_mask, &mut self.batch.ranges);
-        let loss = self.accumulate();
+        if step < self.options.blend_steps {
+            let share = step as f64 / self.options.blend_steps as f64;
+            self.model.parameters.blend(&mut self.backend, share);
+        }
+        let (loss, divergence) = self.accumulate();
+        self.model.parameters.set_form(Form::Ternary);
         let grad_norm = Optimizer::gradient_norm(&mut self.backend, &self.model.parameters);
         let (lr, decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
-        let skipped = inspect(loss, grad_norm);
+        let skipped = inspect(loss + divergence, grad_norm);
         let scale = clip_scale(grad_norm, self.options.grad_clip);
         let mut projection = ProjectStats::default();
         if skipped.is_none() {
@@ -250,6 +304,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         let (epoch, clipped) = (info.epoch, scale < 1.0);
         Ok(StepOutcome {
             loss,
+            divergence: self.teacher.is_some().then_some(divergence),
             grad_norm,
             lr,
             clipped,
@@ -259,15 +314,15 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         })
     }
 
-    /// Forward and backward over all micro-batches; returns the mean loss and leaves the
-    /// gradients of that mean.
-    fn accumulate(&mut self) -> f64 {
-        for p in &self.model.parameters.list {
-            self.backend.zero(p.gradient());
+    /// Forward and backward over all micro-batches; returns the mean loss and the mean
+    /// divergence from the teacher (0 without one), and leaves the gradients of their mix.
+    fn accumulate(&mut self) -> (f64, f64) {
+        for gradient in self.model.parameters.list.iter().filter_map(|p| p.grad) {
+            self.backend.zero(gradient);
         }
         let rows = self.batch.inputs.len();
         debug_assert!(self.options.micro_rows.is_multiple_of(self.options.seq_len));
-        let mut total = 0.0;
+        let (mut total, mut divergence) = (0.0, 0.0);
         for start in (0..rows).step_by(self.options.micro_rows) {
             let n = self.options.micro_rows.min(rows - start);
             let batch = &mut self.batch;
@@ -281,11 +336,26 @@ impl<B: Backend<Real = f32>> Trainer<B> {
                 .write_batch(b, inputs, &batch.positions[..n], targets);
             self.model.forward(b, n, 0, &batch.segments);
             let scale = Some(1.0 / rows as f64);
-            self.model.loss_and_backward(b, n, &batch.segments, scale);
+            let teacher = self.teacher.as_ref().map(|model| {
+                model.write_batch(b, inputs, &batch.positions[..n], &[]);
+                model.forward(b, n, 0, &batch.segments);
+                Teacher {
+                    model,
+                    weight: self.options.teacher_weight,
+                    temperature: self.options.temperature,
+                }
+            });
+            let segments = &batch.segments;
+            self.model.loss_and_backward(b, n, segments, scale, teacher);
+            let sum = |x: &[f32]| x.iter().map(|&x| f64::from(x)).sum::<f64>();
             self.model.read_losses(b, &mut batch.losses[..n]);
-            total += batch.losses[..n].iter().map(|&x| f64::from(x)).sum::<f64>();
+            total += sum(&batch.losses[..n]);
+            if teacher.is_some() {
+                self.model.read_divergences(b, &mut batch.losses[..n]);
+                divergence += sum(&batch.losses[..n]);
+            }
         }
-        total / rows as f64
+        (total / rows as f64, divergence / rows as f64)
     }
 }
 

@@ -59,7 +59,7 @@ fn the_plan_is_the_memory_and_a_hundred_steps_allocate_nothing() {
     let (batches, tokenizer) = batches(&settings);
     let config = model_config(&settings, tokenizer.vocab_size(), None).unwrap();
 
-    let layout = Layout::new(&settings, &config, 2);
+    let layout = Layout::new(&settings, &config, None, 2);
     let planned = layout.plan.total_bytes();
     let mut trainer = None;
     let allocated = counting_allocator::peak_bytes(|| {
@@ -68,9 +68,15 @@ fn the_plan_is_the_memory_and_a_hundred_steps_allocate_nothing() {
             workspace,
             model,
             optimizer,
+            teacher,
         } = layout;
         let backend = Host::new(&plan, workspace, Isa::detect());
-        trainer = Some(Trainer::new(backend, model, optimizer, &settings, &batches));
+        trainer = Some(Trainer::new(
+            backend,
+            (model, optimizer, teacher),
+            &settings,
+            &batches,
+        ));
     });
     let mut trainer = trainer.unwrap();
     let ratio = allocated as f64 / planned as f64;

@@ -161,7 +161,7 @@ impl Case {
         }
         let scale = gradients.then_some(1.0 / rows as f64);
         run.model
-            .loss_and_backward(&mut run.backend, rows, &segments, scale);
+            .loss_and_backward(&mut run.backend, rows, &segments, scale, None);
         let mut losses = vec![0.0f32; rows];
         run.model.read_losses(&run.backend, &mut losses);
         losses.iter().map(|&x| f64::from(x)).sum::<f64>() / rows as f64

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::ArgMatches;
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
+use setun_formats::TernaryInfo;
+use setun_io::Format;
 use setun_ternary::Numerics;
 use setun_train::data::DocumentOptions;
 use setun_train::settings::{ExportDtype, ExportFormat, Override, schema};
@@ -31,6 +33,10 @@ pub enum Command {
     TokenizerShow(TokenizerShowArgs),
     /// `setun export`
     Export(ExportArgs),
+    /// `setun convert`
+    Convert(ConvertArgs),
+    /// `setun inspect`
+    Inspect(InspectArgs),
     /// `setun report`
     Report(ReportArgs),
 }
@@ -162,6 +168,34 @@ pub struct ExportArgs {
     pub dtype: ExportDtype,
 }
 
+/// Arguments of `setun convert`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvertArgs {
+    /// Run, checkpoint, model directory or file.
+    pub input: PathBuf,
+    /// Which checkpoint, if `input` is a run.
+    pub checkpoint: CheckpointChoice,
+    /// Directory or file to write.
+    pub output: PathBuf,
+    /// Format to write.
+    pub format: Format,
+    /// How to project a dense model, if it shall be.
+    pub ternarize: Option<TernaryInfo>,
+    /// Whether a loss is allowed.
+    pub lossy: bool,
+    /// Bytes of weights in one file of a directory.
+    pub shard_bytes: usize,
+}
+
+/// Arguments of `setun inspect`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct InspectArgs {
+    /// Run, checkpoint, model directory or file.
+    pub path: PathBuf,
+    /// Whether to print JSON.
+    pub json: bool,
+}
+
 /// Arguments of `setun report`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ReportArgs {
@@ -240,6 +274,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
             }
             Command::Export(args)
         }
+        Some(("convert", matches)) => Command::Convert(convert(matches)),
+        Some(("inspect", matches)) => Command::Inspect(InspectArgs {
+            path: value(matches, "path"),
+            json: matches.get_flag("json"),
+        }),
         Some(("report", matches)) => Command::Report(ReportArgs {
             run: value(matches, "run"),
         }),
@@ -337,6 +376,23 @@ fn export(matches: &ArgMatches) -> ExportArgs {
         output: value(matches, "output"),
         format: value(matches, "format"),
         dtype: value(matches, "dtype"),
+    }
+}
+
+fn convert(matches: &ArgMatches) -> ConvertArgs {
+    let ternary = TernaryInfo {
+        group_size: value(matches, "group-size"),
+        scale_rule: value(matches, "scale-rule"),
+        numerics: value(matches, "numerics"),
+    };
+    ConvertArgs {
+        input: value(matches, "input"),
+        checkpoint: value(matches, "checkpoint"),
+        output: value(matches, "output"),
+        format: value(matches, "to"),
+        ternarize: matches.get_flag("ternarize").then_some(ternary),
+        lossy: matches.get_flag("lossy"),
+        shard_bytes: value(matches, "shard-bytes"),
     }
 }
 

@@ -31,6 +31,10 @@ macro_rules! say {
     };
 }
 
+mod convert;
+
+pub use convert::{convert, inspect};
+
 /// `setun train`
 pub fn train(args: TrainArgs, environment: &Environment) -> CommandResult {
     let settings = match &args.resume {

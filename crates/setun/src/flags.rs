@@ -1,6 +1,8 @@
 //! Definition of every subcommand and flag, with help texts. `args` turns what was
 //! matched into plain values. The flags of settings follow from the settings table.
 
+mod convert;
+
 use setun_ternary::Numerics;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -22,6 +24,8 @@ Examples:
   setun generate --model runs/quickstart --prompt \"The telephone is\"
   setun eval --model runs/quickstart --data held-out.txt
   setun export runs/quickstart out --format hf
+  setun convert runs/quickstart model.gguf --to gguf-q2_0
+  setun inspect model.gguf
 
 `setun COMMAND --help` explains a command.
 Exit codes: 0 success, 1 a check or the work failed, 2 wrong usage.
@@ -43,6 +47,8 @@ pub fn definition() -> Command {
             tokenize(),
             tokenizer(),
             export(),
+            convert::convert(),
+            convert::inspect(),
             report(),
         ])
 }

@@ -3,8 +3,8 @@
 //! Every function computes what its portable counterpart does, bit for bit; the order of
 //! operations of each output is the same, only several outputs advance together.
 
-use super::gemm::{MR_EVEN_ODD, MR_SEQUENTIAL, NR};
-use super::int8::{LANES, MR, QUADS_OF_A_PART};
+use super::gemm::{MR, NR, TileOperands};
+use super::int8::{self, LANES, QUADS_OF_A_PART};
 use crate::kernels::product::BLOCK;
 use std::arch::x86_64::*;
 
@@ -38,63 +38,121 @@ fn flush(x: __m256) -> __m256 {
     _mm256_and_ps(x, normal)
 }
 
-/// One register tile, one FMA chain per output: `tile[i][j] += a[k][i] * b[k][j]`.
+/// One register tile, one FMA chain per output.
+///
+/// # Safety
+/// `c` points to [`MR`] rows of [`NR`] values, `stride` apart, that nobody else
+/// uses.
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn tile_sequential(a: &[f32], b: &[f32], tile: &mut [[f32; NR]; MR_SEQUENTIAL]) {
-    let mut acc = [[_mm256_setzero_ps(); 2]; MR_SEQUENTIAL];
-    for (acc, row) in acc.iter_mut().zip(&*tile) {
-        *acc = [load(row), load(&row[W..])];
-    }
-    for (a, b) in a.chunks_exact(MR_SEQUENTIAL).zip(b.chunks_exact(NR)) {
-        let b = [load(b), load(&b[W..])];
-        for i in 0..MR_SEQUENTIAL {
-            let x = _mm256_set1_ps(a[i]);
-            acc[i][0] = _mm256_fmadd_ps(x, b[0], acc[i][0]);
-            acc[i][1] = _mm256_fmadd_ps(x, b[1], acc[i][1]);
+pub(super) unsafe fn tile_sequential(tile: TileOperands<'_, f32>, c: *mut f32, stride: usize) {
+    let mut chains = [[_mm256_setzero_ps(); 2]; MR];
+    for (i, chain) in chains.iter_mut().enumerate() {
+        // SAFETY: row `i` of the caller's tile.
+        unsafe {
+            let at = c.add(i * stride);
+            *chain = [_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(W))];
         }
     }
-    for (acc, row) in acc.iter().zip(tile) {
-        store(row, acc[0]);
-        store(&mut row[W..], acc[1]);
+    let depth = tile.right.len() / NR;
+    check_reach(&tile, depth);
+    for k in 0..depth {
+        // SAFETY: `check_reach` has shown that all steps lie inside the operands.
+        unsafe {
+            let left = tile.left.as_ptr().add(k * tile.step);
+            advance(&mut chains, left, tile.row, tile.right.as_ptr().add(k * NR));
+        }
+    }
+    for (i, chain) in chains.iter().enumerate() {
+        // SAFETY: as above.
+        unsafe {
+            let at = c.add(i * stride);
+            _mm256_storeu_ps(at, chain[0]);
+            _mm256_storeu_ps(at.add(W), chain[1]);
+        }
     }
 }
 
 /// One register tile, an even and an odd chain per output, of values whose products
 /// cannot be denormal.
+///
+/// # Safety
+/// `c` points to [`MR`] rows of [`NR`] values, `stride` apart, that nobody else
+/// uses.
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn tile_even_odd(a: &[f32], b: &[f32], tile: &mut [[f32; NR]; MR_SEQUENTIAL]) {
-    const M: usize = MR_EVEN_ODD;
-    for (a, b) in a.chunks(BLOCK * M).zip(b.chunks(BLOCK * NR)) {
-        let mut even = [[_mm256_setzero_ps(); 2]; M];
-        let mut odd = even;
-        let (a_pairs, b_pairs) = (a.chunks_exact(2 * M), b.chunks_exact(2 * NR));
-        let last = (a_pairs.remainder(), b_pairs.remainder());
-        for (a, b) in a_pairs.zip(b_pairs) {
-            advance(&mut even, a, b);
-            advance(&mut odd, &a[M..], &b[NR..]);
-        }
-        if last.0.len() >= M {
-            advance(&mut even, last.0, last.1);
-        }
-        for i in 0..M {
+pub(super) unsafe fn tile_even_odd(tile: TileOperands<'_, f32>, c: *mut f32, stride: usize) {
+    let depth = tile.right.len() / NR;
+    check_reach(&tile, depth);
+    for start in (0..depth).step_by(BLOCK) {
+        let steps = BLOCK.min(depth - start);
+        // One chain after the other, so that all registers serve a large tile: loads, not
+        // products, would limit two small ones.
+        // SAFETY: `check_reach` has shown that steps `start..start + steps` lie inside the
+        // operands.
+        let (even, odd) = unsafe {
+            let left = tile.left.as_ptr().add(start * tile.step);
+            let right = tile.right.as_ptr().add(start * NR);
+            let even = every_other(steps.div_ceil(2), left, &tile, right);
+            let (left, right) = (left.wrapping_add(tile.step), right.wrapping_add(NR));
+            (even, every_other(steps / 2, left, &tile, right))
+        };
+        for i in 0..MR {
             for half in 0..2 {
-                let row = &mut tile[i][half * W..];
                 let sum = _mm256_add_ps(even[i][half], odd[i][half]);
-                store(row, flush(_mm256_add_ps(load(row), sum)));
+                // SAFETY: row `i` of the caller's tile.
+                unsafe {
+                    let at = c.add(i * stride + half * W);
+                    let total = flush(_mm256_add_ps(_mm256_loadu_ps(at), sum));
+                    _mm256_storeu_ps(at, total);
+                }
             }
         }
     }
 }
 
-/// One step of the chains of a register tile.
+/// The chains over `n` steps, two apart, from zero.
+///
+/// # Safety
+/// From `left` and `right` on, that many steps lie inside the operands of `tile`.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn advance(chains: &mut [[__m256; 2]; MR_EVEN_ODD], a: &[f32], b: &[f32]) {
-    let b = [load(b), load(&b[W..])];
-    for i in 0..MR_EVEN_ODD {
-        let x = _mm256_set1_ps(a[i]);
-        chains[i][0] = _mm256_fmadd_ps(x, b[0], chains[i][0]);
-        chains[i][1] = _mm256_fmadd_ps(x, b[1], chains[i][1]);
+unsafe fn every_other(
+    n: usize,
+    mut left: *const f32,
+    tile: &TileOperands<'_, f32>,
+    mut right: *const f32,
+) -> [[__m256; 2]; MR] {
+    let mut chains = [[_mm256_setzero_ps(); 2]; MR];
+    for _ in 0..n {
+        // SAFETY: the caller's promise.
+        unsafe { advance(&mut chains, left, tile.row, right) };
+        left = left.wrapping_add(2 * tile.step);
+        right = right.wrapping_add(2 * NR);
+    }
+    chains
+}
+
+/// Panics unless [`MR`] rows and `depth` steps lie inside the operands.
+#[inline]
+fn check_reach(tile: &TileOperands<'_, f32>, depth: usize) {
+    let last = (MR - 1) * tile.row + depth.saturating_sub(1) * tile.step;
+    assert!(last < tile.left.len() && depth * NR <= tile.right.len());
+}
+
+/// One step of the chains of a register tile.
+///
+/// # Safety
+/// `left` points to [`MR`] values, `row` apart, and `right` to [`NR`] values.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn advance(chains: &mut [[__m256; 2]; MR], left: *const f32, row: usize, right: *const f32) {
+    // SAFETY: the caller's promise; the loads need no alignment.
+    unsafe {
+        let b = [_mm256_loadu_ps(right), _mm256_loadu_ps(right.add(W))];
+        for (i, chain) in chains.iter_mut().enumerate() {
+            let x = _mm256_set1_ps(*left.add(i * row));
+            chain[0] = _mm256_fmadd_ps(x, b[0], chain[0]);
+            chain[1] = _mm256_fmadd_ps(x, b[1], chain[1]);
+        }
     }
 }
 
@@ -171,27 +229,30 @@ fn step<const N: usize>(chain: &mut [__m256; N], x: f32, y: &[f32]) {
     }
 }
 
-/// Integer dots of [`MR`] rows with [`LANES`] outputs over one group: codes `t + 1` as
+/// Integer dots of [`int8::MR`] rows with [`LANES`] outputs over one group: codes `t + 1` as
 /// bytes `[quads][LANES][4]` times int8 `[quads][MR][4]`, exactly.
 ///
 /// A byte product is at most 2 * 127; two are added by `maddubs` and up to
 /// [`QUADS_OF_A_PART`] such sums fit into an i16.
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn int8_dots(codes: &[u8], q: &[i8], dots: &mut [[i32; LANES]; MR]) {
+pub(super) fn int8_dots(codes: &[u8], q: &[i8], dots: &mut [[i32; LANES]; int8::MR]) {
     let ones = _mm256_set1_epi16(1);
-    let mut sums = [[_mm256_setzero_si256(); 2]; MR];
+    let mut sums = [[_mm256_setzero_si256(); 2]; int8::MR];
     let parts = codes
         .chunks(QUADS_OF_A_PART * LANES * 4)
-        .zip(q.chunks(QUADS_OF_A_PART * MR * 4));
+        .zip(q.chunks(QUADS_OF_A_PART * int8::MR * 4));
     for (codes, q) in parts {
-        let mut part = [[_mm256_setzero_si256(); 2]; MR];
-        for (codes, q) in codes.chunks_exact(LANES * 4).zip(q.chunks_exact(MR * 4)) {
+        let mut part = [[_mm256_setzero_si256(); 2]; int8::MR];
+        for (codes, q) in codes
+            .chunks_exact(LANES * 4)
+            .zip(q.chunks_exact(int8::MR * 4))
+        {
             // SAFETY: a chunk of codes has 64 bytes; the loads need no alignment.
             let w = unsafe {
                 let at = codes.as_ptr().cast::<__m256i>();
                 [_mm256_loadu_si256(at), _mm256_loadu_si256(at.add(1))]
             };
-            for i in 0..MR {
+            for i in 0..int8::MR {
                 let four = [q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]];
                 let x = _mm256_set1_epi32(i32::from_le_bytes(four.map(|b| b as u8)));
                 for half in 0..2 {
@@ -200,7 +261,7 @@ pub(super) fn int8_dots(codes: &[u8], q: &[i8], dots: &mut [[i32; LANES]; MR]) {
                 }
             }
         }
-        for i in 0..MR {
+        for i in 0..int8::MR {
             for half in 0..2 {
                 let wide = _mm256_madd_epi16(part[i][half], ones);
                 sums[i][half] = _mm256_add_epi32(sums[i][half], wide);

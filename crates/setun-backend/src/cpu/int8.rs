@@ -18,8 +18,6 @@ pub(super) const LANES: usize = 16;
 pub(super) const MR: usize = 4;
 /// Quads whose sums fit into an i16: 2 * 2 * 127 * 64 < 2^15.
 pub(super) const QUADS_OF_A_PART: usize = 64;
-/// Most output panels of a task.
-const PANELS: usize = 16;
 /// Most rows of a task.
 const ROWS: usize = 512;
 
@@ -105,13 +103,10 @@ pub fn int8_linear<R: Real>(
     };
     let out = &out;
     let tall = shape.rows.div_ceil(ROWS);
-    // Narrow tasks where there are few rows, so that all threads have work.
-    let panels = shape
-        .out
-        .div_ceil(LANES)
-        .div_ceil(3 * pool.threads())
-        .clamp(1, PANELS);
-    let step = LANES * panels;
+    // Wide tasks, because each packs its rows anew, but some for each thread, so that a
+    // slow one does not hold up the others.
+    let wide = (3 * pool.threads()).div_ceil(tall);
+    let step = LANES * shape.out.div_ceil(LANES).div_ceil(wide).max(1);
     pool.run(tall * shape.out.div_ceil(step), &|task, worker| {
         // SAFETY: each worker has its own row of scratch, and runs one task at a time.
         let scratch = unsafe { scratch.part(worker..worker + 1) };
@@ -124,10 +119,11 @@ pub fn int8_linear<R: Real>(
             block.multiply(isa, x, &mut |row, values: &[f32; LANES]| {
                 let at = row * shape.out + n0;
                 assert!(at + n <= out.len);
-                for (i, &v) in values[..n].iter().enumerate() {
-                    // SAFETY: inside `y` by the assertion; rows and columns of the task
-                    // belong to it alone.
-                    unsafe { *out.start.add(at + i) = R::from_f32(v) };
+                // SAFETY: inside `y` by the assertion; rows and columns of the task belong
+                // to it alone.
+                let y = unsafe { std::slice::from_raw_parts_mut(out.start.add(at), n) };
+                for (y, &v) in y.iter_mut().zip(values) {
+                    *y = R::from_f32(v);
                 }
             });
         }

@@ -5,6 +5,7 @@ pub(crate) mod avx2;
 pub mod gemm;
 pub mod int8;
 pub(crate) mod isa;
+pub mod operand;
 pub mod pool;
 
 pub use isa::Isa;

@@ -1,8 +1,9 @@
 //! Linear layers of [`Host`]: forward, and both backward products.
 
 use super::Host;
-use crate::cpu::gemm::{Gemm, Operand, Values, gemm};
+use crate::cpu::gemm::{Gemm, gemm};
 use crate::cpu::int8::{Int8Rows, Int8Shape, TernaryRows, int8_linear};
+use crate::cpu::operand::{Operand, Values};
 use crate::kernels::product::Order;
 use crate::memory::{Buf, Lease};
 use crate::ops::{ActBuf, WeightBuf, WeightData};
@@ -59,20 +60,20 @@ impl<R: Real> Host<R> {
         let weights = weights(&mut lease, w, order);
         let acts = activations(&mut lease, x);
         let y = lease.write(y);
-        if let Values::Int8 {
-            q,
-            scales,
-            group_size,
-        } = acts
-        {
-            let Values::Ternary {
+        // Weights that are not ternary yet meet int8 activations as `bf16(a * q)`.
+        if let (
+            Values::Int8 {
+                q,
+                scales,
+                group_size,
+            },
+            Values::Ternary {
                 trits,
                 scales: s,
                 group_size: same,
-            } = weights
-            else {
-                panic!("int8 numerics need ternary weights");
-            };
+            },
+        ) = (acts, weights)
+        {
             assert_eq!(
                 group_size, same,
                 "activations and weights share their groups"

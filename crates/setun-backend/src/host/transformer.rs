@@ -355,6 +355,52 @@ impl<R: Real> Backend for Host<R> {
         );
     }
 
+    fn distill(&mut self, op: Distillation<R>) {
+        let student = op.student;
+        let vocab = student.logits.len() / student.targets.len();
+        let mut lease = self.arena.lease();
+        let targets = lease.read(student.targets);
+        let logits = RowsMut::new(lease.write(student.logits), vocab);
+        let teacher = RowsMut::new(lease.write(op.teacher), vocab);
+        let losses = RowsMut::new(lease.write(student.losses), 1);
+        let divergences = RowsMut::new(lease.write(op.divergences), 1);
+        let scale = student.gradient_scale.map(R::from_f64);
+        let mix = loss::Mix {
+            weight: R::from_f64(op.weight),
+            temperature: R::from_f64(op.temperature),
+        };
+        let out = ((logits, teacher), (losses, divergences));
+        self.pool.by_rows(targets.len(), 4, out, |rows, parts| {
+            let ((logits, teacher), (losses, divergences)) = parts;
+            let rows_of_logits = logits.chunks_mut(vocab).zip(teacher.chunks_mut(vocab));
+            let results = losses.iter_mut().zip(divergences);
+            let each = rows_of_logits.zip(results).zip(&targets[rows]);
+            for (((logits, teacher), (loss, divergence)), &target) in each {
+                (*loss, *divergence) =
+                    distill_row(self.isa, logits, teacher, target as usize, mix, scale);
+            }
+        });
+    }
+
+    fn blend(&mut self, latent: Buf<R>, cols: usize, ternary: TernaryBuf, share: f64, to: Buf<R>) {
+        let groups = cols.div_ceil(ternary.group_size);
+        let mut lease = self.arena.lease();
+        let latent = lease.read(latent);
+        let (trits, scales) = (lease.read(ternary.trits), lease.read(ternary.scales));
+        let to = RowsMut::new(lease.write(to), cols);
+        let share = R::from_f64(share);
+        self.pool
+            .by_rows(latent.len() / cols, GRAIN, to, |rows, to| {
+                for (row, to) in rows.zip(to.chunks_mut(cols)) {
+                    let (latent, trits) = (&latent[row * cols..], &trits[row * cols..]);
+                    let scales = &scales[row * groups..][..groups];
+                    let (latent, trits) = (&latent[..cols], &trits[..cols]);
+                    let group_size = ternary.group_size;
+                    elementwise::blend_row(latent, trits, scales, group_size, share, to);
+                }
+            });
+    }
+
     fn sum_squares(&mut self, x: Buf<R>) -> f64 {
         let x = self.arena.read(x);
         // Partial sums of up to `BATCH` chunks, then added in order: any number of

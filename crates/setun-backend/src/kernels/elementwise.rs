@@ -51,6 +51,22 @@ pub fn dequantize_row<R: Real>(trits: &[i8], scales: &[f32], group_size: usize, 
     }
 }
 
+/// `y = (1 - share) * latent + share * s * t` of one row.
+#[inline(always)]
+pub fn blend_row<R: Real>(
+    latent: &[R],
+    trits: &[i8],
+    scales: &[f32],
+    group_size: usize,
+    share: R,
+    y: &mut [R],
+) {
+    dequantize_row(trits, scales, group_size, y);
+    for (y, &w) in y.iter_mut().zip(latent) {
+        *y = share.mul_add(*y - w, w);
+    }
+}
+
 /// Adds `dy[r]` to row `ids[r]` of the rows of `dweight`, which begin at row `start` of
 /// the matrix; other ids are somebody else's.
 #[inline(always)]

@@ -1,11 +1,16 @@
 //! Softmax cross entropy of one row of logits.
 
+use crate::ops::IGNORE_TARGET;
 use crate::real::{Real, sum_indexed};
 
 /// Returns the negative log-likelihood of `target`; with `gradient_scale` the logits
-/// become `(softmax - onehot) * scale`.
+/// become `(softmax - onehot) * scale`. A target [`IGNORE_TARGET`] gives 0, and zeros.
 #[inline(always)]
 pub fn cross_entropy_row<R: Real>(logits: &mut [R], target: usize, gradient_scale: Option<R>) -> R {
+    if target == IGNORE_TARGET as usize {
+        ignore_row(logits, gradient_scale);
+        return R::ZERO;
+    }
     let max = row_max(logits);
     let of_target = logits[target];
     let Some(scale) = gradient_scale else {
@@ -25,6 +30,67 @@ pub fn cross_entropy_row<R: Real>(logits: &mut [R], target: usize, gradient_scal
     max + sum.ln() - of_target
 }
 
+/// How a row of logits learns from a teacher's.
+#[derive(Clone, Copy, Debug)]
+pub struct Mix<R> {
+    /// Share of the divergence in the loss.
+    pub weight: R,
+    /// Temperature of both distributions in the divergence.
+    pub temperature: R,
+}
+
+/// Returns the negative log-likelihood of `target` and `KL(teacher || student)` at the
+/// temperature. With `gradient_scale` the logits become the gradient of
+/// `(1 - weight) * NLL + weight * T^2 * KL`, times that scale; the teacher's become scratch.
+/// A target [`IGNORE_TARGET`] gives 0 for both, and zeros.
+#[inline(always)]
+pub fn distill_row<R: Real>(
+    logits: &mut [R],
+    teacher: &mut [R],
+    target: usize,
+    mix: Mix<R>,
+    gradient_scale: Option<R>,
+) -> (R, R) {
+    if target == IGNORE_TARGET as usize {
+        ignore_row(logits, gradient_scale);
+        return (R::ZERO, R::ZERO);
+    }
+    let n = logits.len();
+    let inverse = R::ONE / mix.temperature;
+    let (max, teacher_max) = (row_max(logits), row_max(teacher));
+    let soft = |x: R, max: R| ((x - max) * inverse).exp();
+    let sum = sum_indexed(n, |i| (logits[i] - max).exp());
+    let soft_sum = sum_indexed(n, |i| soft(logits[i], max));
+    let teacher_sum = sum_indexed(n, |i| soft(teacher[i], teacher_max));
+    let cross = sum_indexed(n, |i| {
+        soft(teacher[i], teacher_max) * (teacher[i] - logits[i])
+    });
+    let divergence = cross / teacher_sum * inverse - (teacher_max * inverse + teacher_sum.ln())
+        + (max * inverse + soft_sum.ln());
+    let loss = max + sum.ln() - logits[target];
+    if let Some(scale) = gradient_scale {
+        let hard = scale * (R::ONE - mix.weight);
+        let soft_scale = scale * mix.weight * mix.temperature;
+        let (a, b) = (hard / sum, soft_scale / soft_sum);
+        let c = soft_scale / teacher_sum;
+        for (x, t) in logits.iter_mut().zip(teacher.iter_mut()) {
+            let of_teacher = soft(*t, teacher_max);
+            let of_student = soft(*x, max);
+            *x = (*x - max).exp() * a + of_student * b - of_teacher * c;
+        }
+        logits[target] = logits[target] - hard;
+    }
+    (loss, divergence)
+}
+
+/// The gradient of a row that does not count.
+#[inline(always)]
+fn ignore_row<R: Real>(logits: &mut [R], gradient_scale: Option<R>) {
+    if gradient_scale.is_some() {
+        logits.fill(R::ZERO);
+    }
+}
+
 /// Largest value of a row; NaN where there is one. 16 lanes, which changes nothing about
 /// a maximum but lets compilers vectorise it.
 #[inline(always)]
@@ -39,4 +105,27 @@ pub fn row_max<R: Real>(x: &[R]) -> R {
     let rest = chunks.remainder().iter();
     rest.chain(&lanes)
         .fold(R::NEG_INFINITY, |max, &x| max.maximum(x))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ignored_targets_cost_and_teach_nothing() {
+        let ignored = IGNORE_TARGET as usize;
+        let row = [1.0f32, f32::NAN, -3.0];
+        let mut logits = row;
+        assert_eq!(cross_entropy_row(&mut logits, ignored, None), 0.0);
+        assert_eq!(logits[0], 1.0, "without a gradient the row stays");
+        assert_eq!(cross_entropy_row(&mut logits, ignored, Some(0.5)), 0.0);
+        assert_eq!(logits, [0.0; 3]);
+        let mix = Mix {
+            weight: 0.5,
+            temperature: 2.0,
+        };
+        let (mut logits, mut teacher) = (row, [2.0; 3]);
+        let losses = distill_row(&mut logits, &mut teacher, ignored, mix, Some(0.5));
+        assert_eq!((losses, logits), ((0.0, 0.0), [0.0; 3]));
+    }
 }

@@ -1,5 +1,6 @@
 //! Reading `config.json`: key by key, with an error for each key.
 
+use super::json::{cut, cut_at, refuse_repeated_keys};
 use super::{ConfigError, MAX_CONFIG_BYTES, Qwen3Config, RopeConfig, YarnConfig, out_of_range};
 use serde_json::{Map, Value};
 
@@ -11,15 +12,16 @@ impl Qwen3Config {
     /// `num_attention_heads`. Keys without influence on the forward pass are ignored.
     ///
     /// # Errors
-    /// Anything but JSON, other architectures, biases, sliding windows, quantized
-    /// checkpoints, unknown rope types, and everything that [`validate`](Self::validate)
-    /// refuses.
+    /// Anything but JSON, a key that occurs twice, other architectures, experts, biases,
+    /// sliding windows, quantized checkpoints, unknown rope types, and everything that
+    /// [`validate`](Self::validate) refuses.
     pub fn parse(json: &[u8]) -> Result<Self, ConfigError> {
         if json.len() > MAX_CONFIG_BYTES {
             return Err(ConfigError::TooLong { found: json.len() });
         }
-        let value: Value =
-            serde_json::from_slice(json).map_err(|e| ConfigError::Json(e.to_string()))?;
+        let not_json = |e: serde_json::Error| ConfigError::Json(cut(&e.to_string()));
+        refuse_repeated_keys(json).map_err(not_json)?;
+        let value: Value = serde_json::from_slice(json).map_err(not_json)?;
         let Value::Object(map) = &value else {
             return Err(ConfigError::NotAnObject(shown(&value)));
         };
@@ -62,17 +64,27 @@ fn refuse_other_models(fields: &Fields) -> Result<(), ConfigError> {
         Some(_) => return Err(fields.unsupported("model_type", remedy)),
         None => return Err(fields.missing("model_type", "write \"qwen3\" if the model is one")),
     }
-    if let Some(Value::Array(names)) = fields.value("architectures")
-        && !names.iter().any(|name| name == "Qwen3ForCausalLM")
-    {
-        let remedy = "it runs Qwen3ForCausalLM, the model with a language head";
-        return Err(fields.unsupported("architectures", remedy));
+    if let Some(value) = fields.value("architectures") {
+        let Value::Array(names) = value else {
+            return Err(fields.wrong_type("architectures", "a list of strings or null"));
+        };
+        if !names.iter().any(|name| name == "Qwen3ForCausalLM") {
+            let remedy = "it runs Qwen3ForCausalLM, the model with a language head";
+            return Err(fields.unsupported("architectures", remedy));
+        }
+    }
+    for key in ["num_experts", "num_local_experts"] {
+        if fields.size(key)?.is_some_and(|num_experts| num_experts > 0) {
+            return Err(fields.unsupported(key, "it runs dense models, without experts"));
+        }
     }
     if fields.text("hidden_act")?.is_some_and(|act| act != "silu") {
         return Err(fields.unsupported("hidden_act", "Qwen3 uses \"silu\""));
     }
-    if fields.flag("attention_bias")?.unwrap_or(false) {
-        return Err(fields.unsupported("attention_bias", "Qwen3's projections have no biases"));
+    for key in ["attention_bias", "mlp_bias"] {
+        if fields.flag(key)?.unwrap_or(false) {
+            return Err(fields.unsupported(key, "Qwen3's projections have no biases"));
+        }
     }
     if fields
         .real("partial_rotary_factor")?
@@ -300,11 +312,7 @@ fn as_u32(value: &Value) -> Option<u32> {
 /// The value as JSON, cut to what fits into a message.
 fn shown(value: &Value) -> String {
     const MAX_CHARS: usize = 60;
-    let text = value.to_string();
-    match text.char_indices().nth(MAX_CHARS) {
-        Some((end, _)) => format!("{}...", &text[..end]),
-        None => text,
-    }
+    cut_at(&value.to_string(), MAX_CHARS)
 }
 
 #[cfg(test)]

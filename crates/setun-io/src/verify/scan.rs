@@ -3,8 +3,9 @@
 
 use super::report::TensorReport;
 use crate::layout::{GROUP_SIZES, scale_problem};
-use crate::{IoError, TensorFile};
+use crate::{IoError, Matrix, OpenModel, TensorFile};
 use half::{bf16, f16};
+use setun_formats::config::ParameterInfo;
 use setun_ternary::{
     MAX_SCALE, PackedMatrix, ScaleRule, groups_per_row, pack_row, packed_row_bytes, project_group,
 };
@@ -91,6 +92,50 @@ pub(super) fn scan_packed(
         }
     }
     Ok(tally.finish())
+}
+
+/// Scans a matrix as the reader of its format gives it: trits and scales, or an error
+/// that names the place.
+pub(super) fn scan_model(model: &OpenModel, parameter: &ParameterInfo, group_size: usize) -> Scan {
+    let (name, rows, cols) = (&parameter.name, parameter.shape[0], parameter.shape[1]);
+    let mut tally = Tally::new(name, rows, cols, group_size);
+    let mut trits = vec![0; cols];
+    for block in blocks(rows, cols) {
+        let matrix = match model.matrix_rows(name, block.clone()) {
+            Ok(Matrix::Ternary(matrix)) => matrix,
+            Ok(Matrix::Dense(_)) => {
+                tally.offend(|| "is a float matrix".to_owned());
+                return tally.finish();
+            }
+            Err(error) => {
+                // The message names the tensor itself.
+                tally.exact = false;
+                tally.offence.get_or_insert(match error {
+                    IoError::Invalid { problem, .. } => problem,
+                    other => other.to_string(),
+                });
+                return tally.finish();
+            }
+        };
+        for row in 0..matrix.rows {
+            // Reading has checked every code.
+            if let Err(error) = matrix.unpack_row(row, &mut trits) {
+                tally.offend(|| format!("row {}: {error}", block.start + row));
+                continue;
+            }
+            for (group, scale) in matrix.row_scales(row).iter().enumerate() {
+                if !scale.is_finite() || scale.is_sign_negative() {
+                    let row = block.start + row;
+                    tally.offend(|| format!("row {row} group {group}: {scale} is not a scale"));
+                }
+                tally.scale(scale.to_f32());
+            }
+            tally.count(&trits);
+        }
+        tally.matrix.trits.extend(matrix.trits);
+        tally.matrix.scales.extend(matrix.scales);
+    }
+    tally.finish()
 }
 
 /// The first place where `packed` is not the projection of the latents called `name`.

@@ -22,12 +22,20 @@
 //! no target of that document can see anything earlier. The `<|endoftext|>` that ends a
 //! document is the last target of that document's segment.
 //!
+//! # Targets that do not count
+//!
+//! Of a conversation only the answers are targets ([`TokenSet::is_target`]). The others are
+//! inputs as ever, but as targets they are [`IGNORE_TARGET`], which costs nothing and
+//! teaches nothing. A window may have no target that counts.
+//!
 //! # Evaluation
 //!
 //! [`EvalWindows`] reads the stream once, in order: every token is a target exactly once.
 
 use super::{DataError, Permutation, TokenSet};
+use setun_backend::ops::IGNORE_TARGET;
 use std::ops::Range;
+use std::path::Path;
 
 /// Rows `start..start + len` of the flattened `[batch, seq]` inputs within which
 /// attention stays.
@@ -60,7 +68,8 @@ impl Batches {
     /// Batches of `batch_size` windows of `seq_len` targets.
     ///
     /// # Errors
-    /// Zero sizes, and a stream that is shorter than one window with its first input.
+    /// Zero sizes, a stream that is shorter than one window with its first input, and one
+    /// without any target.
     pub fn new(
         tokens: TokenSet,
         seq_len: usize,
@@ -68,6 +77,7 @@ impl Batches {
         seed: u64,
     ) -> Result<Self, DataError> {
         check_sizes(seq_len, batch_size)?;
+        check_targets(&tokens)?;
         let num_tokens = tokens.num_tokens();
         if num_tokens < seq_len as u64 + 1 {
             return Err(DataError::BadTokens {
@@ -90,6 +100,14 @@ impl Batches {
     /// The stream behind the batches.
     pub fn tokens(&self) -> &TokenSet {
         &self.tokens
+    }
+
+    /// Moves a large stream out of memory, into a nameless file in `directory`.
+    ///
+    /// # Errors
+    /// What the operating system says, with the path.
+    pub fn spill(&mut self, directory: &Path) -> Result<(), DataError> {
+        self.tokens.spill(directory)
     }
 
     /// Targets of a batch.
@@ -188,9 +206,10 @@ impl EvalWindows {
     /// Batches of up to `batch_size` windows of up to `seq_len` targets.
     ///
     /// # Errors
-    /// Zero sizes.
+    /// Zero sizes, and a stream without any target.
     pub fn new(tokens: TokenSet, seq_len: usize, batch_size: usize) -> Result<Self, DataError> {
         check_sizes(seq_len, batch_size)?;
+        check_targets(&tokens)?;
         Ok(Self {
             max_segments: batch_size * (1 + max_starts_in_window(&tokens, seq_len)),
             tokens,
@@ -202,6 +221,14 @@ impl EvalWindows {
     /// The stream behind the windows.
     pub fn tokens(&self) -> &TokenSet {
         &self.tokens
+    }
+
+    /// Moves a large stream out of memory, into a nameless file in `directory`.
+    ///
+    /// # Errors
+    /// What the operating system says, with the path.
+    pub fn spill(&mut self, directory: &Path) -> Result<(), DataError> {
+        self.tokens.spill(directory)
     }
 
     /// Batches that cover the stream.
@@ -279,6 +306,17 @@ fn check_sizes(seq_len: usize, batch_size: usize) -> Result<(), DataError> {
     })
 }
 
+/// A mean over no targets does not exist.
+fn check_targets(tokens: &TokenSet) -> Result<(), DataError> {
+    if tokens.num_targets() > 0 {
+        return Ok(());
+    }
+    let reason = "the tokens hold no target, so nothing to learn: tokenize the text again";
+    Err(DataError::BadTokens {
+        reason: reason.to_owned(),
+    })
+}
+
 /// Reads the targets from stream position `start` (below `N`) on, and their inputs.
 fn read_window(
     tokens: &TokenSet,
@@ -291,6 +329,11 @@ fn read_window(
     tokens.read(before, &mut inputs[..1])?;
     let known = targets.len() - 1;
     inputs[1..].copy_from_slice(&targets[..known]);
+    for (position, target) in (start..).zip(targets) {
+        if !tokens.is_target(position % tokens.num_tokens()) {
+            *target = IGNORE_TARGET;
+        }
+    }
     Ok(())
 }
 
@@ -359,7 +402,7 @@ fn max_starts_in_window(tokens: &TokenSet, seq_len: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::tokens::tests::{all, token_set};
+    use crate::data::tokens::tests::{all, masked_token_set, token_set};
 
     const END: u32 = 999;
 
@@ -496,6 +539,9 @@ mod tests {
         assert!(Batches::new(stream(&[4]), 0, 2, 0).is_err());
         assert!(Batches::new(stream(&[4]), 2, 0, 0).is_err());
         assert!(EvalWindows::new(stream(&[4]), 0, 1).is_err());
+        let without_targets = || masked_token_set(&[vec![1; 8]], 10, Some(|_| false));
+        assert!(Batches::new(without_targets(), 2, 1, 0).is_err());
+        assert!(EvalWindows::new(without_targets(), 2, 1).is_err());
     }
 
     /// Segments from the definition: a new one at each `<|endoftext|>` input.
@@ -562,6 +608,29 @@ mod tests {
                 assert_eq!(segments.capacity(), capacity);
             }
         }
+    }
+
+    #[test]
+    fn targets_that_do_not_count_are_only_inputs() {
+        let documents = [vec![1, 2, 3, 4, 5], vec![6, 7]];
+        let plain = token_set(&documents, 10);
+        let masked = || masked_token_set(&documents, 10, Some(|id| id % 2 == 0));
+        assert_eq!((plain.num_targets(), masked().num_targets()), (9, 3));
+        let with_all = Batches::new(plain, 4, 2, 1).expect("9 tokens");
+        let batches = Batches::new(masked(), 4, 2, 1).expect("9 tokens");
+        let counts = |id: u32| if id % 2 == 0 { id } else { IGNORE_TARGET };
+        for step in 0..20 {
+            let (inputs, targets, _) = batch(&batches, step);
+            let (all_inputs, all_targets, _) = batch(&with_all, step);
+            assert_eq!(inputs, all_inputs);
+            let expected: Vec<u32> = all_targets.into_iter().map(counts).collect();
+            assert_eq!(targets, expected);
+        }
+        let windows = EvalWindows::new(masked(), 4, 1).expect("sizes");
+        let (mut inputs, mut targets) = ([0; 4], [0; 4]);
+        windows.fill(0, &mut inputs, &mut targets).expect("fills");
+        assert_eq!(targets, [IGNORE_TARGET, 2, IGNORE_TARGET, 4]);
+        assert_eq!(inputs, [9, 1, 2, 3]);
     }
 
     #[test]

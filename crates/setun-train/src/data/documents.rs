@@ -1,10 +1,11 @@
 //! Text files become documents.
 //!
-//! A source is a file, a glob or a folder. `.jsonl` files hold one document per line;
+//! A source is a file, a glob or a folder. `.jsonl` files hold one document per line, a
+//! text or a conversation;
 //! every other file is UTF-8 text, cut by [`SplitOn`]. The documents keep the order of
 //! the sources, of the sorted files in each source and of their place in the file.
 
-use super::DataError;
+use super::{ChatOptions, Conversation, DataError, DataFormat};
 use fancy_regex::Regex;
 use std::{
     collections::HashSet,
@@ -15,6 +16,9 @@ use std::{
 
 /// Files that a folder contributes.
 const FOLDER_EXTENSIONS: [&str; 2] = ["txt", "jsonl"];
+
+/// Field of a `.jsonl` object that makes it a conversation.
+const MESSAGES: &str = "messages";
 
 /// Where one document of a text file ends and the next begins.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -90,6 +94,8 @@ pub struct Document {
     pub offset: u64,
     /// The text, never empty.
     pub text: String,
+    /// Which parts are learned, if this is a conversation; of a text all is.
+    pub conversation: Option<Conversation>,
 }
 
 /// Documents that are shorter than [`DocumentOptions::min_document_chars`].
@@ -130,6 +136,7 @@ impl Corpus {
 
 /// Reads the documents of `sources`: files, globs and folders (recursive, `.txt` and
 /// `.jsonl`), relative to `base`. A file that several sources name is read once.
+/// Conversations are rendered in the built-in chat format.
 ///
 /// # Errors
 /// A source that is missing or has no files; a file that is empty or not UTF-8; a bad
@@ -138,6 +145,19 @@ pub fn load_documents(
     sources: &[String],
     base: &Path,
     options: &DocumentOptions,
+) -> Result<Corpus, DataError> {
+    load_documents_with(sources, base, options, &ChatOptions::default())
+}
+
+/// As [`load_documents`], with a say in what conversations become.
+///
+/// # Errors
+/// As [`load_documents`]; also a file that is not `.jsonl` where only conversations may be.
+pub fn load_documents_with(
+    sources: &[String],
+    base: &Path,
+    options: &DocumentOptions,
+    chat: &ChatOptions,
 ) -> Result<Corpus, DataError> {
     let splitter = Splitter::new(&options.split_on)?;
     let mut corpus = Corpus {
@@ -148,7 +168,9 @@ pub fn load_documents(
         let path = corpus.sources[source].clone();
         let text = read_text(&path)?;
         if has_extension(&path, "jsonl") {
-            read_json_lines(&mut corpus, source, &text, &options.text_field)?;
+            read_json_lines(&mut corpus, source, &text, &options.text_field, chat)?;
+        } else if chat.format == DataFormat::Chat {
+            return Err(DataError::NotChat { path });
         } else {
             let ranges = splitter.split(&text, &path)?;
             corpus
@@ -157,6 +179,7 @@ pub fn load_documents(
                     source,
                     offset: from as u64,
                     text: text[from..to].to_owned(),
+                    conversation: None,
                 }));
         }
     }
@@ -289,6 +312,7 @@ fn read_json_lines(
     source: usize,
     text: &str,
     field: &str,
+    chat: &ChatOptions,
 ) -> Result<(), DataError> {
     let body = without_mark(text);
     let mut offset = text.len() - body.len();
@@ -298,12 +322,26 @@ fn read_json_lines(
         if line.trim().is_empty() {
             continue;
         }
-        let text = parse_json_line(line, field).map_err(|reason| DataError::BadJsonLine {
-            path: corpus.sources[source].clone(),
+        let path = &corpus.sources[source];
+        let content = parse_json_line(line, field, chat.format);
+        let content = content.map_err(|reason| DataError::BadJsonLine {
+            path: path.clone(),
             line: number,
             field: field.to_owned(),
             reason,
         })?;
+        let (text, conversation) = match content {
+            Content::Text(text) => (text, None),
+            Content::Chat => {
+                let read = chat.read(line);
+                let (text, conversation) = read.map_err(|reason| DataError::BadConversation {
+                    path: path.clone(),
+                    line: number,
+                    reason,
+                })?;
+                (text, Some(conversation))
+            }
+        };
         if text.is_empty() {
             corpus.empty_documents += 1;
             continue;
@@ -312,22 +350,33 @@ fn read_json_lines(
             source,
             offset: start as u64,
             text,
+            conversation,
         });
     }
     Ok(())
 }
 
-/// The text in one line, or what is wrong with the line.
-fn parse_json_line(line: &str, field: &str) -> Result<String, String> {
+/// What a line holds.
+enum Content {
+    Text(String),
+    Chat,
+}
+
+/// The text in one line, or that it is a conversation, or what is wrong with the line.
+fn parse_json_line(line: &str, field: &str, format: DataFormat) -> Result<Content, String> {
     let value: serde_json::Value =
         serde_json::from_str(line).map_err(|why| format!("not JSON ({why})"))?;
     let serde_json::Value::Object(mut object) = value else {
         return Err("not a JSON object".to_owned());
     };
-    match object.remove(field) {
-        Some(serde_json::Value::String(text)) => Ok(text),
-        Some(_) => Err(format!("{field:?} is not a string")),
-        None => Err(format!("no field {field:?}")),
+    let has_messages = object.contains_key(MESSAGES);
+    match (format, object.remove(field)) {
+        (DataFormat::Chat, _) if has_messages => Ok(Content::Chat),
+        (DataFormat::Chat, _) => Err(format!("no {MESSAGES:?}, which data.format = chat needs")),
+        (_, Some(serde_json::Value::String(text))) => Ok(Content::Text(text)),
+        (_, Some(_)) => Err(format!("{field:?} is not a string")),
+        (DataFormat::Auto, None) if has_messages => Ok(Content::Chat),
+        (_, None) => Err(format!("no field {field:?}")),
     }
 }
 
@@ -514,6 +563,45 @@ mod tests {
         assert_eq!(texts(&corpus), ["a\nb", "\u{e9}"]);
         assert_eq!(corpus.documents[1].offset, 36);
         assert_eq!(corpus.empty_documents, 1);
+    }
+
+    #[test]
+    fn lines_with_messages_are_conversations() {
+        let chat =
+            r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}"#;
+        let bad = r#"{"messages":[{"role":"user","content":"q"}]}"#;
+        let lines = format!("{{\"text\":\"t\"}}\n{chat}\n");
+        let broken = format!("{chat}\n\n{bad}");
+        let folder = Folder::new(
+            "chat",
+            &[
+                ("a.jsonl", lines.as_bytes()),
+                ("b.jsonl", broken.as_bytes()),
+                ("c.txt", b"text"),
+            ],
+        );
+        let load = |source: &str, format| {
+            let options = ChatOptions::new(format, setun_formats::ChatTemplate::ChatMl, None);
+            let sources = [source.to_owned()];
+            load_documents_with(&sources, &folder.0, &DocumentOptions::default(), &options)
+        };
+        let corpus = load("a.jsonl", DataFormat::Auto).expect("reads");
+        let kinds = corpus.documents.iter().map(|d| d.conversation.is_some());
+        assert_eq!(kinds.collect::<Vec<_>>(), [false, true]);
+        assert!(corpus.documents[1].text.contains("<|im_start|>assistant\n"));
+        for (source, format, expected) in [
+            ("a.jsonl", DataFormat::Text, "a.jsonl:2: no field \"text\""),
+            ("a.jsonl", DataFormat::Chat, "a.jsonl:1: no \"messages\""),
+            (
+                "b.jsonl",
+                DataFormat::Auto,
+                "b.jsonl:3: no message of the assistant",
+            ),
+            ("c.txt", DataFormat::Chat, "c.txt is not a .jsonl file"),
+        ] {
+            let message = load(source, format).expect_err("refused").to_string();
+            assert!(message.contains(expected), "{message}");
+        }
     }
 
     #[test]

@@ -200,6 +200,7 @@ mod tests {
             source: 0,
             offset: 0,
             text: text.clone(),
+            conversation: None,
         });
         let corpus = Corpus {
             documents: documents.collect(),

@@ -2,7 +2,7 @@
 //!
 //! The order is fixed, because held-out text must stay held out:
 //!
-//! 1. [`documents`]: files become documents;
+//! 1. [`documents`]: files become documents, conversations ([`chat`]) among them;
 //! 2. [`split`]: documents become train and held-out, by their content alone;
 //! 3. [`duplicates`]: text that is on both sides is found and can be dropped;
 //! 4. [`tokens`]: each side becomes one token stream, in memory or in a file;
@@ -12,6 +12,7 @@
 //! Nothing here depends on time, on thread timing or on the order of a hash map.
 
 pub mod batches;
+pub mod chat;
 pub mod documents;
 pub mod duplicates;
 pub mod ngram;
@@ -19,11 +20,14 @@ pub mod permutation;
 pub mod split;
 pub mod tokens;
 
+mod targets;
 mod token_file;
 
 pub use batches::{BatchInfo, Batches, EvalBatch, EvalWindows, Segment};
+pub use chat::{ChatOptions, Conversation, DataFormat};
 pub use documents::{
     Corpus, Document, DocumentOptions, ShortDocuments, SplitOn, expand_sources, load_documents,
+    load_documents_with,
 };
 pub use duplicates::Overlap;
 pub use ngram::Baselines;
@@ -102,6 +106,26 @@ pub enum DataError {
         field: String,
         /// What is wrong.
         reason: String,
+    },
+    /// A line of a `.jsonl` file is not a conversation.
+    #[error("{}:{line}: {reason}", path.display())]
+    BadConversation {
+        /// The file.
+        path: PathBuf,
+        /// Line, counted from 1.
+        line: u64,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// A file that cannot hold conversations where there must be nothing else.
+    #[error(
+        "{} is not a .jsonl file, which conversations come in: remove it from the sources, or \
+         set data.format to auto",
+        path.display()
+    )]
+    NotChat {
+        /// The file.
+        path: PathBuf,
     },
     /// The text of the split rule means nothing.
     #[error("cannot split documents on {text:?}: use blank-lines, file or regex:PATTERN{reason}")]

@@ -53,7 +53,7 @@ pub struct Baselines {
 }
 
 impl Baselines {
-    /// Counts `train` and scores every token of `valid`.
+    /// Counts `train` and scores every target of `valid`.
     ///
     /// # Errors
     /// Streams of different vocabularies, a vocabulary above 2^21, and a token file that
@@ -149,7 +149,7 @@ impl NgramModel {
         self.bigram_weights.mix(count, context_count, lower)
     }
 
-    /// Scores every token of `valid` in its circular context.
+    /// Scores every target of `valid` in its circular context.
     fn score(&self, valid: &TokenSet) -> Result<Baselines, DataError> {
         let trie = &self.trie;
         let mut sums = [0.0f64; 3];
@@ -157,7 +157,7 @@ impl NgramModel {
         for_each_circular(valid, valid.num_tokens(), |position, w| {
             // The first two calls only set the context: tokens N - 2 and N - 1.
             let next = trie.bigram(v, w);
-            if position >= 0 {
+            if position >= 0 && valid.is_target(position as u64) {
                 let probabilities = self.probabilities(context, v, next, w);
                 for (sum, p) in sums.iter_mut().zip(probabilities) {
                     *sum -= p.ln();
@@ -165,7 +165,7 @@ impl NgramModel {
             }
             (v, context) = (w as usize, next);
         })?;
-        let [unigram, bigram, trigram] = sums.map(|sum| sum / valid.num_tokens() as f64);
+        let [unigram, bigram, trigram] = sums.map(|sum| sum / valid.num_targets() as f64);
         Ok(Baselines {
             unigram,
             bigram,

@@ -171,6 +171,7 @@ mod tests {
             source: 0,
             offset: 0,
             text: text.clone(),
+            conversation: None,
         });
         Corpus {
             documents: documents.collect(),

@@ -3,23 +3,24 @@
 //! | bytes | content (little-endian) |
 //! |---|---|
 //! | 0..8 | `SETUNTOK` |
-//! | 8..12 | version, u32: 1 |
+//! | 8..12 | version, u32: 1, or 2 with target bits |
 //! | 12..16 | bytes of an id, u32: 2 or 4 |
 //! | 16..24 | number of tokens, u64 |
 //! | 24..32 | number of documents, u64 |
-//! | 32..40 | UTF-8 bytes of the documents, u64 |
+//! | 32..40 | UTF-8 bytes of what is learned, u64 |
 //! | 40..44 | vocabulary size, u32 |
 //! | 44..48 | id of `<\|endoftext\|>`, u32 |
 //! | 48..80 | blake3 of the tokenizer's JSON |
 //! | 80..112 | blake3 of the payload |
 //! | 112..128 | first half of the blake3 of bytes 0..112 |
-//! | 128.. | payload: document starts as u64, then the ids |
+//! | 128.. | payload: document starts as u64, then the ids; in version 2 then one bit for each token, 1 for a target, in u64 words from the lowest bit up |
 //!
 //! The file is read in place by positioned reads, which need neither a memory map (and
 //! so no `unsafe`) nor a shared file cursor.
 
 use super::{
     DataError,
+    targets::TargetBits,
     tokens::{Source, TokenInfo, TokenSet, id_bytes},
 };
 use blake3::{Hash, Hasher};
@@ -31,7 +32,10 @@ use std::{
 };
 
 const MAGIC: &[u8; 8] = b"SETUNTOK";
+/// Every token is a target.
 const VERSION: u32 = 1;
+/// Target bits say which are.
+const VERSION_WITH_TARGETS: u32 = 2;
 const HEADER_BYTES: usize = 128;
 /// Bytes that the checksum at the end of the header covers.
 const CHECKED_BYTES: usize = 112;
@@ -55,6 +59,7 @@ pub(super) struct TokenFile {
 struct Header {
     info: TokenInfo,
     num_documents: u64,
+    has_targets: bool,
     payload_hash: Hash,
 }
 
@@ -78,6 +83,7 @@ impl TokenFile {
         }
         Ok(TokenSet {
             document_starts: token_file.read_document_starts()?,
+            targets: token_file.read_targets()?,
             info: header.info,
             source: Source::File(token_file),
         })
@@ -174,6 +180,25 @@ impl TokenFile {
         Err(bad_file(&self.path, reason))
     }
 
+    fn read_targets(&self) -> Result<Option<TargetBits>, DataError> {
+        if !self.header.has_targets {
+            return Ok(None);
+        }
+        let num_tokens = self.header.info.num_tokens;
+        // The header was checked against the file's length, so these sizes are real.
+        let ids = num_tokens * id_bytes(self.header.info.vocab_size) as u64;
+        let at = HEADER_BYTES as u64 + 8 * self.header.num_documents + ids;
+        let mut bytes = vec![0; 8 * num_tokens.div_ceil(64) as usize];
+        self.read_exact_at(&mut bytes, at)?;
+        let words = bytes.as_chunks().0.iter();
+        let words = words.map(|&eight| u64::from_le_bytes(eight)).collect();
+        let bits = TargetBits::from_words(words, num_tokens).ok_or_else(|| {
+            let reason = format!("it has targets behind its last token; {REMEDY}");
+            bad_file(&self.path, reason)
+        })?;
+        Ok(Some(bits))
+    }
+
     fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> Result<(), DataError> {
         let read = self.file.read_exact_at(bytes, at);
         read.map_err(DataError::io("read", &self.path))
@@ -187,16 +212,25 @@ impl Header {
             .info
             .num_tokens
             .checked_mul(id_bytes(self.info.vocab_size) as u64)?;
-        self.num_documents.checked_mul(8)?.checked_add(ids)
+        let targets = match self.has_targets {
+            true => 8 * self.info.num_tokens.div_ceil(64),
+            false => 0,
+        };
+        let starts = self.num_documents.checked_mul(8)?;
+        starts.checked_add(ids)?.checked_add(targets)
     }
 
     fn to_bytes(self) -> [u8; HEADER_BYTES] {
+        let version = match self.has_targets {
+            true => VERSION_WITH_TARGETS,
+            false => VERSION,
+        };
         let width = id_bytes(self.info.vocab_size) as u32;
         let mut bytes = [0; HEADER_BYTES];
         let mut rest = &mut bytes[..];
         let fields: [&[u8]; 10] = [
             MAGIC,
-            &VERSION.to_le_bytes(),
+            &version.to_le_bytes(),
             &width.to_le_bytes(),
             &self.info.num_tokens.to_le_bytes(),
             &self.num_documents.to_le_bytes(),
@@ -226,10 +260,10 @@ impl Header {
             return Err(format!("cut short at {file_bytes} bytes; {REMEDY}"));
         };
         let version = u32_at(bytes, 8);
-        if version != VERSION {
+        if ![VERSION, VERSION_WITH_TARGETS].contains(&version) {
             return Err(format!(
-                "token file version {version}, but this build reads version {VERSION}: \
-                 run setun tokenize again with this build"
+                "token file version {version}, but this build reads versions {VERSION} and \
+                 {VERSION_WITH_TARGETS}: run setun tokenize again with this build"
             ));
         }
         let header = Self {
@@ -241,6 +275,7 @@ impl Header {
                 tokenizer_hash: hash_at(bytes, 48),
             },
             num_documents: u64_at(bytes, 24),
+            has_targets: version == VERSION_WITH_TARGETS,
             payload_hash: hash_at(bytes, 80),
         };
         // Writing the header again checks the id width and the checksum in one go.
@@ -287,6 +322,7 @@ fn write_all(tokens: &TokenSet, path: &Path) -> Result<(), DataError> {
     let header = Header {
         info: tokens.info,
         num_documents: tokens.document_starts.len() as u64,
+        has_targets: tokens.targets.is_some(),
         payload_hash: hasher.finalize(),
     };
     let finish = || -> io::Result<()> {
@@ -333,7 +369,7 @@ fn hash_at(bytes: &[u8; HEADER_BYTES], at: usize) -> Hash {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::tokens::tests::{all, token_set};
+    use crate::data::tokens::tests::{all, masked_token_set, token_set};
 
     /// A fresh folder, removed at the end of its test.
     struct Folder(PathBuf);
@@ -401,9 +437,27 @@ mod tests {
     }
 
     #[test]
+    fn targets_are_saved_with_the_tokens() {
+        let folder = Folder::new("targets");
+        for num_tokens in [1, 63, 64, 5000] {
+            let documents = documents(num_tokens, 300);
+            let tokens = masked_token_set(&documents, 300, Some(|id| id % 3 == 0));
+            tokens.save(&folder.file()).expect("saves");
+            let opened = TokenSet::open(&folder.file()).expect("opens");
+            assert_eq!(opened.targets, tokens.targets);
+            assert_eq!(all(&opened), all(&tokens));
+            let expected = all(&tokens).iter().filter(|&id| id % 3 == 0).count();
+            assert_eq!(opened.num_targets(), expected as u64);
+            let hash = |tokens: &TokenSet| tokens.content_hash().expect("hashes");
+            assert_eq!(hash(&opened), hash(&tokens));
+            assert_ne!(hash(&opened), hash(&token_set(&documents, 300)));
+        }
+    }
+
+    #[test]
     fn every_flipped_bit_is_found() {
         let folder = Folder::new("flip");
-        token_set(&documents(60, 300), 300)
+        masked_token_set(&documents(60, 300), 300, Some(|id| id > 99))
             .save(&folder.file())
             .expect("saves");
         let good = fs::read(folder.file()).expect("reads");
@@ -452,8 +506,8 @@ mod tests {
         assert!(message(&[b'x'; 500]).contains("train.tok: not a token file"));
         let mut newer = [0; 200];
         newer[..8].copy_from_slice(MAGIC);
-        newer[8] = 2;
-        assert!(message(&newer).contains("version 2, but this build reads version 1"));
+        newer[8] = 3;
+        assert!(message(&newer).contains("version 3, but this build reads versions 1 and 2"));
         let gone = TokenSet::open(&folder.0.join("gone.tok")).expect_err("missing");
         assert!(gone.to_string().contains("gone.tok"), "{gone}");
     }
@@ -463,6 +517,7 @@ mod tests {
         let good = Header {
             info: *token_set(&documents(60, 300), 300).info(),
             num_documents: 1,
+            has_targets: false,
             payload_hash: blake3::hash(b""),
         };
         let check = |change: &dyn Fn(&mut Header)| {

@@ -3,9 +3,15 @@
 //! The documents stand in a seeded order, each followed by `<|endoftext|>`. The stream
 //! is held in memory or read from a token file in pieces, so that it may be larger than
 //! memory; both are read through [`TokenSet::read`]. Ids take two bytes where the
-//! vocabulary has at most 65,536 entries, else four.
+//! vocabulary has at most 65,536 entries, else four. Where conversations are among the
+//! documents, one bit for each token says whether it is a target.
 
-use super::{Corpus, DataError, Permutation, token_file::TokenFile};
+use super::{
+    Corpus, DataError, Document, Permutation,
+    chat::{Piece, special_tokens},
+    targets::TargetBits,
+    token_file::TokenFile,
+};
 use blake3::Hash;
 use setun_formats::tokenizer::Tokenizer;
 use std::{
@@ -25,11 +31,20 @@ const CHUNK_BYTES: usize = 1 << 18;
 /// The order of documents uses this epoch, which no order of windows reaches.
 const DOCUMENT_ORDER_EPOCH: u64 = u64::MAX;
 
+/// Streams of fewer bytes stay in memory.
+const SPILL_BYTES: u64 = 4 << 20;
+
+/// Name of a spilled stream for the moment in which it has one; leftovers of this form are
+/// removed when a run starts.
+const SPILL_FILE: &str = ".tmp-spilled.tokens";
+
 /// A token stream and what is known about it.
 #[derive(Debug)]
 pub struct TokenSet {
     pub(super) source: Source,
     pub(super) document_starts: Vec<u64>,
+    /// `None` where every token is a target.
+    pub(super) targets: Option<TargetBits>,
     pub(super) info: TokenInfo,
 }
 
@@ -38,7 +53,8 @@ pub struct TokenSet {
 pub struct TokenInfo {
     /// Tokens in the stream, separators included.
     pub num_tokens: u64,
-    /// UTF-8 bytes of the documents, separators not counted.
+    /// UTF-8 bytes of what is learned, separators not counted: all of a text, the answers
+    /// of a conversation.
     pub raw_bytes: u64,
     /// Every id is below this.
     pub vocab_size: u32,
@@ -85,7 +101,10 @@ impl TokenSet {
                     .to_owned(),
             })?;
         let encode = |texts: &[&str]| tokenizer.encode_batch(texts).map_err(|why| why.to_string());
+        let is_chat = |&d: &usize| corpus.documents[d].conversation.is_some();
+        let has_chat = documents.iter().any(is_chat);
         let encoder = Encoder {
+            special: has_chat.then(|| special_tokens(tokenizer)),
             vocab_size: tokenizer.vocab_size() as u32,
             end_of_text,
             tokenizer_hash: blake3::hash(tokenizer.to_json().as_bytes()),
@@ -108,6 +127,23 @@ impl TokenSet {
     /// What the operating system says, with the path.
     pub fn save(&self, path: &Path) -> Result<(), DataError> {
         TokenFile::save(self, path)
+    }
+
+    /// Moves a large stream out of memory, into a file in `directory` that has no name any
+    /// more when this returns and so leaves nothing behind, whatever happens.
+    ///
+    /// # Errors
+    /// What the operating system says, with the path.
+    pub(super) fn spill(&mut self, directory: &Path) -> Result<(), DataError> {
+        let held = self.num_tokens() * self.id_bytes() as u64;
+        if cfg!(unix) && held >= SPILL_BYTES && matches!(self.source, Source::Memory(_)) {
+            let path = directory.join(SPILL_FILE);
+            self.save(&path)?;
+            let file = TokenFile::open(&path);
+            std::fs::remove_file(&path).map_err(DataError::io("remove", &path))?;
+            self.source = file?.source;
+        }
+        Ok(())
     }
 
     /// Checks a token file's payload against its hash; a stream in memory passes.
@@ -149,12 +185,23 @@ impl TokenSet {
         self.info.num_tokens
     }
 
+    /// Tokens that are learned and whose loss counts; others are only read.
+    pub fn num_targets(&self) -> u64 {
+        let bits = self.targets.as_ref();
+        bits.map_or(self.info.num_tokens, TargetBits::num_targets)
+    }
+
+    /// Whether the token at `position`, which lies in the stream, is a target.
+    pub fn is_target(&self, position: u64) -> bool {
+        self.targets.as_ref().is_none_or(|bits| bits.at(position))
+    }
+
     /// Position of each document's first token, ascending from 0.
     pub fn document_starts(&self) -> &[u64] {
         &self.document_starts
     }
 
-    /// blake3 of the document starts and tokens, as a token file stores them.
+    /// blake3 of the document starts, tokens and targets, as a token file stores them.
     ///
     /// # Errors
     /// A token file that cannot be read.
@@ -217,7 +264,7 @@ impl TokenSet {
     }
 
     /// Calls `visit` with the payload of the token file in blocks: document starts as
-    /// u64, then ids, little-endian.
+    /// u64, then ids, then target bits as u64 if there are any, little-endian.
     pub(super) fn each_payload_block(
         &self,
         visit: &mut dyn FnMut(&[u8]) -> Result<(), DataError>,
@@ -243,6 +290,12 @@ impl TokenSet {
             visit(&bytes)?;
             position += now as u64;
         }
+        let words = self.targets.as_ref().map_or(&[][..], TargetBits::words);
+        for words in words.chunks(BLOCK_IDS) {
+            bytes.clear();
+            bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+            visit(&bytes)?;
+        }
         Ok(())
     }
 
@@ -261,25 +314,26 @@ impl TokenSet {
         let order: Vec<usize> = (0..documents.len() as u64)
             .map(|i| documents[permutation.at(i) as usize])
             .collect();
-        let raw_bytes = order
+        let all_bytes = order
             .iter()
             .map(|&d| corpus.documents[d].text.len() as u64)
             .sum();
-        let mut stream = Stream::new(encoder.vocab_size);
+        let mut stream = Stream::new(encoder.vocab_size, encoder.special.is_some());
         encoder.run(corpus, &order, |chunk| {
             stream.append(&chunk);
-            progress(stream.done_bytes, raw_bytes);
+            progress(stream.done_bytes, all_bytes);
         })?;
         Ok(Self {
             info: TokenInfo {
                 num_tokens: stream.ids.len() as u64,
-                raw_bytes,
+                raw_bytes: stream.raw_bytes,
                 vocab_size: encoder.vocab_size,
                 end_of_text: encoder.end_of_text,
                 tokenizer_hash: encoder.tokenizer_hash,
             },
             source: Source::Memory(stream.ids),
             document_starts: stream.document_starts,
+            targets: stream.targets,
         })
     }
 }
@@ -302,18 +356,22 @@ impl Ids {
 struct Stream {
     ids: Ids,
     document_starts: Vec<u64>,
+    targets: Option<TargetBits>,
     done_bytes: u64,
+    raw_bytes: u64,
 }
 
 impl Stream {
-    fn new(vocab_size: u32) -> Self {
+    fn new(vocab_size: u32, has_targets: bool) -> Self {
         Self {
             ids: match id_bytes(vocab_size) {
                 2 => Ids::U16(Vec::new()),
                 _ => Ids::U32(Vec::new()),
             },
             document_starts: Vec::new(),
+            targets: has_targets.then(TargetBits::default),
             done_bytes: 0,
+            raw_bytes: 0,
         }
     }
 
@@ -324,7 +382,14 @@ impl Stream {
             .iter()
             .map(|&start| base + start as u64);
         self.document_starts.extend(starts);
-        self.done_bytes += chunk.raw_bytes;
+        self.done_bytes += chunk.done_bytes;
+        self.raw_bytes += chunk.raw_bytes;
+        if let Some(targets) = &mut self.targets {
+            chunk
+                .targets
+                .iter()
+                .for_each(|&target| targets.push(target));
+        }
         match &mut self.ids {
             // Encoder::encode_chunk has checked every id against the vocabulary.
             Ids::U16(ids) => ids.extend(chunk.ids.iter().map(|&id| id as u16)),
@@ -334,9 +399,13 @@ impl Stream {
 }
 
 /// Neighbouring documents after encoding.
+#[derive(Default)]
 struct Chunk {
     ids: Vec<u32>,
+    /// One for each id; empty where there are no conversations.
+    targets: Vec<bool>,
     document_starts: Vec<usize>,
+    done_bytes: u64,
     raw_bytes: u64,
 }
 
@@ -348,6 +417,8 @@ struct Encoder<'a> {
     vocab_size: u32,
     end_of_text: u32,
     tokenizer_hash: Hash,
+    /// Special tokens, where there are conversations.
+    special: Option<Vec<(String, u32)>>,
     /// Ids of each text.
     encode: &'a EncodeTexts<'a>,
 }
@@ -409,32 +480,71 @@ impl Encoder<'_> {
     }
 
     fn encode_chunk(&self, corpus: &Corpus, documents: &[usize]) -> Result<Chunk, DataError> {
-        let text = |document: usize| corpus.documents[document].text.as_str();
         let fail = |document, reason| DataError::Encode {
             place: corpus.place(document),
             reason,
         };
-        let texts: Vec<&str> = documents.iter().map(|&d| text(d)).collect();
-        let all_ids = (self.encode)(&texts).map_err(|reason| {
-            // The tokenizer does not say which text it refused: ask for each.
-            let refused = |&d: &usize| Some((d, (self.encode)(&[text(d)]).err()?));
-            let found = documents.iter().find_map(refused);
+        let pieces: Vec<Vec<Piece>> = documents.iter().map(|&d| self.pieces(corpus, d)).collect();
+        let is_plain = |piece: &&Piece| piece.special.is_none();
+        let texts: Vec<&str> = pieces
+            .iter()
+            .flatten()
+            .filter(is_plain)
+            .map(|piece| piece.text)
+            .collect();
+        let encoded = (self.encode)(&texts).map_err(|reason| {
+            // The tokenizer does not say which text it refused: ask for each document.
+            let refused = |(&d, pieces): (&usize, &Vec<Piece>)| {
+                let texts: Vec<&str> = pieces.iter().filter(is_plain).map(|p| p.text).collect();
+                Some((d, (self.encode)(&texts).err()?))
+            };
+            let found = documents.iter().zip(&pieces).find_map(refused);
             let (document, reason) = found.unwrap_or((documents[0], reason));
             fail(document, reason)
         })?;
-        let mut chunk = Chunk {
-            ids: Vec::with_capacity(all_ids.iter().map(|ids| ids.len() + 1).sum()),
-            document_starts: Vec::with_capacity(documents.len()),
-            raw_bytes: 0,
-        };
-        for (&document, ids) in documents.iter().zip(all_ids) {
-            self.check_ids(&ids).map_err(|why| fail(document, why))?;
+        let mut encoded = encoded.into_iter();
+        let mut chunk = Chunk::default();
+        for (&document, pieces) in documents.iter().zip(&pieces) {
             chunk.document_starts.push(chunk.ids.len());
-            chunk.ids.extend(ids);
+            for piece in pieces {
+                let ids = match piece.special {
+                    Some(id) => vec![id],
+                    None => encoded.next().unwrap_or_default(),
+                };
+                self.check_ids(&ids).map_err(|why| fail(document, why))?;
+                if self.special.is_some() {
+                    chunk.targets.extend(ids.iter().map(|_| piece.is_target));
+                }
+                chunk.ids.extend(ids);
+            }
+            let Document {
+                text, conversation, ..
+            } = &corpus.documents[document];
+            // What follows a conversation is nothing that the assistant says.
+            if self.special.is_some() {
+                chunk.targets.push(conversation.is_none());
+            }
             chunk.ids.push(self.end_of_text);
-            chunk.raw_bytes += text(document).len() as u64;
+            chunk.done_bytes += text.len() as u64;
+            chunk.raw_bytes += match conversation {
+                Some(conversation) => conversation.num_target_bytes(),
+                None => text.len() as u64,
+            };
         }
         Ok(chunk)
+    }
+
+    /// The parts of a document that are encoded on their own.
+    fn pieces<'c>(&self, corpus: &'c Corpus, document: usize) -> Vec<Piece<'c>> {
+        let document = &corpus.documents[document];
+        match (&document.conversation, &self.special) {
+            (Some(conversation), Some(special)) => conversation.pieces(&document.text, special),
+            _ => vec![Piece {
+                text: &document.text,
+                special: None,
+                is_target: true,
+            }],
+        }
     }
 
     /// Refuses ids outside the vocabulary, and separators inside a document, which would
@@ -466,214 +576,4 @@ fn chunk_documents<'a>(corpus: &Corpus, order: &'a [usize]) -> Vec<&'a [usize]> 
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use super::*;
-    use crate::data::Document;
-    use std::{cell::RefCell, path::PathBuf};
-
-    /// A corpus of these texts in one file.
-    fn corpus(texts: &[String]) -> Corpus {
-        let documents = texts.iter().map(|text| Document {
-            source: 0,
-            offset: 5,
-            text: text.clone(),
-        });
-        Corpus {
-            sources: vec![PathBuf::from("a.txt")],
-            documents: documents.collect(),
-            ..Corpus::default()
-        }
-    }
-
-    /// Encodes with one id per byte; `vocab_size - 1` is `<|endoftext|>`.
-    fn encode_bytes(
-        texts: &[String],
-        vocab_size: u32,
-        seed: u64,
-        progress: &dyn Fn(u64, u64),
-    ) -> Result<TokenSet, DataError> {
-        let encode_one = |text: &&str| {
-            if text.contains('!') {
-                return Err(format!("no ! please: {}", text.len()));
-            }
-            Ok(text.bytes().map(u32::from).collect())
-        };
-        let encode = |texts: &[&str]| texts.iter().map(encode_one).collect();
-        let encoder = Encoder {
-            vocab_size,
-            end_of_text: vocab_size - 1,
-            tokenizer_hash: blake3::hash(b"bytes"),
-            encode: &encode,
-        };
-        let documents: Vec<usize> = (0..texts.len()).collect();
-        TokenSet::encode_with(&corpus(texts), &documents, &encoder, seed, progress)
-    }
-
-    /// A stream of documents with these ids (without separators), in this order.
-    pub(in crate::data) fn token_set(documents: &[Vec<u32>], vocab_size: u32) -> TokenSet {
-        let mut stream = Stream::new(vocab_size);
-        for document in documents {
-            stream.append(&Chunk {
-                ids: [&document[..], &[vocab_size - 1]].concat(),
-                document_starts: vec![0],
-                raw_bytes: document.len() as u64,
-            });
-        }
-        TokenSet {
-            info: TokenInfo {
-                num_tokens: stream.ids.len() as u64,
-                raw_bytes: stream.done_bytes,
-                vocab_size,
-                end_of_text: vocab_size - 1,
-                tokenizer_hash: blake3::hash(b"test"),
-            },
-            source: Source::Memory(stream.ids),
-            document_starts: stream.document_starts,
-        }
-    }
-
-    pub(in crate::data) fn all(tokens: &TokenSet) -> Vec<u32> {
-        let mut ids = vec![0; tokens.num_tokens() as usize];
-        tokens.read(0, &mut ids).expect("reads");
-        ids
-    }
-
-    /// Several chunks of text, some documents larger than a chunk.
-    fn texts() -> Vec<String> {
-        let line = |i: usize| format!("document {i} ").repeat(1 + i * i % 977);
-        let mut texts: Vec<String> = (0..300).map(line).collect();
-        texts.push("x".repeat(CHUNK_BYTES + 1));
-        texts
-    }
-
-    #[test]
-    fn every_document_is_there_once_in_the_seeded_order() {
-        let texts = texts();
-        let tokens = encode_bytes(&texts, 257, 3, &|_, _| {}).expect("encodes");
-        let ids = all(&tokens);
-        let starts = tokens.document_starts();
-        let ends = starts.iter().skip(1).copied().chain([ids.len() as u64]);
-        let mut found: Vec<String> = Vec::new();
-        for (&from, to) in starts.iter().zip(ends) {
-            let (last, body) = ids[from as usize..to as usize]
-                .split_last()
-                .expect("not empty");
-            assert_eq!(*last, 256);
-            found.push(body.iter().map(|&id| id as u8 as char).collect());
-        }
-        assert_ne!(found, texts, "the order is shuffled");
-        let (mut found, mut texts) = (found, texts);
-        found.sort();
-        texts.sort();
-        assert_eq!(found, texts);
-        let raw: usize = texts.iter().map(String::len).sum();
-        assert_eq!(tokens.info().raw_bytes, raw as u64);
-        assert_eq!(tokens.num_tokens(), (raw + texts.len()) as u64);
-    }
-
-    #[test]
-    fn a_real_tokenizer_gives_the_text_back_and_is_recognised() {
-        let texts = ["one small text, <|endoftext|> included", "another\none"].map(str::to_owned);
-        let train = |size| Tokenizer::train(texts.iter().map(String::as_str), size);
-        let tokenizer = train(260).expect("trains");
-        let corpus = corpus(&texts);
-        let tokens = TokenSet::encode(&corpus, &[0, 1], &tokenizer, 1, &|_, _| {});
-        let tokens = tokens.expect("encodes");
-        let end = tokenizer.end_of_text().expect("it was trained here");
-        let mut found: Vec<String> = all(&tokens)
-            .split_inclusive(|&id| id == end)
-            .map(|document| tokenizer.decode(&document[..document.len() - 1]))
-            .collect();
-        found.sort();
-        assert_eq!(found, [texts[1].clone(), texts[0].clone()]);
-        tokens.check_tokenizer(&tokenizer).expect("the same");
-        let other = train(261).expect("trains");
-        let why = tokens.check_tokenizer(&other).expect_err("another");
-        assert!(why.to_string().contains("another tokenizer"), "{why}");
-    }
-
-    #[test]
-    fn the_stream_is_a_function_of_the_seed() {
-        let texts = texts();
-        let hash = |seed| {
-            let tokens = encode_bytes(&texts, 257, seed, &|_, _| {}).expect("encodes");
-            tokens.content_hash().expect("hashes")
-        };
-        assert_eq!(hash(1), hash(1));
-        assert_ne!(hash(1), hash(2));
-    }
-
-    #[test]
-    fn progress_rises_to_the_total() {
-        let seen = RefCell::new(Vec::new());
-        let progress = |done, total| seen.borrow_mut().push((done, total));
-        let tokens = encode_bytes(&texts(), 257, 0, &progress).expect("encodes");
-        let seen = seen.into_inner();
-        assert!(seen.len() > 2 && seen.is_sorted());
-        let total = tokens.info().raw_bytes;
-        assert_eq!(seen.last(), Some(&(total, total)));
-    }
-
-    #[test]
-    fn the_first_bad_document_is_named_whatever_the_threads_do() {
-        let mut texts = texts();
-        for text in texts.iter_mut().skip(200) {
-            text.push('!');
-        }
-        let messages: Vec<String> = (0..5)
-            .map(|_| encode_bytes(&texts, 257, 3, &|_, _| {}).expect_err("bad"))
-            .map(|why| why.to_string())
-            .collect();
-        assert!(
-            messages[0].contains("a.txt, byte 5: no ! please"),
-            "{}",
-            messages[0]
-        );
-        assert!(messages.iter().all(|m| *m == messages[0]), "{messages:?}");
-    }
-
-    #[test]
-    fn ids_outside_the_vocabulary_and_no_documents_are_refused() {
-        let message = |vocab_size| {
-            let why = encode_bytes(&["abc".to_owned()], vocab_size, 0, &|_, _| {});
-            why.expect_err("refused").to_string()
-        };
-        assert!(
-            message(98).contains("<|endoftext|> (id 97)"),
-            "{}",
-            message(98)
-        );
-        assert!(
-            message(97).contains("id 97 in a vocabulary of 97"),
-            "{}",
-            message(97)
-        );
-        let why = encode_bytes(&[], 257, 0, &|_, _| {}).expect_err("none");
-        assert!(why.to_string().contains("no documents"), "{why}");
-    }
-
-    #[test]
-    fn the_width_follows_the_vocabulary() {
-        let narrow = token_set(&[vec![65_534, 0]], 65_536);
-        assert!(matches!(narrow.source, Source::Memory(Ids::U16(_))));
-        assert_eq!(all(&narrow), [65_534, 0, 65_535]);
-        let wide = token_set(&[vec![65_536, 0]], 65_537 + 1);
-        assert!(matches!(wide.source, Source::Memory(Ids::U32(_))));
-        assert_eq!(all(&wide), [65_536, 0, 65_537]);
-    }
-
-    #[test]
-    fn circular_reads_wrap() {
-        let tokens = token_set(&[vec![1, 2], vec![3]], 10);
-        let mut out = [0; 12];
-        tokens.read_circular(7, &mut out).expect("reads");
-        assert_eq!(out, [9, 3, 9, 1, 2, 9, 3, 9, 1, 2, 9, 3]);
-    }
-
-    #[test]
-    #[should_panic(expected = "2 tokens from 3 of 4")]
-    fn reads_outside_are_refused() {
-        let tokens = token_set(&[vec![1, 2, 3]], 10);
-        let _ = tokens.read(3, &mut [0; 2]);
-    }
-}
+pub(super) mod tests;

@@ -264,6 +264,7 @@ mod demo {
             results: None,
             samples: samples(),
             early_stop: None,
+            projection: None,
         }
     }
 
@@ -373,6 +374,7 @@ mod demo {
                 } else {
                     trend(step) + 0.16 * noise(n)
                 },
+                divergence: None,
                 lr: 1e-3 * warm_up * 0.5 * (1.0 + (std::f64::consts::PI * step / 1200.0).cos()),
                 grad_norm: if skipped { 45.0 } else { grad_norm },
                 clipped: grad_norm > 1.0,

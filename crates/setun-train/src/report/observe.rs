@@ -84,6 +84,7 @@ pub fn observations(record: &RunRecord, metrics: &[Metric]) -> Vec<Observation> 
     } else {
         notes.warning("No training step is recorded.".to_owned());
     }
+    projection_cost(&mut notes, record, &timeline);
     if let Some(stop) = &record.early_stop {
         notes.info(format!(
             "The run stopped early at step {}: {}.",
@@ -188,6 +189,24 @@ impl Notes {
             text,
         });
     }
+}
+
+/// What a run that starts from a dense model lost and won back.
+fn projection_cost(notes: &mut Notes, record: &RunRecord, timeline: &Timeline) {
+    let (Some(cost), Some(best)) = (record.projection, timeline.best_eval()) else {
+        return;
+    };
+    let left = best.loss - cost.before;
+    notes.info(format!(
+        "The dense model had a held-out loss of {:.4} nats per token; its projection had {:.4} \
+         without training, and {:.4} at best with it (step {}): {:.4} {} the dense model.",
+        cost.before,
+        cost.after,
+        best.loss,
+        best.step,
+        left.abs(),
+        if left > 0.0 { "above" } else { "below" },
+    ));
 }
 
 fn held_out(notes: &mut Notes, timeline: &Timeline, results: &FinalResults) {

@@ -21,6 +21,9 @@ pub struct StepRecord {
     /// Mean loss of the step's tokens, in nats.
     #[serde(with = "float")]
     pub loss: f64,
+    /// Mean divergence from the teacher, in nats; none without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub divergence: Option<f64>,
     /// Learning rate.
     #[serde(with = "float")]
     pub lr: f64,
@@ -291,6 +294,17 @@ pub(super) fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
+/// Held-out loss on both sides of the projection that a run begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProjectionCost {
+    /// Of the dense model, in nats per token.
+    #[serde(with = "float")]
+    pub before: f64,
+    /// Of its projection, before any training.
+    #[serde(with = "float")]
+    pub after: f64,
+}
+
 /// `run.json`: everything about a run that is not a time series.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunRecord {
@@ -330,6 +344,9 @@ pub struct RunRecord {
     /// Why the run ended before its last planned step, if it did.
     #[serde(default)]
     pub early_stop: Option<EarlyStop>,
+    /// What the projection of a dense model cost; none for other beginnings.
+    #[serde(default)]
+    pub projection: Option<ProjectionCost>,
 }
 
 /// The machine of a run.
@@ -612,6 +629,7 @@ mod tests {
         StepRecord {
             step,
             loss,
+            divergence: None,
             lr: 1e-3,
             grad_norm: 0.5,
             clipped: false,

@@ -20,8 +20,8 @@ use toml::de::DeTable;
 
 pub use crate::data::SplitOn;
 pub use schema::{
-    CheckpointSettings, DataSettings, EvalSettings, ExportSettings, LogSettings, ModelSettings,
-    RunSettings, SampleSettings, TokenizerSettings, TrainSettings,
+    CheckpointSettings, DataSettings, DistillSettings, EvalSettings, ExportSettings, LogSettings,
+    ModelSettings, RunSettings, SampleSettings, TokenizerSettings, TrainSettings,
 };
 pub use value::{Choice, ExportDtype, ExportFormat, NumericsChoice, ScheduleKind};
 
@@ -43,6 +43,8 @@ pub struct Settings {
     pub model: ModelSettings,
     /// `[train]`: Optimization.
     pub train: TrainSettings,
+    /// `[distill]`: Learning from another model's distribution.
+    pub distill: DistillSettings,
     /// `[eval]`: Held-out loss.
     pub eval: EvalSettings,
     /// `[checkpoint]`: Checkpoints to resume from.

@@ -9,7 +9,7 @@ use toml::Value;
 
 use super::Settings;
 use super::value::{ExportDtype, ExportFormat, NumericsChoice, ScheduleKind, SettingValue};
-use crate::data::SplitOn;
+use crate::data::{DataFormat, SplitOn};
 
 /// One setting: what a recipe calls it, what it means, how to reach it.
 pub struct Key {
@@ -110,6 +110,9 @@ settings! {
         /// What separates documents within a text file; a pattern matches the start of
         /// a document's first line.
         split_on: SplitOn = SplitOn::BlankLines,
+        /// What .jsonl lines hold; auto takes those with messages for conversations, of
+        /// which only the assistant's turns are learned.
+        format: DataFormat = DataFormat::Auto,
         /// Field of a .jsonl line that holds the text.
         text_field: String = "text".to_owned(),
         /// Documents with fewer characters are counted and reported.
@@ -204,10 +207,27 @@ settings! {
         max_bad_steps: usize = 10,
         /// Rows of logits computed at a time; 0 for automatic.
         head_chunk: usize = 0,
+        /// Parameters that stay as they are: parts of their names, such as `embed_tokens`,
+        /// `layers.0` or `norm`.
+        freeze: Vec<String> = Vec::new(),
+        /// Steps in which the weights go over from the latents to their projection; 0 projects
+        /// from the first step on. Evaluations always use the projection.
+        blend_steps: u64 = 0,
         /// Whether the run ends when the held-out loss stops falling.
         early_stop: bool = false,
         /// Evaluations without a better loss that `early_stop` waits for.
         early_stop_patience: usize = 5,
+    }
+    /// Learning from another model's distribution.
+    distill: DistillSettings {
+        /// Share of the divergence from the teacher in the loss, beside the cross entropy;
+        /// 0 for no teacher.
+        weight: f64 = 0.0,
+        /// Model to learn from, with the same tokenizer; when empty, the dense model that
+        /// training starts from (--init).
+        teacher: Option<PathBuf> = None,
+        /// Softmax temperature of both sides of the divergence.
+        temperature: f64 = 1.0,
     }
     /// Held-out loss.
     eval: EvalSettings {

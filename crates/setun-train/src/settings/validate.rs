@@ -15,6 +15,7 @@ pub(super) fn validate(settings: &Settings) -> Checked {
     validate_data(settings)?;
     validate_number_format(settings)?;
     validate_training(settings)?;
+    validate_adaptation(settings)?;
     validate_schedule(settings)?;
     validate_sampling(settings)
 }
@@ -167,6 +168,43 @@ fn validate_training(settings: &Settings) -> Checked {
         train.early_stop && settings.eval.every == 0,
         || "train.early_stop needs evaluations, but eval.every = 0".to_owned(),
         "set eval.every to a number of steps",
+    )
+}
+
+/// Options for training that starts from a dense model.
+fn validate_adaptation(settings: &Settings) -> Checked {
+    let (train, distill) = (&settings.train, &settings.distill);
+    within("distill.weight", distill.weight, 0.0, 1.0, Upper::Included)?;
+    above_zero("distill.temperature", distill.temperature)?;
+    refuse_if(
+        distill.weight > 0.0 && distill.teacher.is_none() && settings.model.init_from.is_none(),
+        || "distill.weight is above 0, but there is no teacher".to_owned(),
+        "name a model in distill.teacher, or start from a dense one with --init",
+    )?;
+    refuse_if(
+        distill.weight == 0.0 && distill.teacher.is_some(),
+        || "there is a teacher, but distill.weight = 0".to_owned(),
+        "set distill.weight to the teacher's share of the loss, such as 0.5",
+    )?;
+    refuse_if(
+        train.blend_steps > 0 && !settings.model.ternary,
+        || "train.blend_steps needs a ternary model, but model.ternary = false".to_owned(),
+        "drop one of the two",
+    )?;
+    refuse_if(
+        train.blend_steps > 0 && train.blend_steps >= train.steps,
+        || {
+            format!(
+                "train.blend_steps = {} leaves none of train.steps = {} to the ternary weights",
+                train.blend_steps, train.steps
+            )
+        },
+        "lower train.blend_steps; a fifth of the steps is plenty",
+    )?;
+    refuse_if(
+        train.freeze.iter().any(|name| name.is_empty()),
+        || "train.freeze has an empty name".to_owned(),
+        "name parts of parameters, such as embed_tokens or layers.0",
     )
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use setun_ternary::{Numerics, ScaleRule};
 use toml::Value;
 
-use crate::data::SplitOn;
+use crate::data::{DataFormat, SplitOn};
 
 /// A type that a setting can have.
 pub trait SettingValue: Sized {
@@ -133,6 +133,29 @@ impl SettingValue for String {
 }
 
 /// A path; the empty string means none.
+impl SettingValue for Vec<String> {
+    const PLACEHOLDER: &'static str = "NAMES";
+    const IS_LIST: bool = true;
+
+    fn expected() -> String {
+        "a list of names".to_owned()
+    }
+
+    fn flag_to_toml(text: &str) -> Value {
+        let names = text.split(',').map(str::trim).filter(|s| !s.is_empty());
+        Value::Array(names.map(|s| Value::String(s.to_owned())).collect())
+    }
+
+    fn from_toml(value: &Value, _: &Path) -> Option<Self> {
+        let names = value.as_array()?.iter();
+        names.map(|v| v.as_str().map(str::to_owned)).collect()
+    }
+
+    fn to_toml(&self) -> Value {
+        Value::Array(self.iter().cloned().map(Value::String).collect())
+    }
+}
+
 impl SettingValue for Option<PathBuf> {
     const PLACEHOLDER: &'static str = "PATH";
 
@@ -339,6 +362,18 @@ impl Choice for ScaleRule {
 
     fn name(self) -> &'static str {
         ScaleRule::name(self)
+    }
+}
+
+impl Choice for DataFormat {
+    const ALL: &'static [Self] = &[Self::Auto, Self::Text, Self::Chat];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Text => "text",
+            Self::Chat => "chat",
+        }
     }
 }
 

@@ -313,6 +313,7 @@ train: RECIPE.toml --init --resume --dry-run
   --data.valid
   --data.valid_fraction
   --data.split_on
+  --data.format
   --data.text_field
   --data.min_document_chars
   --data.document_mask
@@ -354,8 +355,13 @@ train: RECIPE.toml --init --resume --dry-run
   --train.recompute
   --train.max_bad_steps
   --train.head_chunk
+  --train.freeze
+  --train.blend_steps
   --train.early_stop
   --train.early_stop_patience
+  --distill.weight
+  --distill.teacher
+  --distill.temperature
   --eval.every
   --eval.batch_size
   --checkpoint.every
@@ -379,5 +385,7 @@ tokenizer:
 tokenizer train: --vocab-size --output SOURCES --split-on --text-field --min-document-chars
 tokenizer show: FILE --text
 export: MODEL OUT --format --dtype --checkpoint
+convert: IN OUT --to --ternarize --group-size --scale-rule --numerics --lossy --shard-bytes --checkpoint
+inspect: FILE --json
 report: RUN
 ";

@@ -1,0 +1,278 @@
+//! What a `tokenizer.json` must hold before the `tokenizers` crate may see it.
+//!
+//! That crate trusts its input: a merge whose result is longer than every token is out of
+//! bounds there, a prefix is cut off bytes that need not have it, of two tokens with one
+//! id either may win, and behind a hole in the ids an added token takes the id of a word.
+
+use super::decode::byte_of;
+use super::{MAX_VOCAB_SIZE, TokenizerError};
+use crate::config::json::{cut, refuse_repeated_keys};
+use serde::Deserialize;
+use std::collections::{BTreeMap, HashMap};
+use tokenizers::DecoderWrapper;
+use tokenizers::models::ModelWrapper;
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+
+/// An added token, whose id the `tokenizers` crate assigns anew.
+#[derive(Deserialize)]
+pub(super) struct NumberedToken {
+    pub(super) id: u32,
+    pub(super) content: String,
+}
+
+/// Checks the text of a whole `tokenizer.json`; returns its added tokens.
+///
+/// # Errors
+/// What is not JSON, repeats a key or has no BPE model; ids that are used twice, leave a
+/// hole or are too large; merges of or into words that are no tokens; added tokens that
+/// are empty or repeated.
+pub(super) fn check_file(text: &str) -> Result<Vec<NumberedToken>, TokenizerError> {
+    let malformed = |e: serde_json::Error| TokenizerError::Malformed(cut(&e.to_string()));
+    refuse_repeated_keys(text.as_bytes()).map_err(malformed)?;
+    let kind: KindFile = serde_json::from_str(text).map_err(malformed)?;
+    if let Some(kind) = kind.model.kind.filter(|kind| kind != "BPE") {
+        return unsupported("the model", quoted(&kind), "BPE");
+    }
+    let file: TokenFile = serde_json::from_str(text).map_err(malformed)?;
+    let affixes = [
+        &file.model.continuing_subword_prefix,
+        &file.model.end_of_word_suffix,
+    ];
+    if let Some(affix) = affixes
+        .into_iter()
+        .flatten()
+        .find(|affix| !affix.is_empty())
+    {
+        return unsupported("a prefix or suffix of model", quoted(affix), "null");
+    }
+    check_parts(&file)?;
+    check_ids(&file.model.vocab)?;
+    for (index, merge) in file.model.merges.iter().enumerate() {
+        check_merge(index, merge, &file.model.vocab)?;
+    }
+    check_added(&file.added_tokens)?;
+    Ok(file.added_tokens)
+}
+
+#[derive(Deserialize)]
+struct KindFile {
+    model: Kind,
+}
+
+#[derive(Deserialize)]
+struct Kind {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct TokenFile {
+    #[serde(default)]
+    added_tokens: Vec<NumberedToken>,
+    normalizer: Option<Part>,
+    pre_tokenizer: Option<Part>,
+    decoder: Option<Part>,
+    model: BpeFile,
+}
+
+/// A step before or behind the model; serde_json bounds how deep they nest.
+#[derive(Deserialize)]
+struct Part {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    behavior: Option<String>,
+    #[serde(default)]
+    normalizers: Vec<Part>,
+    #[serde(default)]
+    pretokenizers: Vec<Part>,
+}
+
+impl Part {
+    fn kind(&self) -> &str {
+        self.kind.as_deref().unwrap_or_default()
+    }
+}
+
+#[derive(Deserialize)]
+struct BpeFile {
+    vocab: BTreeMap<String, u32>,
+    merges: Vec<Merge>,
+    continuing_subword_prefix: Option<String>,
+    end_of_word_suffix: Option<String>,
+}
+
+/// Both spellings of a merge; the older one separates the two by a space.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Merge {
+    Pair(String, String),
+    Text(String),
+}
+
+/// Only what leaves text as it is, up to its Unicode normal form. Others lose text (lower
+/// case, stripping, removed delimiters), and some panic over bad tables.
+fn check_parts(file: &TokenFile) -> Result<(), TokenizerError> {
+    let mut rest: Vec<&Part> = file.normalizer.iter().collect();
+    while let Some(part) = rest.pop() {
+        match part.kind() {
+            "NFC" | "NFD" | "NFKC" | "NFKD" => {}
+            "Sequence" => rest.extend(&part.normalizers),
+            other => return unsupported("normalizer", quoted(other), "NFC"),
+        }
+    }
+    rest.extend(&file.pre_tokenizer);
+    while let Some(part) = rest.pop() {
+        let removes = part.behavior.as_deref() == Some("Removed");
+        match part.kind() {
+            "Split" | "Punctuation" if removes => {
+                let found = "one that removes text".to_owned();
+                return unsupported("pre_tokenizer", found, "the behavior \"Isolated\"");
+            }
+            "ByteLevel" | "Split" | "Punctuation" | "Digits" | "UnicodeScripts" => {}
+            "Sequence" => rest.extend(&part.pretokenizers),
+            other => return unsupported("pre_tokenizer", quoted(other), "Split and ByteLevel"),
+        }
+    }
+    match &file.decoder {
+        Some(part) if part.kind() != "ByteLevel" => {
+            unsupported("decoder", quoted(part.kind()), "ByteLevel")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Each of the ids 0 to n - 1 belongs to exactly one of the n tokens.
+fn check_ids(vocab: &BTreeMap<String, u32>) -> Result<(), TokenizerError> {
+    let Some(largest) = vocab.values().copied().max() else {
+        return unsupported("model.vocab", "empty".to_owned(), "a token for each byte");
+    };
+    if largest as usize >= MAX_VOCAB_SIZE {
+        return Err(TokenizerError::VocabTooLarge { found: largest });
+    }
+    let mut owners: Vec<Option<&str>> = vec![None; vocab.len()];
+    for (token, &id) in vocab {
+        let Some(owner) = owners.get_mut(id as usize) else {
+            let last = vocab.len() - 1;
+            let problem = format!("but the ids of {} tokens run from 0 to {last}", vocab.len());
+            return Err(bad_token(token, id, problem));
+        };
+        if let Some(first) = owner.replace(token) {
+            let problem = format!("which is that of {:?} too", cut(first));
+            return Err(bad_token(token, id, problem));
+        }
+    }
+    Ok(())
+}
+
+fn check_merge(
+    index: usize,
+    merge: &Merge,
+    vocab: &BTreeMap<String, u32>,
+) -> Result<(), TokenizerError> {
+    let bad = |problem: String| Err(TokenizerError::BadMerge { index, problem });
+    let (left, right) = match merge {
+        Merge::Pair(left, right) => (left.as_str(), right.as_str()),
+        // The version line of a merges.txt, which the crate skips.
+        Merge::Text(text) if text.starts_with("#version") => return Ok(()),
+        Merge::Text(text) => match text.split_once(' ') {
+            Some((left, right)) if !right.contains(' ') => (left, right),
+            _ => {
+                return bad(format!(
+                    "{:?} is not two tokens with a space between",
+                    cut(text)
+                ));
+            }
+        },
+    };
+    let whole = format!("{left}{right}");
+    for token in [left, right, &whole] {
+        if !vocab.contains_key(token) {
+            return bad(format!("{:?} is no token of model.vocab", cut(token)));
+        }
+    }
+    Ok(())
+}
+
+fn check_added(tokens: &[NumberedToken]) -> Result<(), TokenizerError> {
+    let mut seen = BTreeMap::new();
+    for token in tokens {
+        if token.content.is_empty() {
+            return Err(bad_token("", token.id, "but it is empty".to_owned()));
+        }
+        if let Some(first) = seen.insert(&token.content, token.id) {
+            let problem = format!("but it was added with id {first} before");
+            return Err(bad_token(&token.content, token.id, problem));
+        }
+    }
+    Ok(())
+}
+
+/// Checks the kind of a tokenizer, part by part.
+///
+/// # Errors
+/// Anything but byte-level BPE over the text as it is.
+pub(super) fn check_model(inner: &tokenizers::Tokenizer) -> Result<(), TokenizerError> {
+    let ModelWrapper::BPE(bpe) = inner.get_model() else {
+        return unsupported("the model", "of another kind".to_owned(), "BPE");
+    };
+    if bpe.dropout.is_some_and(|dropout| dropout != 0.0) {
+        return unsupported("model.dropout", format!("{:?}", bpe.dropout), "null");
+    }
+    if bpe.byte_fallback {
+        return unsupported("model.byte_fallback", "true".to_owned(), "false");
+    }
+    let is_byte_level =
+        |part: &PreTokenizerWrapper| matches!(part, PreTokenizerWrapper::ByteLevel(_));
+    let maps_bytes = inner.get_pre_tokenizer().is_some_and(|part| match part {
+        PreTokenizerWrapper::Sequence(parts) => parts.as_ref().iter().any(is_byte_level),
+        part => is_byte_level(part),
+    });
+    if !maps_bytes {
+        return unsupported("pre_tokenizer", "without ByteLevel".to_owned(), "it");
+    }
+    if !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
+        return unsupported("decoder", "not ByteLevel".to_owned(), "that one");
+    }
+    Ok(())
+}
+
+/// A byte without a token would vanish from every text.
+pub(super) fn check_bytes(vocab: &HashMap<String, u32>) -> Result<(), TokenizerError> {
+    let mut seen = [false; 256];
+    for token in vocab.keys() {
+        let mut chars = token.chars();
+        if let (Some(c), None) = (chars.next(), chars.next())
+            && let Some(byte) = byte_of(c)
+        {
+            seen[usize::from(byte)] = true;
+        }
+    }
+    match seen.iter().position(|seen| !seen) {
+        None => Ok(()),
+        Some(byte) => {
+            let found = format!("without a token for byte {byte:#04x}");
+            unsupported("model.vocab", found, "one for each of the 256 bytes")
+        }
+    }
+}
+
+fn quoted(text: &str) -> String {
+    format!("{:?}", cut(text))
+}
+
+fn bad_token(token: &str, id: u32, problem: String) -> TokenizerError {
+    let token = cut(token);
+    TokenizerError::BadToken { token, id, problem }
+}
+
+fn unsupported<T>(
+    part: &'static str,
+    found: String,
+    expected: &'static str,
+) -> Result<T, TokenizerError> {
+    Err(TokenizerError::Unsupported {
+        part,
+        found,
+        expected,
+    })
+}

@@ -1,0 +1,65 @@
+//! `setun convert` and `setun inspect`.
+
+use crate::args::{ConvertArgs, InspectArgs};
+use crate::console::{self, Console};
+use crate::environment::Environment;
+use crate::{CommandResult, Outcome};
+use setun_io::{ConvertOptions, ConvertSummary, convert as convert_model};
+use setun_train::run::Observer;
+
+/// Weights between two updates of the progress bar.
+const PROGRESS_WEIGHTS: u64 = 1 << 22;
+
+/// `setun convert`
+pub fn convert(args: ConvertArgs, _: &Environment) -> CommandResult {
+    let model = super::open(&args.input, args.checkpoint)?;
+    let options = ConvertOptions {
+        ternarize: args.ternarize,
+        allow_lossy: args.lossy,
+        max_shard_bytes: args.shard_bytes as u64,
+        ..ConvertOptions::new(args.format)
+    };
+    let mut console = Console::new();
+    let mut shown = 0;
+    let summary = convert_model(&model, &args.output, &options, &mut |done, total| {
+        if done == total || done - shown >= PROGRESS_WEIGHTS {
+            shown = done;
+            console.progress("converting", done, total, "weights");
+        }
+    })?;
+    drop(console);
+    for note in &summary.notes {
+        console::tell(format_args!("note: {note}"));
+    }
+    print_summary(&summary)?;
+    Ok(Outcome::Success)
+}
+
+fn print_summary(summary: &ConvertSummary) -> std::io::Result<()> {
+    let bits = 8.0 * summary.num_bytes as f64 / summary.num_weights.max(1) as f64;
+    let kind = match &summary.ternary {
+        None => "float weights".to_owned(),
+        Some(ternary) => format!(
+            "ternary, group size {}, numerics {}",
+            ternary.group_size,
+            ternary.numerics.name()
+        ),
+    };
+    say!(
+        "{}: {} weights, {} bytes, {bits:.3} bits per weight, {kind}",
+        summary.path.display(),
+        summary.num_weights,
+        summary.num_bytes
+    );
+    Ok(())
+}
+
+/// `setun inspect`
+pub fn inspect(args: InspectArgs, _: &Environment) -> CommandResult {
+    let inspection = setun_io::inspect(&args.path)?;
+    match args.json {
+        true => say!("{}", serde_json::to_string_pretty(&inspection)?),
+        false => console::print(format_args!("{inspection}"))?,
+    }
+    Ok(Outcome::Success)
+}
