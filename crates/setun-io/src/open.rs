@@ -340,7 +340,7 @@ impl OpenModel {
             let &[num_rows, cols] = shape.as_slice() else {
                 continue;
             };
-            for rows in row_blocks(num_rows, cols, BLOCK_WEIGHTS) {
+            for rows in row_blocks(num_rows, cols, BLOCK_WEIGHTS / 4) {
                 self.weights
                     .retain_sizes(&Block { name, rows, cols }, &mut sizes)?;
                 if sizes.is_empty() {
