@@ -8,8 +8,8 @@ mod rig;
 
 use rig::{Rig, content, numbers, randoms, scales, trits};
 use setun_backend::{
-    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Host, Isa,
-    Limits, NormRope, RmsNorm, Segment, TernaryBuf, WeightBuf, WeightData,
+    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Distillation,
+    Host, Isa, Limits, NormRope, RmsNorm, Segment, TernaryBuf, WeightBuf, WeightData,
 };
 
 /// Step of the central differences.
@@ -49,6 +49,7 @@ fn gradients_equal_central_differences() {
         swiglus(),
         attentions(),
         cross_entropies(),
+        distillations(),
         adds(),
     ];
     for case in table.into_iter().flatten() {
@@ -425,6 +426,58 @@ fn cross_entropies() -> Vec<Case> {
         }),
     };
     [(1, 2), (3, 7), (9, 37)].map(case).into()
+}
+
+/// The loss that a student has from its targets and its teacher.
+fn distillations() -> Vec<Case> {
+    let case = |(rows, vocab, weight, temperature): (usize, usize, f64, f64)| Case {
+        name: format!("distill [{rows}, {vocab}], weight {weight}, temperature {temperature}"),
+        inputs: vec![("logits", randoms(31, rows * vocab))],
+        dy: vec![1.0 / rows as f64; rows],
+        compute: Box::new(move |inputs, dy| {
+            let mut rig = Rig::new();
+            let teacher_logits: Vec<f64> = randoms(32, rows * vocab);
+            let student = CrossEntropy {
+                logits: rig.put(&inputs[0]),
+                targets: rig.put(&numbers(27, rows, vocab as u32)),
+                losses: stale(&mut rig, rows),
+                gradient_scale: Some(dy[0]),
+            };
+            let op = Distillation {
+                student,
+                teacher: rig.put(&teacher_logits),
+                divergences: stale(&mut rig, rows),
+                weight,
+                temperature,
+            };
+            let mut host = reference(rig);
+            host.distill(op);
+            let divergences = content(&host, op.divergences);
+            let logits = inputs[0].chunks(vocab).zip(teacher_logits.chunks(vocab));
+            for (&found, (student, teacher)) in divergences.iter().zip(logits) {
+                let plain = kl_divergence(teacher, student, temperature);
+                assert!((found - plain).abs() < 1e-13, "{found} for {plain}");
+            }
+            let rows = content(&host, student.losses).into_iter().zip(divergences);
+            let mix = |(loss, kl)| (1.0 - weight) * loss + weight * temperature * temperature * kl;
+            Outcome {
+                y: rows.map(mix).collect(),
+                gradients: vec![content(&host, student.logits)],
+            }
+        }),
+    };
+    let sizes = [(1, 2, 1.0, 1.0), (3, 7, 0.5, 2.0), (9, 37, 0.9, 0.7)];
+    sizes.map(case).into()
+}
+
+/// `KL(softmax(teacher / t) || softmax(student / t))`, term by term.
+fn kl_divergence(teacher: &[f64], student: &[f64], temperature: f64) -> f64 {
+    let log_softmax = |logits: &[f64]| -> Vec<f64> {
+        let sum: f64 = logits.iter().map(|x| (x / temperature).exp()).sum();
+        logits.iter().map(|x| x / temperature - sum.ln()).collect()
+    };
+    let pairs = log_softmax(teacher).into_iter().zip(log_softmax(student));
+    pairs.map(|(p, q)| p.exp() * (p - q)).sum()
 }
 
 /// `y = to + from`: both gradients are `dy`, which a model gets by adding it in place.

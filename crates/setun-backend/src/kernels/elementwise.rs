@@ -85,3 +85,20 @@ pub fn embedding_backward<R: Real>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_blend_goes_from_the_latents_to_their_projection() {
+        let (latent, trits, scales) = ([0.5f32, -3.0, 0.25], [1, -1, 0], [2.0, 4.0]);
+        let mut y = [f32::NAN; 3];
+        blend_row(&latent, &trits, &scales, 2, 0.0, &mut y);
+        assert_eq!(y, latent);
+        blend_row(&latent, &trits, &scales, 2, 1.0, &mut y);
+        assert_eq!(y, [2.0, -2.0, 0.0]);
+        blend_row(&latent, &trits, &scales, 2, 0.25, &mut y);
+        assert_eq!(y, [0.875, -2.75, 0.1875]);
+    }
+}

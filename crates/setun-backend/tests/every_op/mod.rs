@@ -5,8 +5,8 @@
 use crate::rig::{Rig, numbers, scales, trits};
 use half::bf16;
 use setun_backend::{
-    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Host, Limits,
-    NormRope, RmsNorm, Segment, TernaryBuf, WeightBuf, WeightData,
+    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Distillation,
+    Host, Limits, NormRope, RmsNorm, Segment, TernaryBuf, WeightBuf, WeightData,
 };
 use setun_ternary::ScaleRule;
 
@@ -269,7 +269,7 @@ impl EveryOp {
     }
 
     fn pointwise(&self, host: &mut Host<f32>, after: &mut Observer<'_>) {
-        let [a, b, c, _] = self.fresh(host);
+        let [a, b, c, d] = self.fresh(host);
         for (mode, y) in self.acts {
             let (gate, up) = (a.part(0, ROWS * WIDTH), b.part(0, ROWS * WIDTH));
             host.swiglu(gate, up, WIDTH, y);
@@ -289,6 +289,16 @@ impl EveryOp {
             host.cross_entropy(op);
             let results = [Seen::F32(op.logits), Seen::F32(op.losses)];
             after("cross_entropy", mode, &results, host);
+            let op = Distillation {
+                student: op,
+                teacher: c.part(0, ROWS * OUT),
+                divergences: d.part(0, ROWS),
+                weight: 0.75,
+                temperature: 2.0,
+            };
+            host.distill(op);
+            let results = [op.student.logits, op.student.losses, op.divergences];
+            after("distill", mode, &results.map(Seen::F32), host);
         }
     }
 
@@ -326,6 +336,9 @@ impl EveryOp {
             ];
             after("project", rule.name(), &results, host);
         }
+        let blended = m.part(0, OUT * WIDTH);
+        host.blend(latent, WIDTH, self.projected, 0.3, blended);
+        after("blend", "", &[Seen::F32(blended)], host);
     }
 }
 
