@@ -5,6 +5,7 @@ use crate::data::{self, Batches};
 use crate::optimizer::{AdamWOptions, Optimizer};
 use crate::schedule::Schedule;
 use crate::settings::Settings;
+use setun_backend::ops::IGNORE_TARGET;
 use setun_backend::{Backend, Category, HostWorkspace, Limits, Plan, ProjectStats, Segment};
 use setun_formats::Qwen3Config;
 use setun_model::{Form, ModelSpec, ParameterUse, Purpose, Qwen3, Scheme, Teacher, TrainShape};
@@ -315,13 +316,17 @@ impl<B: Backend<Real = f32>> Trainer<B> {
     }
 
     /// Forward and backward over all micro-batches; returns the mean loss and the mean
-    /// divergence from the teacher (0 without one), and leaves the gradients of their mix.
+    /// divergence from the teacher (0 without one) over the targets that count, and leaves
+    /// the gradients of their mix.
     fn accumulate(&mut self) -> (f64, f64) {
         for gradient in self.model.parameters.list.iter().filter_map(|p| p.grad) {
             self.backend.zero(gradient);
         }
         let rows = self.batch.inputs.len();
         debug_assert!(self.options.micro_rows.is_multiple_of(self.options.seq_len));
+        let counts = |target: &&u32| **target != IGNORE_TARGET;
+        // A batch without any target that counts has no loss and teaches nothing.
+        let num_targets = self.batch.targets.iter().filter(counts).count().max(1) as f64;
         let (mut total, mut divergence) = (0.0, 0.0);
         for start in (0..rows).step_by(self.options.micro_rows) {
             let n = self.options.micro_rows.min(rows - start);
@@ -335,7 +340,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
             self.model
                 .write_batch(b, inputs, &batch.positions[..n], targets);
             self.model.forward(b, n, 0, &batch.segments);
-            let scale = Some(1.0 / rows as f64);
+            let scale = Some(1.0 / num_targets);
             let teacher = self.teacher.as_ref().map(|model| {
                 model.write_batch(b, inputs, &batch.positions[..n], &[]);
                 model.forward(b, n, 0, &batch.segments);
@@ -355,7 +360,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
                 divergence += sum(&batch.losses[..n]);
             }
         }
-        (total / rows as f64, divergence / rows as f64)
+        (total / num_targets, divergence / num_targets)
     }
 }
 
