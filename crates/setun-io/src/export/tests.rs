@@ -3,7 +3,10 @@
 use super::*;
 use crate::fixture::{DOWN, Dense, EMBED, Q_NORM, Scratch, Tiny};
 use crate::{TensorFile, TernaryHasher, verify_manifest};
+use setun_formats::gguf::GgufType;
 use setun_formats::tokenizer::END_OF_TEXT;
+use setun_ternary::blocks::BlockType;
+use setun_ternary::{Numerics, ScaleRule};
 use std::fs;
 
 fn export(
@@ -174,4 +177,115 @@ fn an_earlier_export_is_kept() {
     let again = export(&scratch, &tiny, true, ExportDtype::F16, &tiny).unwrap_err();
     assert!(matches!(again, IoError::Exists { .. }), "{again}");
     verify_manifest(&dir).unwrap();
+}
+
+/// The dense Qwen3 models with the vocabulary of PrismML's files (stock Qwen3 has 151,936).
+fn qwen3(
+    vocab_size: usize,
+    (hidden_size, intermediate_size): (usize, usize),
+    (num_hidden_layers, num_attention_heads): (usize, usize),
+    tie_word_embeddings: bool,
+) -> Qwen3Config {
+    Qwen3Config {
+        vocab_size,
+        hidden_size,
+        intermediate_size,
+        num_hidden_layers,
+        num_attention_heads,
+        num_key_value_heads: 8,
+        head_dim: 128,
+        tie_word_embeddings,
+        ..Tiny::new(true, 128).config().clone()
+    }
+}
+
+/// Bytes of all matrices in blocks of `block`, as the header of a GGUF file places them.
+fn block_bytes(config: &Qwen3Config, block: BlockType) -> u64 {
+    let parameters = config.parameters();
+    let matrices = parameters.iter().filter(|parameter| parameter.is_matrix());
+    let tensors: Vec<_> = matrices
+        .map(|p| (p.name.clone(), p.shape.clone(), GgufType::Block(block)))
+        .collect();
+    let layout = setun_formats::gguf::write_header(&mut Vec::new(), &[], &tensors).unwrap();
+    layout.tensors.iter().map(|tensor| tensor.num_bytes).sum()
+}
+
+#[test]
+fn byte_counts_of_the_qwen3_models() {
+    let ternary = TernaryInfo {
+        group_size: 128,
+        scale_rule: ScaleRule::Mean,
+        numerics: Numerics::Int8,
+    };
+    type Row = (
+        (usize, usize),
+        (usize, usize),
+        bool,
+        u64,
+        [(usize, [u64; 3]); 2],
+    );
+    // PQ2_0, PTQ1_0, and Q2_0 which is as large as MLX; for both vocabularies. The sums are
+    // n / 128 * 34, n / 128 * 28 and n / 64 * 18 of the published models.
+    let table: [Row; 4] = [
+        (
+            (1024, 3072),
+            (28, 16),
+            true,
+            65_536,
+            [
+                (151_669, [158_235_728, 130_311_776, 167_543_712]),
+                (151_936, [158_308_352, 130_371_584, 167_620_608]),
+            ],
+        ),
+        (
+            (2048, 6144),
+            (28, 16),
+            true,
+            123_904,
+            [
+                (151_669, [456_849_568, 376_229_056, 483_723_072]),
+                (151_936, [456_994_816, 376_348_672, 483_876_864]),
+            ],
+        ),
+        (
+            (2560, 9728),
+            (36, 32),
+            true,
+            196_096,
+            [
+                (151_669, [1_068_234_440, 879_722_480, 1_131_071_760]),
+                (151_936, [1_068_416_000, 879_872_000, 1_131_264_000]),
+            ],
+        ),
+        (
+            (4096, 12288),
+            (36, 32),
+            false,
+            308_224,
+            [
+                (151_669, [2_175_001_216, 1_791_177_472, 2_302_942_464]),
+                (151_936, [2_175_582_208, 1_791_655_936, 2_303_557_632]),
+            ],
+        ),
+    ];
+    for (widths, depths, tied, norms, counts) in table {
+        for (vocab_size, [pq2_0, ptq1_0, q2_0]) in counts {
+            let config = qwen3(vocab_size, widths, depths, tied);
+            let norm_weights = |p: &&setun_formats::ParameterInfo| !p.is_matrix();
+            let parameters = config.parameters();
+            let found: usize = parameters
+                .iter()
+                .filter(norm_weights)
+                .map(|p| p.numel())
+                .sum();
+            assert_eq!(found as u64, norms);
+            assert_eq!(block_bytes(&config, BlockType::Pq2_0), pq2_0);
+            assert_eq!(block_bytes(&config, BlockType::Ptq1_0), ptq1_0);
+            assert_eq!(block_bytes(&config, BlockType::Q2_0), q2_0);
+            let mlx = Encoding::Mlx { group_size: 128 };
+            let items = items(&config, Some(&ternary), |_| mlx);
+            let matrices = items.iter().filter(|item| item.parameter.is_matrix());
+            assert_eq!(matrices.map(Item::num_bytes).sum::<u64>(), q2_0);
+        }
+    }
 }
