@@ -93,6 +93,43 @@ impl Format {
         Self::ALL.into_iter().find(|format| format.name() == name)
     }
 
+    /// Whether it holds numbers, which a dense model can be written in, and not trits.
+    pub fn holds_floats(self) -> bool {
+        matches!(
+            self,
+            Self::HuggingFace(_)
+                | Self::Gguf(GgufWeights::F16 | GgufWeights::Bf16 | GgufWeights::F32)
+        )
+    }
+
+    /// Refuses a format that cannot hold every model of this shape without loss: what a
+    /// training should know before its first step.
+    ///
+    /// # Errors
+    /// Rows that the format does not divide, and blocks that are larger than groups, with
+    /// the remedy.
+    pub fn check(self, config: &Qwen3Config, ternary: Option<&TernaryInfo>) -> Result<(), IoError> {
+        check_format(config, ternary, &ConvertOptions::new(self))?;
+        let (Self::Gguf(GgufWeights::Block(block)), Some(ternary)) = (self, ternary) else {
+            return Ok(());
+        };
+        let group_size = ternary.group_size;
+        let matrices = matrices(config);
+        match matrices
+            .iter()
+            .find(|(_, cols)| !fits(block, *cols, group_size))
+        {
+            None => Ok(()),
+            Some((name, _)) => Err(IoError::Refused(format!(
+                "{name}: groups of {group_size} weights do not fit into blocks of {size} ({}), \
+                 which have one scale; train with group_size = {size}, or write a type with \
+                 smaller blocks (gguf-q2_0 has 64)",
+                self.name(),
+                size = block.block_weights()
+            ))),
+        }
+    }
+
     /// Whether it is one file, and not a directory.
     pub fn is_file(self) -> bool {
         matches!(self, Self::Gguf(_))
@@ -257,12 +294,7 @@ fn check_format(
     options: &ConvertOptions,
 ) -> Result<Form, IoError> {
     let (format, exact) = (options.format, !options.allow_lossy);
-    let of_trits = !matches!(
-        format,
-        Format::HuggingFace(_)
-            | Format::Gguf(GgufWeights::F16 | GgufWeights::Bf16 | GgufWeights::F32)
-    );
-    if ternary.is_none() && of_trits {
+    if ternary.is_none() && !format.holds_floats() {
         return Err(IoError::Refused(format!(
             "the model is dense, and {} holds trits: project it with --ternarize, or write \
              another format (hf, gguf-bf16)",

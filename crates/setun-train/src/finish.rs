@@ -12,13 +12,13 @@ use crate::report::record::{
 };
 use crate::report::samples::measure_sample;
 use crate::run::Observer;
-use crate::settings::{ExportDtype, ExportFormat, Settings};
+use crate::settings::Settings;
 use serde::Serialize;
 use setun_backend::Isa;
 use setun_formats::Tokenizer;
 use setun_infer::{Engine, EngineOptions, SamplerOptions, StopRules};
 use setun_io::{
-    IoError, OpenModel, VerifyReport, export_huggingface, export_packed, verify, write_atomic,
+    ConvertOptions, Format, IoError, OpenModel, VerifyReport, convert, verify, write_atomic,
 };
 use std::path::{Path, PathBuf};
 
@@ -80,23 +80,23 @@ impl Finish {
 
     fn export(&self, model: &OpenModel) -> Result<(), TrainError> {
         let parent = self.run.join("export");
-        let json = model.tokenizer_json()?;
-        for format in &self.settings.export.formats {
-            let name = format_directory(*format);
-            let target = parent.join(name);
+        std::fs::create_dir_all(&parent).map_err(|e| IoError::file("create", &parent, e))?;
+        for &format in &self.settings.export.formats {
+            let target = parent.join(export_name(format));
+            let remove = match target.is_dir() {
+                true => std::fs::remove_dir_all,
+                false => std::fs::remove_file,
+            };
             if target.exists() {
                 // Of an earlier end of this run; the new one replaces it.
-                std::fs::remove_dir_all(&target)
-                    .map_err(|e| IoError::file("remove", &target, e))?;
+                remove(&target).map_err(|e| IoError::file("remove", &target, e))?;
             }
-            export(
-                model,
-                *format,
-                self.settings.export.dtype,
-                json.as_deref(),
-                &parent,
-                name,
-            )?;
+            let options = ConvertOptions {
+                // Dense weights are rounded to the type of the file.
+                allow_lossy: model.ternary().is_none(),
+                ..ConvertOptions::new(format)
+            };
+            convert(model, &target, &options, &mut |_, _| {})?;
         }
         Ok(())
     }
@@ -147,55 +147,10 @@ impl Finish {
     }
 }
 
-/// Name of the directory of a format below `RUN/export`.
-fn format_directory(format: ExportFormat) -> &'static str {
-    match format {
-        ExportFormat::Hf => "hf",
-        ExportFormat::Packed => "packed",
-    }
-}
-
-/// Writes one export of an open model as `parent/name`.
-///
-/// # Errors
-/// A target that exists; a dense model asked for the packed format.
-pub fn export(
-    model: &OpenModel,
-    format: ExportFormat,
-    dtype: ExportDtype,
-    tokenizer_json: Option<&[u8]>,
-    parent: &Path,
-    name: &str,
-) -> Result<PathBuf, TrainError> {
-    let config = model.config();
-    match (format, model.ternary()) {
-        (ExportFormat::Hf, ternary) => {
-            let dtype = match dtype {
-                ExportDtype::Bf16 => setun_io::ExportDtype::Bf16,
-                ExportDtype::F16 => setun_io::ExportDtype::F16,
-            };
-            Ok(export_huggingface(
-                parent,
-                name,
-                config,
-                ternary,
-                dtype,
-                tokenizer_json,
-                model,
-            )?)
-        }
-        (ExportFormat::Packed, Some(ternary)) => Ok(export_packed(
-            parent,
-            name,
-            config,
-            ternary,
-            tokenizer_json,
-            model,
-        )?),
-        (ExportFormat::Packed, None) => Err(TrainError::refused(
-            "a packed file holds trits, and this model is dense; export it with --format hf",
-        )),
-    }
+/// Name of an export below `RUN/export`.
+fn export_name(format: Format) -> String {
+    let extension = if format.is_file() { ".gguf" } else { "" };
+    format!("{}{extension}", format.name())
 }
 
 /// The first tokens of held-out documents, spread over all of them.

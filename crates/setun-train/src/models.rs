@@ -89,6 +89,18 @@ pub(crate) fn check_names(settings: &Settings, config: &Qwen3Config) -> Result<(
     Ok(())
 }
 
+/// Refuses exports that cannot hold a model of this shape without loss.
+pub(crate) fn check_exports(settings: &Settings, config: &Qwen3Config) -> Result<(), TrainError> {
+    let ternary = settings.ternary_info();
+    for format in &settings.export.formats {
+        format.check(config, ternary.as_ref()).map_err(|e| {
+            let name = format.name();
+            TrainError::refused(format!("export.formats names {name}, but {e}"))
+        })?;
+    }
+    Ok(())
+}
+
 /// The shape of the model: that of `init`, else what the settings ask for.
 pub(crate) fn final_config(
     settings: &Settings,

@@ -6,7 +6,9 @@ use crate::evaluate::{Evaluation, Evaluator};
 use crate::finish::{self, Finished};
 use crate::machine;
 use crate::metrics::{self, MetricsWriter};
-use crate::models::{check_names, final_config, open_init, open_teacher, teacher_spec};
+use crate::models::{
+    check_exports, check_names, final_config, open_init, open_teacher, teacher_spec,
+};
 use crate::prepare::{self, Prepared};
 use crate::report::record::{
     EarlyStop, EvalRecord, MemoryFacts, MemoryRow, Metric, ModelFacts, ProjectionCost, RunRecord,
@@ -79,6 +81,7 @@ pub fn train(
     let mut prepared = prepare::prepare(&settings, init.as_ref(), observer)?;
     let config = final_config(&settings, init.as_ref(), &prepared.tokenizer)?;
     check_names(&settings, &config)?;
+    check_exports(&settings, &config)?;
     std::fs::create_dir_all(&run).map_err(|e| IoError::file("create", &run, e))?;
     let lock = match lock {
         Some(lock) => lock,
@@ -133,6 +136,7 @@ pub fn dry_run(mut settings: Settings) -> Result<Layout, TrainError> {
         None => prepare::model_config(&settings, vocab_size, None)?,
     };
     check_names(&settings, &config)?;
+    check_exports(&settings, &config)?;
     let teacher = teacher.map(|t| teacher_spec(&t, &config)).transpose()?;
     let threads = machine::threads(settings.run.threads);
     Ok(Layout::new(&settings, &config, teacher, threads))
@@ -556,12 +560,7 @@ impl Session {
     }
 
     pub fn ternary_info(&self) -> Option<TernaryInfo> {
-        let m = &self.settings.model;
-        m.ternary.then(|| TernaryInfo {
-            group_size: m.group_size,
-            scale_rule: m.scale_rule,
-            numerics: self.settings.numerics(),
-        })
+        self.settings.ternary_info()
     }
 
     fn write_record(&self) -> Result<(), TrainError> {

@@ -5,12 +5,11 @@ use std::path::PathBuf;
 
 use clap::ArgMatches;
 use clap::error::ErrorKind;
-use clap::parser::ValueSource;
 use setun_formats::TernaryInfo;
 use setun_io::Format;
 use setun_ternary::Numerics;
 use setun_train::data::DocumentOptions;
-use setun_train::settings::{ExportDtype, ExportFormat, Override, schema};
+use setun_train::settings::{Override, schema};
 
 use crate::flags;
 
@@ -31,8 +30,6 @@ pub enum Command {
     TokenizerTrain(TokenizerTrainArgs),
     /// `setun tokenizer show`
     TokenizerShow(TokenizerShowArgs),
-    /// `setun export`
-    Export(ExportArgs),
     /// `setun convert`
     Convert(ConvertArgs),
     /// `setun inspect`
@@ -153,21 +150,6 @@ pub struct TokenizerShowArgs {
     pub text: Option<String>,
 }
 
-/// Arguments of `setun export`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ExportArgs {
-    /// Run, checkpoint or export.
-    pub model: PathBuf,
-    /// Which checkpoint, if `model` is a run.
-    pub checkpoint: CheckpointChoice,
-    /// Directory to write.
-    pub output: PathBuf,
-    /// Format to write.
-    pub format: ExportFormat,
-    /// Number type of the matrices of an hf export.
-    pub dtype: ExportDtype,
-}
-
 /// Arguments of `setun convert`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConvertArgs {
@@ -265,15 +247,6 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
             }),
             _ => return Err(definition.error(ErrorKind::MissingSubcommand, "train or show?")),
         },
-        Some(("export", matches)) => {
-            let args = export(matches);
-            let dtype_given = matches.value_source("dtype") == Some(ValueSource::CommandLine);
-            if dtype_given && args.format == ExportFormat::Packed {
-                let message = "--dtype belongs to --format hf: a packed file holds trits";
-                return Err(definition.error(ErrorKind::ArgumentConflict, message));
-            }
-            Command::Export(args)
-        }
         Some(("convert", matches)) => Command::Convert(convert(matches)),
         Some(("inspect", matches)) => Command::Inspect(InspectArgs {
             path: value(matches, "path"),
@@ -366,16 +339,6 @@ fn tokenizer_train(matches: &ArgMatches) -> TokenizerTrainArgs {
         output: value(matches, "output"),
         sources: paths(matches, "sources"),
         documents: document_options(matches),
-    }
-}
-
-fn export(matches: &ArgMatches) -> ExportArgs {
-    ExportArgs {
-        model: value(matches, "model"),
-        checkpoint: value(matches, "checkpoint"),
-        output: value(matches, "output"),
-        format: value(matches, "format"),
-        dtype: value(matches, "dtype"),
     }
 }
 

@@ -1,8 +1,8 @@
 //! What each command does: open, call the library, print.
 
 use crate::args::{
-    CheckpointChoice, EvalArgs, ExportArgs, GenerateArgs, ReportArgs, TokenizeArgs,
-    TokenizerShowArgs, TokenizerSource, TokenizerTrainArgs, TrainArgs, VerifyArgs,
+    CheckpointChoice, EvalArgs, GenerateArgs, ReportArgs, TokenizeArgs, TokenizerShowArgs,
+    TokenizerSource, TokenizerTrainArgs, TrainArgs, VerifyArgs,
 };
 use crate::console::{self, Console};
 use crate::environment::Environment;
@@ -356,28 +356,6 @@ pub fn tokenizer_show(args: TokenizerShowArgs, _: &Environment) -> CommandResult
         }
         say!("{} tokens", ids.len());
     }
-    Ok(Outcome::Success)
-}
-
-/// `setun export`
-pub fn export(args: ExportArgs, _: &Environment) -> CommandResult {
-    let model = open(&args.model, args.checkpoint)?;
-    let json = model.tokenizer_json()?;
-    let output = std::path::absolute(&args.output)?;
-    let (Some(parent), Some(name)) = (output.parent(), output.file_name()) else {
-        return Err(format!("{} is no name for a directory", args.output.display()).into());
-    };
-    std::fs::create_dir_all(parent)?;
-    let name = name.to_string_lossy();
-    let path = finish::export(
-        &model,
-        args.format,
-        args.dtype,
-        json.as_deref(),
-        parent,
-        &name,
-    )?;
-    say!("{}", path.display());
     Ok(Outcome::Success)
 }
 

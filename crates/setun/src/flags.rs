@@ -11,9 +11,9 @@ use std::sync::LazyLock;
 use clap::builder::ValueParser;
 use clap::{Arg, ArgAction, Command, value_parser};
 use setun_train::data::{DataError, DocumentOptions};
+use setun_train::settings::SplitOn;
 use setun_train::settings::schema::{self, Key};
 use setun_train::settings::value::SettingValue;
-use setun_train::settings::{Choice, ExportDtype, ExportFormat, SplitOn};
 
 use crate::args::CheckpointChoice;
 
@@ -23,7 +23,7 @@ Examples:
   setun verify runs/quickstart                  prove that what it holds is ternary
   setun generate --model runs/quickstart --prompt \"The telephone is\"
   setun eval --model runs/quickstart --data held-out.txt
-  setun export runs/quickstart out --format hf
+  setun convert runs/quickstart out --to hf
   setun convert runs/quickstart model.gguf --to gguf-q2_0
   setun inspect model.gguf
 
@@ -46,7 +46,6 @@ pub fn definition() -> Command {
             eval(),
             tokenize(),
             tokenizer(),
-            export(),
             convert::convert(),
             convert::inspect(),
             report(),
@@ -281,24 +280,6 @@ fn tokenizer() -> Command {
         .subcommands([train, show])
 }
 
-fn export() -> Command {
-    Command::new("export")
-        .about("Write a model in another format")
-        .args([
-            path_argument("model", "MODEL").help("A run, a checkpoint or an export"),
-            path_argument("output", "OUT").help("Directory to write; must not exist"),
-            choice::<ExportFormat>("format", "FORMAT", "hf")
-                .help("hf: loads in transformers; packed: smallest, for setun"),
-            choice::<ExportDtype>("dtype", "DTYPE", "bf16")
-                .help("Number type of an hf export: bf16 or f16; both hold the same numbers"),
-            checkpoint_flag(),
-        ])
-        .after_help(
-            "Examples:\n  setun export runs/quickstart out\n  \
-             setun export runs/quickstart out --format packed --checkpoint best",
-        )
-}
-
 fn report() -> Command {
     Command::new("report")
         .about("Write report.html and report.json of a run again")
@@ -457,20 +438,6 @@ fn decimal(
         .allow_negative_numbers(true)
         .default_value(default)
         .help(help)
-}
-
-fn choice<T: Choice + Send + Sync>(
-    name: &'static str,
-    value_name: &'static str,
-    default: &'static str,
-) -> Arg {
-    let names = T::ALL.iter().map(|item| item.name()).collect::<Vec<_>>();
-    let one_of = format!("it is one of {}", names.join(", "));
-    Arg::new(name)
-        .long(name)
-        .value_name(value_name)
-        .value_parser(move |text: &str| T::from_name(text).ok_or_else(|| one_of.clone()))
-        .default_value(default)
 }
 
 fn recipe(text: &str) -> Result<PathBuf, String> {

@@ -72,7 +72,6 @@ fn run(command: Command, environment: &Environment) -> CommandResult {
         Command::Tokenize(args) => commands::tokenize(args, environment),
         Command::TokenizerTrain(args) => commands::tokenizer_train(args, environment),
         Command::TokenizerShow(args) => commands::tokenizer_show(args, environment),
-        Command::Export(args) => commands::export(args, environment),
         Command::Convert(args) => commands::convert(args, environment),
         Command::Inspect(args) => commands::inspect(args, environment),
         Command::Report(args) => commands::report(args, environment),

@@ -181,10 +181,7 @@ fn wrong_usage() {
             ],
             "0 or more",
         ),
-        (
-            &["export", "m", "out", "--format", "packed", "--dtype", "f16"],
-            "--format hf",
-        ),
+        (&["convert", "m", "out", "--to", "q4_k"], "gguf-q2_0"),
     ];
     for (args, words) in cases {
         setun(args).refused(2, &[words]);
@@ -260,7 +257,7 @@ fn what_is_not_a_model() {
         let commands: [&[&str]; 4] = [
             &["generate", "--model", model, "--prompt", "a"],
             &["eval", "--model", model, "--data", data],
-            &["export", model, out.to_str().unwrap()],
+            &["convert", model, out.to_str().unwrap(), "--to", "hf"],
             &[
                 "train",
                 recipe.to_str().unwrap(),
@@ -375,8 +372,8 @@ fn a_dense_model_is_not_ternary() {
     verify(&run).not_verified(&["not a ternary model", &embedding, "is not ternary"]);
     verify(&run.join("export/hf")).not_verified(&[&embedding]);
     let (model, out) = (run.to_str().unwrap(), scratch.join("out"));
-    let output = setun(["export", model, out.to_str().unwrap(), "--format", "packed"]);
-    output.refused(1, &["dense", "--format hf"]);
+    let output = setun(["convert", model, out.to_str().unwrap(), "--to", "packed"]);
+    output.refused(1, &["dense", "--ternarize"]);
     assert!(!out.exists());
 }
 
@@ -462,7 +459,8 @@ fn an_export_that_fails_leaves_nothing() {
     finish(training(&run, &scratch.corpus(), &flags).args(["--train.steps", "4"])).ok();
     let before = files(scratch.path());
     let out = scratch.join("out");
-    let export = command([OsStr::new("export"), run.as_ref(), out.as_ref()]);
+    let mut export = command([OsStr::new("convert"), run.as_ref(), out.as_ref()]);
+    export.args(["--to", "hf"]);
     finish(&mut with_little_space(&export)).refused(1, &["model.safetensors", "File too large"]);
     let logits = scratch.join("logits.safetensors");
     let mut eval = command([OsStr::new("eval"), "--model".as_ref(), run.as_ref()]);

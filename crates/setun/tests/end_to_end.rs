@@ -247,15 +247,45 @@ fn an_export_in_another_number_type_holds_the_same_weights() {
     let run = scratch.join("run");
     finish(&mut training(&run, &scratch.corpus(), &[])).ok();
     let recorded = json(&run.join("run.json"))["ternary_hashes"]["step-00000010"].clone();
-    let formats = [&["--dtype", "f16"][..], &["--format", "packed"]];
-    for (i, flags) in formats.into_iter().enumerate() {
+    for (i, format) in ["hf-f16", "packed"].into_iter().enumerate() {
         let out = scratch.join(&format!("out-{i}"));
-        let mut export = command([OsStr::new("export"), run.as_ref(), out.as_ref()]);
-        finish(export.args(["--checkpoint", "10"]).args(flags)).ok();
+        let mut export = command([OsStr::new("convert"), run.as_ref(), out.as_ref()]);
+        finish(export.args(["--checkpoint", "10", "--to", format])).ok();
         let output = setun([OsStr::new("verify"), out.as_ref(), "--json".as_ref()]).ok();
         let report: Value = serde_json::from_str(&output.stdout).unwrap();
         assert_eq!(report["models"][0]["ternary_hash"], recorded);
-        let mut again = command([OsStr::new("export"), run.as_ref(), out.as_ref()]);
-        finish(again.args(flags)).refused(1, &[out.to_str().unwrap(), "already exists"]);
+        let mut again = command([OsStr::new("convert"), run.as_ref(), out.as_ref()]);
+        finish(again.args(["--to", format])).refused(1, &[out.to_str().unwrap(), "already exists"]);
     }
+}
+
+#[test]
+fn a_run_exports_the_formats_that_it_names() {
+    let scratch = Scratch::new("formats");
+    let run = scratch.join("run");
+    let flags = [
+        "--model.hidden_size",
+        "256",
+        "--model.intermediate_size",
+        "256",
+        "--model.head_dim",
+        "128",
+        "--export.formats",
+    ];
+    let train = |names: &str| {
+        let mut flags = flags.to_vec();
+        flags.push(names);
+        finish(&mut training(&run, &scratch.corpus(), &flags))
+    };
+    // Before the first step, and by the dry run too.
+    let words = ["export.formats names gguf-tq2_0", "group_size = 256"];
+    train("hf,gguf-tq2_0").refused(1, &words);
+    assert!(!run.exists());
+    let mut dry = training(&run, &scratch.corpus(), &flags);
+    finish(dry.args(["gguf-tq2_0", "--dry-run"])).refused(1, &words);
+    train("gguf-q2_0,mlx").ok();
+    for name in ["gguf-q2_0.gguf", "mlx"] {
+        setun([OsStr::new("verify"), run.join("export").join(name).as_ref()]).ok();
+    }
+    assert!(!run.join("export/hf").exists());
 }

@@ -13,6 +13,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use setun_formats::TernaryInfo;
 use setun_formats::config::Qwen3Config;
 use setun_ternary::Numerics;
 use toml::Value;
@@ -23,7 +24,7 @@ pub use schema::{
     CheckpointSettings, DataSettings, DistillSettings, EvalSettings, ExportSettings, LogSettings,
     ModelSettings, RunSettings, SampleSettings, TokenizerSettings, TrainSettings,
 };
-pub use value::{Choice, ExportDtype, ExportFormat, NumericsChoice, ScheduleKind};
+pub use value::{Choice, NumericsChoice, ScheduleKind};
 
 use schema::Key;
 
@@ -228,6 +229,15 @@ impl Settings {
         self.run.output.as_deref().unwrap_or(Path::new(""))
     }
 
+    /// The number format of the matrices; `None` for a dense model.
+    pub fn ternary_info(&self) -> Option<TernaryInfo> {
+        self.model.ternary.then(|| TernaryInfo {
+            group_size: self.model.group_size,
+            scale_rule: self.model.scale_rule,
+            numerics: self.numerics(),
+        })
+    }
+
     /// Arithmetic of the products.
     pub fn numerics(&self) -> Numerics {
         self.model.numerics.resolve(self.model.ternary)
@@ -332,9 +342,7 @@ impl Settings {
         }
         self.model.numerics = self.numerics().into();
         if !self.model.ternary && !self.is_given("export.formats") {
-            self.export
-                .formats
-                .retain(|format| *format != ExportFormat::Packed);
+            self.export.formats.retain(|format| format.holds_floats());
         }
         let single = [
             &mut self.run.output,

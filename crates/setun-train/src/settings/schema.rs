@@ -8,8 +8,9 @@ use setun_ternary::ScaleRule;
 use toml::Value;
 
 use super::Settings;
-use super::value::{ExportDtype, ExportFormat, NumericsChoice, ScheduleKind, SettingValue};
+use super::value::{NumericsChoice, ScheduleKind, SettingValue};
 use crate::data::{DataFormat, SplitOn};
+use setun_io::{ExportDtype, Format};
 
 /// One setting: what a recipe calls it, what it means, how to reach it.
 pub struct Key {
@@ -262,10 +263,8 @@ settings! {
     }
     /// The finished model.
     export: ExportSettings {
-        /// Formats written to RUN/export; empty for none.
-        formats: Vec<ExportFormat> = vec![ExportFormat::Hf, ExportFormat::Packed],
-        /// Number type of matrices in the hf export.
-        dtype: ExportDtype = ExportDtype::Bf16,
+        /// Formats written to RUN/export (see setun convert --help); empty for none.
+        formats: Vec<Format> = vec![Format::HuggingFace(ExportDtype::Bf16), Format::Packed],
     }
     /// Progress.
     log: LogSettings {

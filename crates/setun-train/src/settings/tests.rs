@@ -1,6 +1,7 @@
 use super::*;
 
 use setun_formats::config::RopeConfig;
+use setun_io::Format;
 
 fn flags(pairs: &[(&str, &str)]) -> Vec<Override> {
     pairs
@@ -270,7 +271,8 @@ fn dense_models_get_their_own_defaults() {
     let settings = load(&[("model.ternary", "false")]).unwrap();
     assert_eq!(settings.numerics(), Numerics::Bf16);
     assert_eq!(settings.model.numerics, NumericsChoice::Bf16);
-    assert_eq!(settings.export.formats, [ExportFormat::Hf]);
+    let hf = Format::HuggingFace(setun_io::ExportDtype::Bf16);
+    assert_eq!(settings.export.formats, [hf]);
 }
 
 fn model_file() -> Qwen3Config {

@@ -1,6 +1,6 @@
 //! Settings that cannot be run, each refused with what to do about it.
 
-use super::{ExportFormat, Override, ScheduleKind, Settings, SettingsError, SplitOn, schema};
+use super::{Override, ScheduleKind, Settings, SettingsError, SplitOn, schema};
 use setun_backend::kernels::project::MAX_GROUP;
 use setun_ternary::Numerics;
 
@@ -132,10 +132,15 @@ fn validate_number_format(settings: &Settings) -> Checked {
         || "model.numerics = \"int8\" needs ternary weights, but model.ternary = false".to_owned(),
         "set model.numerics to auto, bf16 or f32",
     )?;
+    let formats = &settings.export.formats;
+    let of_trits = formats.iter().find(|format| !format.holds_floats());
     refuse_if(
-        !model.ternary && settings.export.formats.contains(&ExportFormat::Packed),
-        || "a dense model (model.ternary = false) cannot be exported as packed".to_owned(),
-        "set export.formats to hf",
+        !model.ternary && of_trits.is_some(),
+        || {
+            let name = of_trits.map_or("", |format| format.name());
+            format!("a dense model (model.ternary = false) cannot be exported as {name}")
+        },
+        "set export.formats to hf or gguf-bf16",
     )
 }
 

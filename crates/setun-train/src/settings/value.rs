@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use setun_io::Format;
 use setun_ternary::{Numerics, ScaleRule};
 use toml::Value;
 
@@ -337,23 +338,15 @@ impl From<Numerics> for NumericsChoice {
     }
 }
 
-choice! {
-    /// A file format that a model can be exported to.
-    ExportFormat {
-        /// A Hugging Face directory with the effective weights.
-        Hf = "hf",
-        /// Packed trits and scales.
-        Packed = "packed",
-    }
-}
+impl Choice for Format {
+    const ALL: &'static [Self] = &Format::ALL;
 
-choice! {
-    /// Number type of the matrices in a Hugging Face export; both hold `s * t` exactly.
-    ExportDtype {
-        /// bfloat16.
-        Bf16 = "bf16",
-        /// IEEE half precision.
-        F16 = "f16",
+    fn name(self) -> &'static str {
+        Format::name(self)
+    }
+
+    fn from_name(name: &str) -> Option<Self> {
+        Format::from_name(name)
     }
 }
 
@@ -457,8 +450,8 @@ mod tests {
         let paths = vec![PathBuf::from("base/a"), PathBuf::from("/b")];
         assert_eq!(flag::<Vec<PathBuf>>("a, /b"), Some(paths));
         assert_eq!(flag::<Vec<PathBuf>>(""), Some(Vec::new()));
-        let formats = vec![ExportFormat::Packed, ExportFormat::Hf];
-        assert_eq!(flag::<Vec<ExportFormat>>("packed,hf"), Some(formats));
+        let formats = vec![Format::Packed, Format::Mlx];
+        assert_eq!(flag::<Vec<Format>>("packed,mlx"), Some(formats));
     }
 
     #[test]
@@ -471,7 +464,7 @@ mod tests {
         assert_eq!(flag::<f64>("inf"), None);
         assert_eq!(flag::<Vec<PathBuf>>("a,,b"), None);
         assert_eq!(flag::<ScheduleKind>("cosin"), None);
-        assert_eq!(flag::<Vec<ExportFormat>>("hf,gguf"), None);
+        assert_eq!(flag::<Vec<Format>>("hf,q4_k"), None);
         assert_eq!(flag::<SplitOn>("lines"), None);
     }
 
@@ -484,8 +477,7 @@ mod tests {
         }
         check::<ScheduleKind>();
         check::<NumericsChoice>();
-        check::<ExportFormat>();
-        check::<ExportDtype>();
+        check::<Format>();
         check::<ScaleRule>();
     }
 }

@@ -119,13 +119,8 @@ fn wrong_usage_says_what_would_be_right() {
         message.contains("best, newest or a number of steps"),
         "{message}"
     );
-    let message = refusal(&["export", "m", "out", "--format", "gguf"]);
-    assert!(message.contains("one of hf, packed"), "{message}");
-    let message = refusal(&["export", "m", "out", "--format", "packed", "--dtype", "f16"]);
-    assert!(
-        message.contains("--dtype belongs to --format hf"),
-        "{message}"
-    );
+    let message = refusal(&["convert", "m", "out", "--to", "q4_k"]);
+    assert!(message.contains("one of hf, hf-f16"), "{message}");
     refusal(&["generate", "--model", "m"]);
     refusal(&["tokenize", "--output", "o", "a.txt"]);
     refusal(&[
@@ -253,21 +248,15 @@ fn eval_and_export_read_their_arguments() {
     });
     assert_eq!(parsed(&line).unwrap(), expected);
 
-    let line = [
-        "export",
-        "m",
-        "out",
-        "--dtype",
-        "f16",
-        "--checkpoint",
-        "best",
-    ];
-    let expected = Command::Export(ExportArgs {
-        model: "m".into(),
+    let line = ["convert", "m", "out", "--to", "mlx", "--checkpoint", "best"];
+    let expected = Command::Convert(ConvertArgs {
+        input: "m".into(),
         checkpoint: CheckpointChoice::Best,
         output: "out".into(),
-        format: ExportFormat::Hf,
-        dtype: ExportDtype::F16,
+        format: Format::Mlx,
+        ternarize: None,
+        lossy: false,
+        shard_bytes: 5_000_000_000,
     });
     assert_eq!(parsed(&line).unwrap(), expected);
 }
@@ -374,7 +363,6 @@ train: RECIPE.toml --init --resume --dry-run
   --sample.min_p
   --sample.prompt_tokens
   --export.formats
-  --export.dtype
   --log.every
   --log.tensorboard
 verify: PATH --json
@@ -384,7 +372,6 @@ tokenize: --tokenizer --model --output SOURCES --split-on --text-field --min-doc
 tokenizer:
 tokenizer train: --vocab-size --output SOURCES --split-on --text-field --min-document-chars
 tokenizer show: FILE --text
-export: MODEL OUT --format --dtype --checkpoint
 convert: IN OUT --to --ternarize --group-size --scale-rule --numerics --lossy --shard-bytes --checkpoint
 inspect: FILE --json
 report: RUN
