@@ -13,7 +13,8 @@ setun="${SETUN:-$root/target/release/setun}"
 mkdir -p "$out"
 
 TEACHER_STEPS=2400
-STEPS=240
+STEPS=240         # a tenth of the teacher's
+FACTOR_STEPS=120  # where settings are compared
 
 # cell NAME TRAIN VALID FLAGS...: one run, made or finished if it is not there yet.
 cell() {
@@ -37,33 +38,44 @@ if [ ! -f "$out/train.tokens" ]; then
     # shellcheck disable=SC2086
     "$setun" tokenizer train $train "$root/data/encyclopedia.txt" --vocab-size 2048 \
         --output "$out/tokenizer.json"
-    "$setun" tokenize --tokenizer "$out/tokenizer.json" --output "$out/valid.tokens" "$valid"
+    # A fifth of the paragraphs is enough to compare students with each other.
+    awk 'NR % 5 == 1' "$valid" > "$out/sample.txt"
+    for part in valid sample; do
+        from="$valid"
+        if [ "$part" = sample ]; then from="$out/sample.txt"; fi
+        "$setun" tokenize --tokenizer "$out/tokenizer.json" --output "$out/$part.tokens" "$from"
+    done
     # shellcheck disable=SC2086
     "$setun" tokenize --tokenizer "$out/tokenizer.json" --output "$out/train.tokens" $train
 fi
-books=("$out/train.tokens" "$out/valid.tokens")
+books=("$out/train.tokens" "$out/sample.tokens")
 
-cell teacher "${books[@]}" --train.steps "$TEACHER_STEPS" --train.lr 3e-3 \
+cell teacher "$out/train.tokens" "$out/valid.tokens" --train.steps "$TEACHER_STEPS" --train.lr 3e-3 \
     --train.schedule cosine --train.min_lr_ratio 0.02 --train.warmup_steps 100 --eval.every 300
 dense="$out/teacher/export/hf"
 
-from=(--init "$dense" --train.steps "$STEPS" --train.warmup_steps 12 --run.seed 2
-    --train.schedule cosine --train.min_lr_ratio 0.02 --train.weight_decay 0 --eval.every 60)
-ternary=("${from[@]}" --model.ternary true)
-distilled=("${ternary[@]}" --distill.weight 0.9)
-cell distilled "${books[@]}" "${distilled[@]}" --train.lr 2e-3
-cell tuned "${books[@]}" "${ternary[@]}" --train.lr 2e-3
-cell continued "${books[@]}" "${from[@]}" --train.lr 3e-4
-cell distilled-5e-4 "${books[@]}" "${distilled[@]}" --train.lr 5e-4
-cell distilled-1e-4 "${books[@]}" "${distilled[@]}" --train.lr 1e-4
-cell distilled-gradual "${books[@]}" "${distilled[@]}" --train.lr 2e-3 --train.blend_steps 80
-cell scratch "${books[@]}" "${ternary[@]}" --init "" --train.lr 3e-3
-cell distilled-constant "${books[@]}" "${distilled[@]}" --train.lr 2e-3 \
-    --train.schedule constant
-cell distilled-unclipped "${books[@]}" "${distilled[@]}" --train.lr 2e-3 --train.grad_clip 0
+shared=(--train.warmup_steps 12 --run.seed 2 --train.weight_decay 0)
+cosine=("${shared[@]}" --train.schedule cosine --train.min_lr_ratio 0.02)
+full=("${cosine[@]}" --train.steps "$STEPS" --eval.every 40)
+short=(--train.steps "$FACTOR_STEPS" --eval.every 40)
+from=(--init "$dense")
+student=(--init "$dense" --model.ternary true)
+distilled=("${student[@]}" --distill.weight 0.9)
+cell distilled "${books[@]}" "${full[@]}" "${distilled[@]}" --train.lr 2e-3
+cell tuned "${books[@]}" "${full[@]}" "${student[@]}" --train.lr 2e-3
+cell continued "${books[@]}" "${full[@]}" "${from[@]}" --train.lr 3e-4
+cell scratch "${books[@]}" "${full[@]}" --model.ternary true --train.lr 3e-3
 
-# The bundled corpus: 0.3 MB, a tenth held out; every student sees it about eight times.
-if [ ! -f "$out/encyclopedia.txt" ]; then cp "$root/data/encyclopedia.txt" "$out/"; fi
+factor=("${short[@]}" "${distilled[@]}")
+cell lr-2e-3 "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 2e-3
+cell lr-5e-4 "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 5e-4
+cell lr-1e-4 "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 1e-4
+cell gradual "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 2e-3 --train.blend_steps 40
+cell constant "${books[@]}" "${shared[@]}" "${factor[@]}" --train.lr 2e-3 \
+    --train.schedule constant
+cell unclipped "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 2e-3 --train.grad_clip 0
+
+# The bundled corpus: 0.3 MB, a tenth held out; every student sees it about ten times.
 small() {
     local name="$1"
     shift
@@ -71,14 +83,14 @@ small() {
     echo "== $name"
     rm -rf "${out:?}/$name"
     "$setun" train "$here/model.toml" --run.name "$name" --run.output "$out/$name" \
-        --tokenizer.path "$out/tokenizer.json" --data.train "$out/encyclopedia.txt" \
+        --tokenizer.path "$out/tokenizer.json" --data.train "$root/data/encyclopedia.txt" \
         --data.valid_fraction 0.1 --data.split_on blank-lines --eval.batch_size 32 \
-        --eval.every 30 "$@" > "$out/$name.log" 2>&1
+        "${full[@]}" "$@" > "$out/$name.log" 2>&1
 }
 small encyclopedia-continued "${from[@]}" --train.lr 1e-3
-small encyclopedia-tuned "${ternary[@]}" --train.lr 2e-3
-small encyclopedia-distilled "${distilled[@]}" --train.lr 2e-3 \
+small encyclopedia-tuned "${student[@]}" --train.lr 2e-3
+small encyclopedia-distilled "${student[@]}" --distill.weight 0.9 --train.lr 2e-3 \
     --distill.teacher "$out/encyclopedia-continued/export/hf"
-small encyclopedia-scratch "${ternary[@]}" --init "" --train.lr 3e-3
+small encyclopedia-scratch --model.ternary true --train.lr 3e-3
 
 "${PYTHON:-python3}" "$here/table.py" "$out"

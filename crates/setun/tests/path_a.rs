@@ -65,6 +65,7 @@ fn a_dense_model_becomes_a_verified_ternary_one() {
     assert!(value(0) > 0.0 && value(19) < value(0), "{divergences:?}");
     let report = fs::read_to_string(run.join("report.html")).unwrap();
     assert!(report.contains("its projection had"));
+    assert!(report.contains("Divergence from the teacher"));
 
     // The teacher that is not named is the dense model.
     let settings = fs::read_to_string(run.join("settings.toml")).unwrap();

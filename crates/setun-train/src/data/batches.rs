@@ -618,7 +618,13 @@ mod tests {
         assert_eq!((plain.num_targets(), masked().num_targets()), (9, 3));
         let with_all = Batches::new(plain, 4, 2, 1).expect("9 tokens");
         let batches = Batches::new(masked(), 4, 2, 1).expect("9 tokens");
-        let counts = |id: u32| if id.is_multiple_of(2) { id } else { IGNORE_TARGET };
+        let counts = |id: u32| {
+            if id.is_multiple_of(2) {
+                id
+            } else {
+                IGNORE_TARGET
+            }
+        };
         for step in 0..20 {
             let (inputs, targets, _) = batch(&batches, step);
             let (all_inputs, all_targets, _) = batch(&with_all, step);

@@ -210,6 +210,7 @@ fn curves(report: &Report) -> String {
     flips.unit = Unit::Share;
     flips.log_y = true;
     let mut plots = vec![lr, norm, speed];
+    plots.extend(divergence_plot(report));
     if report.run.model.group_size.is_some() {
         let scales = looks(|look| look.scale_median);
         plots.extend([
@@ -269,6 +270,16 @@ fn loss_plot(report: &Report) -> Plot {
         None => "No step is recorded.".to_owned(),
     };
     plot
+}
+
+/// How far the student is from its teacher, if it has one.
+fn divergence_plot(report: &Report) -> Option<Plot> {
+    let accepted = report.timeline.accepted();
+    let points: Vec<(f64, f64)> = accepted
+        .filter_map(|record| Some((record.step as f64, record.divergence?)))
+        .collect();
+    let title = "Divergence from the teacher, in nats";
+    (!points.is_empty()).then(|| simple_plot("divergence", title, Style::Noisy, points))
 }
 
 /// A small plot of one series, described by its first and last value.
