@@ -1,5 +1,6 @@
 //! The backend of the machine's own processor: kernels over the threads of a [`Pool`].
 
+mod layer_norm;
 mod products;
 mod transformer;
 
@@ -44,7 +45,7 @@ impl<R: Real> HostWorkspace<R> {
         let threads = threads.max(1);
         let sums = 2 * limits.head_dim * TILE;
         let attention = attention::scratch_len(limits.head_dim, TILE) + sums;
-        let real_len = gemm::SCRATCH.max(attention).max(limits.width);
+        let real_len = gemm::SCRATCH.max(attention).max(2 * limits.width);
         let int8_len = int8::scratch_len(limits.width, limits.group_size);
         let workspace = Category::Workspace;
         Self {

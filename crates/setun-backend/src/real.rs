@@ -278,6 +278,12 @@ pub fn sum_indexed<R: Real>(n: usize, f: impl Fn(usize) -> R) -> R {
     tree(lanes)
 }
 
+/// The tree over 16 lanes, for loops that keep several sums.
+#[inline(always)]
+pub fn sum_lane_array<R: Real>(lanes: [R; 16]) -> R {
+    tree(lanes)
+}
+
 #[inline(always)]
 fn tree<R: Real>(mut lanes: [R; 16]) -> R {
     let mut width = 8;

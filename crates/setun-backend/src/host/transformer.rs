@@ -157,6 +157,14 @@ impl<R: Real> Backend for Host<R> {
         });
     }
 
+    fn layer_norm(&mut self, op: LayerNorm<R>, y: ActBuf<R>) {
+        self.layer_norm_op(op, y);
+    }
+
+    fn layer_norm_backward(&mut self, op: LayerNormBackward<R>) {
+        self.layer_norm_backward_op(op);
+    }
+
     fn norm_rope(&mut self, op: NormRope<R>, y: AttnBuf<R>) {
         let width = op.heads * op.norm.width;
         let mut lease = self.arena.lease();
@@ -441,12 +449,12 @@ impl<R: Real> Backend for Host<R> {
 const RUN: usize = 16 * 1024;
 
 /// The scratch memory of all workers.
-struct Scratch<'a, R> {
+pub(super) struct Scratch<'a, R> {
     rows: RowsMut<'a, R>,
 }
 
 impl<'a, R: Real> Scratch<'a, R> {
-    fn lease(lease: &mut Lease<'a>, workspace: &HostWorkspace<R>) -> Self {
+    pub(super) fn lease(lease: &mut Lease<'a>, workspace: &HostWorkspace<R>) -> Self {
         Self {
             rows: RowsMut::new(lease.write(workspace.real), workspace.real_len),
         }
@@ -454,7 +462,7 @@ impl<'a, R: Real> Scratch<'a, R> {
 
     /// The scratch of one worker.
     #[allow(clippy::mut_from_ref)]
-    fn of(&self, worker: usize) -> &mut [R] {
+    pub(super) fn of(&self, worker: usize) -> &mut [R] {
         // SAFETY: a worker runs one task at a time, and a task asks once.
         unsafe { self.rows.part(worker..worker + 1) }
     }

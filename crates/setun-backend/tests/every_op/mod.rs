@@ -5,8 +5,9 @@
 use crate::rig::{Rig, numbers, scales, trits};
 use half::bf16;
 use setun_backend::{
-    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Host, Limits,
-    NormRope, RmsNorm, Segment, TernaryBuf, WeightBuf, WeightData,
+    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Host,
+    LayerNorm, LayerNormBackward, Limits, NormRope, RmsNorm, RowBuf, Segment, TernaryBuf,
+    WeightBuf, WeightData,
 };
 use setun_ternary::ScaleRule;
 
@@ -115,6 +116,7 @@ impl EveryOp {
     /// Runs every operation; the same work each time.
     pub fn run(&self, host: &mut Host<f32>, after: &mut Observer<'_>) {
         self.norms(host, after);
+        self.layer_norms(host, after);
         self.rotations(host, after);
         self.products(host, after);
         self.input_gradients(host, after);
@@ -151,6 +153,38 @@ impl EveryOp {
         host.rms_norm_backward(norm, dy, dx, dweight);
         let results = [Seen::F32(dx), Seen::F32(dweight)];
         after("rms_norm_backward", "", &results, host);
+    }
+
+    fn layer_norms(&self, host: &mut Host<f32>, after: &mut Observer<'_>) {
+        let [a, b, c, d] = self.fresh(host);
+        let op = LayerNorm {
+            x: RowBuf::Real(a.part(0, ROWS * WIDTH)),
+            gamma: b.part(0, WIDTH),
+            beta: b.part(WIDTH, WIDTH),
+            center: c.part(0, ROWS),
+            rest: c.part(ROWS, ROWS),
+            inv: c.part(2 * ROWS, ROWS),
+            width: WIDTH,
+            eps: 1e-5,
+        };
+        for (mode, y) in self.acts {
+            host.layer_norm(op, y);
+            let kept = [op.center, op.rest, op.inv].map(Seen::F32);
+            after("layer_norm", mode, &kept, host);
+            after("layer_norm", mode, &seen_act(y), host);
+        }
+        let backward = LayerNormBackward {
+            forward: op,
+            dy: d.part(0, ROWS * WIDTH),
+            dx: d.part(ROWS * WIDTH, ROWS * WIDTH),
+            accumulate: true,
+            dgamma: b.part(2 * WIDTH, WIDTH),
+            dbeta: b.part(3 * WIDTH, WIDTH),
+            partial: c.part(3 * ROWS, LayerNormBackward::<f32>::partial_len(ROWS, WIDTH)),
+        };
+        host.layer_norm_backward(backward);
+        let results = [backward.dx, backward.dgamma, backward.dbeta].map(Seen::F32);
+        after("layer_norm_backward", "", &results, host);
     }
 
     fn rotations(&self, host: &mut Host<f32>, after: &mut Observer<'_>) {
