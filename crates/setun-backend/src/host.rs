@@ -226,6 +226,17 @@ multiversion! {
     ) = optimizer::adamw;
 }
 multiversion! {
+    /// [`optimizer::adamw_bf16`]
+    fn adamw_bf16_run[R: Real][R](
+        s: optimizer::AdamWScalars<R>,
+        first: usize,
+        w: &mut [R],
+        g: &[R],
+        m: &mut [bf16],
+        v: &mut [bf16],
+    ) = optimizer::adamw_bf16;
+}
+multiversion! {
     /// Rounds rows of activations.
     fn round_rows[R: Real][R](x: &[R], width: usize, y: &mut ActRows<'_, R>) = round_rows_kernel;
 }

@@ -182,16 +182,16 @@ pub struct RmsNorm<R> {
     pub eps: f64,
 }
 
-/// Rows `[rows, width]` as they are stored: real numbers, or bf16 that is read as it is.
+/// Values as they are stored: real numbers, or bf16 that is read as it is.
 #[derive(Clone, Copy, Debug)]
-pub enum RowBuf<R> {
+pub enum StoredBuf<R> {
     /// Real numbers.
     Real(Buf<R>),
     /// bf16.
     Bf16(Buf<bf16>),
 }
 
-impl<R> RowBuf<R> {
+impl<R> StoredBuf<R> {
     /// Number of values.
     pub fn len(self) -> usize {
         match self {
@@ -212,7 +212,7 @@ impl<R> RowBuf<R> {
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNorm<R> {
     /// `[rows, width]`.
-    pub x: RowBuf<R>,
+    pub x: StoredBuf<R>,
     /// `[width]`: the scale.
     pub gamma: Buf<R>,
     /// `[width]`: the shift.
@@ -305,6 +305,11 @@ pub struct Distillation<R> {
 }
 
 /// One AdamW update (Loshchilov and Hutter, 2019), in PyTorch's order of operations.
+///
+/// Moments of bf16 are read exactly, updated in the real type, used for the weight, and
+/// only then rounded: up or down, by chance in proportion to what is cut off, with random
+/// bits that are a hash of update and index. (To nearest, a second moment that falls by a
+/// thousandth an update would never fall.)
 #[derive(Clone, Copy, Debug)]
 pub struct AdamW<R> {
     /// Weights.
@@ -312,9 +317,9 @@ pub struct AdamW<R> {
     /// Their gradient.
     pub grad: Buf<R>,
     /// First moment.
-    pub m: Buf<R>,
-    /// Second moment.
-    pub v: Buf<R>,
+    pub m: StoredBuf<R>,
+    /// Second moment, stored as the first.
+    pub v: StoredBuf<R>,
     /// Factor on the gradient: the clipping.
     pub grad_scale: f64,
     /// Learning rate.

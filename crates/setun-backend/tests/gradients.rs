@@ -9,7 +9,7 @@ mod rig;
 use rig::{Rig, content, numbers, randoms, scales, trits};
 use setun_backend::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Host, Isa,
-    LayerNorm, LayerNormBackward, Limits, NormRope, RmsNorm, RowBuf, Segment, TernaryBuf,
+    LayerNorm, LayerNormBackward, Limits, NormRope, RmsNorm, Segment, StoredBuf, TernaryBuf,
     WeightBuf, WeightData,
 };
 
@@ -152,7 +152,7 @@ fn layer_norms() -> Vec<Case> {
         compute: Box::new(move |inputs, dy| {
             let mut rig = Rig::new();
             let op = LayerNorm {
-                x: RowBuf::Real(rig.put(&inputs[0])),
+                x: StoredBuf::Real(rig.put(&inputs[0])),
                 gamma: rig.put(&inputs[1]),
                 beta: rig.put(&inputs[2]),
                 center: rig.room(rows),
@@ -533,11 +533,12 @@ fn adamw_equals_pytorch() {
     for (len, weight_decay, grad_scale) in [(1, 0.0, 1.0), (7, 0.1, 0.3), (33, 0.01, 1.0)] {
         let mut rig = Rig::new();
         let mut weights = randoms::<f64>(31, len);
+        let (m, v) = (rig.room(len), rig.room(len));
         let mut op = AdamW {
             weight: rig.put(&weights),
             grad: rig.room(len),
-            m: rig.room(len),
-            v: rig.room(len),
+            m: StoredBuf::Real(m),
+            v: StoredBuf::Real(v),
             grad_scale,
             lr: 0.02,
             beta1: 0.9,
@@ -562,8 +563,8 @@ fn adamw_equals_pytorch() {
             torch.step(&op, &mut weights, &grad);
             let results = [
                 ("weight", op.weight, &weights),
-                ("m", op.m, &torch.exp_avg),
-                ("v", op.v, &torch.exp_avg_sq),
+                ("m", m, &torch.exp_avg),
+                ("v", v, &torch.exp_avg_sq),
             ];
             for (name, buf, expected) in results {
                 for (got, expected) in content(&host, buf).iter().zip(expected) {

@@ -8,7 +8,7 @@ use rig::{Rig, bits, content, content_bits, machines, randoms};
 use setun_backend::kernels::attention::Store;
 use setun_backend::kernels::layer_norm::Statistics;
 use setun_backend::layer_norm::{LayerNormError, LayerNormShape, Upstream, backward, forward};
-use setun_backend::{ActBuf, Backend, LayerNorm, LayerNormBackward, Limits, Real, RowBuf};
+use setun_backend::{ActBuf, Backend, LayerNorm, LayerNormBackward, Limits, Real, StoredBuf};
 
 const EPS: f64 = 1e-5;
 
@@ -185,7 +185,7 @@ fn the_backend_gives_the_same_bits_on_every_machine() {
         for (isa, threads) in machines() {
             let mut rig = Rig::new();
             let op = LayerNorm {
-                x: RowBuf::Real(rig.put(&x)),
+                x: StoredBuf::Real(rig.put(&x)),
                 gamma: rig.put(&gamma),
                 beta: rig.put(&beta),
                 center: rig.room(rows),

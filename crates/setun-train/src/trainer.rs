@@ -79,6 +79,7 @@ impl Layout {
             beta1: train.beta1,
             beta2: train.beta2,
             eps: train.eps,
+            state: train.optimizer_state,
         };
         let optimizer = Optimizer::reserve(&mut plan, &model.parameters, options);
         let workspace = HostWorkspace::reserve(&mut plan, threads, limits);

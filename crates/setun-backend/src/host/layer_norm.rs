@@ -9,7 +9,7 @@ use crate::kernels::layer_norm::{
 };
 use crate::kernels::rounding::ActRows;
 use crate::memory::{Buf, Lease};
-use crate::ops::{ActBuf, LayerNorm, LayerNormBackward, RowBuf};
+use crate::ops::{ActBuf, LayerNorm, LayerNormBackward, StoredBuf};
 use crate::real::Real;
 
 /// Columns of a task of the second stage.
@@ -30,8 +30,8 @@ impl<R: Real> Host<R> {
             scratch,
         };
         match op.x {
-            RowBuf::Real(x) => run.forward(lease.read(x), affine, op.eps, out),
-            RowBuf::Bf16(x) => run.forward(lease.read(x), affine, op.eps, out),
+            StoredBuf::Real(x) => run.forward(lease.read(x), affine, op.eps, out),
+            StoredBuf::Bf16(x) => run.forward(lease.read(x), affine, op.eps, out),
         }
     }
 
@@ -44,8 +44,8 @@ impl<R: Real> Host<R> {
             scratch,
         };
         match op.forward.x {
-            RowBuf::Real(x) => run.backward(&mut lease, x, op),
-            RowBuf::Bf16(x) => run.backward(&mut lease, x, op),
+            StoredBuf::Real(x) => run.backward(&mut lease, x, op),
+            StoredBuf::Bf16(x) => run.backward(&mut lease, x, op),
         }
     }
 }

@@ -146,15 +146,22 @@ impl<R: Real> Backend for Host<R> {
         let mut lease = self.arena.lease();
         let (x, weight) = (lease.read(norm.x), lease.read(norm.weight));
         let (inv, dy) = (lease.read(norm.inv), lease.read(dy));
-        let dx = RowsMut::new(lease.write(dx), width);
-        self.pool.by_rows(x.len() / width, GRAIN, dx, |rows, dx| {
-            let (x, dy) = (rows_of(x, &rows, width), rows_of(dy, &rows, width));
-            rms_norm_backward_rows(self.isa, x, weight, &inv[rows], dy, dx);
-        });
-        let dweight = RowsMut::new(lease.write(dweight), 1);
-        self.pool.by_rows(width, 64, dweight, |columns, dw| {
-            rms_norm_dweight_columns(self.isa, x, inv, dy, width, columns.start, dw);
-        });
+        let (dx, dweight) = (lease.write(dx), lease.write(dweight));
+        // A chunk of rows at a time: the second pass finds them in the cache.
+        let chunk = NORM_ROWS * width;
+        let rows = x.chunks(chunk).zip(dy.chunks(chunk));
+        let kept = dx.chunks_mut(chunk).zip(inv.chunks(NORM_ROWS));
+        for ((x, dy), (dx, inv)) in rows.zip(kept) {
+            let dx = RowsMut::new(dx, width);
+            self.pool.by_rows(inv.len(), GRAIN, dx, |rows, dx| {
+                let (x, dy) = (rows_of(x, &rows, width), rows_of(dy, &rows, width));
+                rms_norm_backward_rows(self.isa, x, weight, &inv[rows], dy, dx);
+            });
+            let dweight = RowsMut::new(&mut *dweight, 1);
+            self.pool.by_rows(width, 64, dweight, |columns, dw| {
+                rms_norm_dweight_columns(self.isa, x, inv, dy, width, columns.start, dw);
+            });
+        }
     }
 
     fn layer_norm(&mut self, op: LayerNorm<R>, y: ActBuf<R>) {
@@ -435,15 +442,32 @@ impl<R: Real> Backend for Host<R> {
         let mut lease = self.arena.lease();
         let grad = lease.read(op.grad);
         let weight = RowsMut::new(lease.write(op.weight), 1);
-        let m = RowsMut::new(lease.write(op.m), 1);
-        let v = RowsMut::new(lease.write(op.v), 1);
         let scalars = optimizer::AdamWScalars::new(&op);
-        self.pool
-            .by_rows(grad.len(), RUN, (weight, (m, v)), |rows, (w, (m, v))| {
-                adamw_run(self.isa, scalars, w, &grad[rows], m, v);
-            });
+        match (op.m, op.v) {
+            (StoredBuf::Real(m), StoredBuf::Real(v)) => {
+                let m = RowsMut::new(lease.write(m), 1);
+                let out = (weight, (m, RowsMut::new(lease.write(v), 1)));
+                self.pool
+                    .by_rows(grad.len(), RUN, out, |rows, (w, (m, v))| {
+                        adamw_run(self.isa, scalars, w, &grad[rows], m, v);
+                    });
+            }
+            (StoredBuf::Bf16(m), StoredBuf::Bf16(v)) => {
+                let m = RowsMut::new(lease.write(m), 1);
+                let out = (weight, (m, RowsMut::new(lease.write(v), 1)));
+                self.pool
+                    .by_rows(grad.len(), RUN, out, |rows, (w, (m, v))| {
+                        let (first, g) = (rows.start, &grad[rows]);
+                        adamw_bf16_run(self.isa, scalars, first, w, g, m, v);
+                    });
+            }
+            _ => panic!("both moments must be stored alike"),
+        }
     }
 }
+
+/// Rows of a norm whose gradients are taken before the next ones are read.
+const NORM_ROWS: usize = 128;
 
 /// Values of a task in operations without rows.
 const RUN: usize = 16 * 1024;

@@ -4,7 +4,7 @@ use super::machine::memory_limit;
 use super::{Bench, Figure, Limit, Unit, uniform};
 use setun_backend::{
     ActBuf, Backend, Buf, Category, Host, HostWorkspace, LayerNorm, LayerNormBackward, Limits,
-    Plan, Real, RmsNorm, RowBuf,
+    Plan, Real, RmsNorm, StoredBuf,
 };
 
 /// Both norms at every width.
@@ -45,7 +45,7 @@ impl<R: Real> Norms<R> {
         let mut real = |n| plan.alloc::<R>(Category::Activations, "values", n);
         let (x, y, dy, dx) = (real(n), real(n), real(n), real(n));
         let forward = LayerNorm {
-            x: RowBuf::Real(x),
+            x: StoredBuf::Real(x),
             gamma: real(width),
             beta: real(width),
             center: real(rows),
