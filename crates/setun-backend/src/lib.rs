@@ -26,6 +26,7 @@ pub use host::{Host, HostWorkspace, Limits};
 pub use memory::{Arena, Buf, Category, Lease, Plan, PlanRow};
 pub use ops::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, CrossEntropy, Distillation,
-    LayerNorm, LayerNormBackward, NormRope, ProjectError, ProjectStats, RmsNorm, StoredBuf, Segment, TernaryBuf, WeightBuf, WeightData,
+    LayerNorm, LayerNormBackward, NormRope, ProjectError, ProjectStats, RmsNorm, Segment,
+    StoredBuf, TernaryBuf, WeightBuf, WeightData,
 };
 pub use real::Real;

@@ -114,9 +114,11 @@ Examples:
                 .help("Go on with a run from its newest checkpoint, bit for bit"),
         )
         .arg(switch("dry-run").help("Check settings and data, print the memory plan, and stop"))
-        .arg(switch("profile").help(
-            "Measure each operation of a step: prints a table and writes RUN/profile.json",
-        ))
+        .arg(
+            switch("profile").help(
+                "Measure each operation of a step: prints a table and writes RUN/profile.json",
+            ),
+        )
         .args(SETTING_FLAGS.iter().map(setting_flag))
         .after_help(settings)
 }

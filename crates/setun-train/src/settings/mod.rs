@@ -23,9 +23,7 @@ pub use schema::{
     CheckpointSettings, DataSettings, DistillSettings, EvalSettings, ExportSettings, LogSettings,
     ModelSettings, RunSettings, SampleSettings, TokenizerSettings, TrainSettings,
 };
-pub use value::{
-    Choice, ExportDtype, ExportFormat, NumericsChoice, OptimizerState, ScheduleKind,
-};
+pub use value::{Choice, ExportDtype, ExportFormat, NumericsChoice, OptimizerState, ScheduleKind};
 
 use schema::Key;
 

@@ -234,6 +234,19 @@ mod tests {
     }
 
     #[test]
+    fn the_large_shape_fits_into_its_memory() {
+        use setun_train::settings::OptimizerState;
+        let mut settings = settings(Shape::Qwen3, (None, None)).expect("a shape");
+        for (state, gib) in [(OptimizerState::F32, 12), (OptimizerState::Bf16, 10)] {
+            settings.train.optimizer_state = state;
+            let vocab = settings.tokenizer.vocab_size;
+            let config = model_config(&settings, vocab, None).expect("a shape");
+            let planned = Layout::new(&settings, &config, None, 2).plan.total_bytes();
+            assert!(planned <= gib << 30, "{state:?}: {planned} bytes");
+        }
+    }
+
+    #[test]
     fn work_of_a_token_counts_every_matrix() {
         let settings = settings(Shape::Qwen3, (None, None)).expect("a shape");
         let work = Work::new(&settings);
