@@ -169,6 +169,32 @@ multiversion! {
     ) = norm::rms_norm_dweight;
 }
 multiversion! {
+    /// [`norm::rms_norm_backward_in_place`]
+    fn rms_norm_backward_in_place_rows[R: Real][R](x: &[R], weight: &[R], inv: &[R], dy: &mut [R])
+        = norm::rms_norm_backward_in_place;
+}
+multiversion! {
+    /// [`elementwise::dequantize_row`]
+    fn dequantize_row[R: Real][R](trits: &[i8], scales: &[f32], group_size: usize, y: &mut [R])
+        = elementwise::dequantize_row;
+}
+multiversion! {
+    /// [`elementwise::blend_row`]
+    fn blend_row[R: Real][R](
+        latent: &[R],
+        trits: &[i8],
+        scales: &[f32],
+        group_size: usize,
+        share: R,
+        y: &mut [R],
+    ) = elementwise::blend_row;
+}
+multiversion! {
+    /// [`attention::row_deltas`]
+    fn row_deltas[R: Real][R](dout: &[R], out: &[R], width: usize, delta: &mut [R])
+        = attention::row_deltas;
+}
+multiversion! {
     /// [`elementwise::swiglu`]
     fn swiglu_rows[R: Real][R](
         gate: &[R],

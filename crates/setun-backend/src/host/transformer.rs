@@ -106,7 +106,7 @@ impl<R: Real> Backend for Host<R> {
                     for (y, &id) in y.chunks_mut(width).zip(&ids[rows]) {
                         let trits = &trits[id as usize * width..][..width];
                         let scales = &scales[id as usize * groups..][..groups];
-                        elementwise::dequantize_row(trits, scales, w.group_size, y);
+                        dequantize_row(self.isa, trits, scales, w.group_size, y);
                     }
                 });
             }
@@ -148,9 +148,13 @@ impl<R: Real> Backend for Host<R> {
         let (inv, dy) = (lease.read(norm.inv), lease.read(dy));
         let (dx, dweight) = (lease.write(dx), lease.write(dweight));
         // A chunk of rows at a time: the second pass finds them in the cache.
-        let chunk = NORM_ROWS * width;
+        // Whole blocks of the sums.
+        let chunk_rows = (NORM_VALUES / width)
+            .next_multiple_of(norm::BLOCK_ROWS)
+            .max(norm::BLOCK_ROWS);
+        let chunk = chunk_rows * width;
         let rows = x.chunks(chunk).zip(dy.chunks(chunk));
-        let kept = dx.chunks_mut(chunk).zip(inv.chunks(NORM_ROWS));
+        let kept = dx.chunks_mut(chunk).zip(inv.chunks(chunk_rows));
         for ((x, dy), (dx, inv)) in rows.zip(kept) {
             let dx = RowsMut::new(dx, width);
             self.pool.by_rows(inv.len(), GRAIN, dx, |rows, dx| {
@@ -208,9 +212,7 @@ impl<R: Real> Backend for Host<R> {
         let dy = lease.write(dy);
         self.pool
             .by_rows(rows, GRAIN, RowsMut::new(&mut *dy, width), |rows, dy| {
-                for (row, dy) in rows.zip(dy.chunks_mut(width)) {
-                    norm::rope_backward_row(dy, head_dim, tables.of(row));
-                }
+                rope_backward_rows(self.isa, rows.start, width, head_dim, tables, dy);
             });
         let dw = RowsMut::new(lease.write(dweight), 1);
         let turned = &*dy;
@@ -221,7 +223,7 @@ impl<R: Real> Backend for Host<R> {
             .by_rows(rows, GRAIN, RowsMut::new(dy, width), |rows, dy| {
                 let inv = rows_of(inv, &rows, op.heads);
                 let x = rows_of(x, &rows, width);
-                norm::rms_norm_backward_in_place(x, weight, inv, dy);
+                rms_norm_backward_in_place_rows(self.isa, x, weight, inv, dy);
             });
     }
 
@@ -300,10 +302,8 @@ impl<R: Real> Backend for Host<R> {
             64,
             RowsMut::new(&mut *delta, 1),
             |rows, delta| {
-                for (row, delta) in rows.zip(delta) {
-                    let at = row * e..(row + 1) * e;
-                    *delta = crate::kernels::attention::row_delta(&dout[at.clone()], &out[at]);
-                }
+                let (dout, out) = (rows_of(dout, &rows, e), rows_of(out, &rows, e));
+                row_deltas(self.isa, dout, out, e, delta);
             },
         );
         let saved = Saved { lse, dout, delta };
@@ -411,7 +411,7 @@ impl<R: Real> Backend for Host<R> {
                     let scales = &scales[row * groups..][..groups];
                     let (latent, trits) = (&latent[..cols], &trits[..cols]);
                     let group_size = ternary.group_size;
-                    elementwise::blend_row(latent, trits, scales, group_size, share, to);
+                    blend_row(self.isa, latent, trits, scales, group_size, share, to);
                 }
             });
     }
@@ -466,8 +466,9 @@ impl<R: Real> Backend for Host<R> {
     }
 }
 
-/// Rows of a norm whose gradients are taken before the next ones are read.
-const NORM_ROWS: usize = 128;
+/// Values of a norm whose gradients are taken before the next ones are read: 2 MiB of f32,
+/// which a shared cache holds and beside which a barrier costs nothing.
+const NORM_VALUES: usize = 1 << 19;
 
 /// Values of a task in operations without rows.
 const RUN: usize = 16 * 1024;
@@ -545,6 +546,30 @@ multiversion! {
         y: ActRows<'_, R>,
         scratch: &mut [R],
     ) = norm_rope_rows_kernel;
+}
+
+multiversion! {
+    /// Turns the gradients of a run of rows back.
+    fn rope_backward_rows[R: Real][R](
+        first: usize,
+        width: usize,
+        head_dim: usize,
+        tables: Rotations<'_, R>,
+        dy: &mut [R],
+    ) = rope_backward_rows_kernel;
+}
+
+#[inline(always)]
+fn rope_backward_rows_kernel<R: Real>(
+    first: usize,
+    width: usize,
+    head_dim: usize,
+    tables: Rotations<'_, R>,
+    dy: &mut [R],
+) {
+    for (i, dy) in dy.chunks_mut(width).enumerate() {
+        norm::rope_backward_row(dy, head_dim, tables.of(first + i));
+    }
 }
 
 #[inline(always)]

@@ -15,7 +15,7 @@ use crate::cpu::Isa;
 use crate::kernels::loss::row_max;
 use crate::kernels::product::{Order, ROWS_TOGETHER, needs_flush, rows_mat, transpose, vec_mat};
 use crate::ops::Segment;
-use crate::real::{Real, sum_indexed};
+use crate::real::{Real, sum_slices};
 use bytemuck::Pod;
 use half::bf16;
 
@@ -335,7 +335,7 @@ fn online_softmax<R: Real, S: Store<R>>(scores: &mut [R], max: &mut R, sum: &mut
     }
     let shrink = (*max - new_max).exp();
     *max = new_max;
-    *sum = *sum * shrink + sum_indexed(scores.len(), |i| scores[i]);
+    *sum = *sum * shrink + sum_slices([&*scores], |[x]| x);
     for s in scores.iter_mut() {
         *s = S::round(*s);
     }
@@ -347,7 +347,16 @@ fn online_softmax<R: Real, S: Store<R>>(scores: &mut [R], max: &mut R, sum: &mut
 /// `delta = rowsum(dout * out)` of one row of one head: over the whole row, not per tile.
 #[inline(always)]
 pub fn row_delta<R: Real>(dout: &[R], out: &[R]) -> R {
-    sum_indexed(out.len(), |i| dout[i] * out[i])
+    sum_slices([dout, out], |[dout, out]| dout * out)
+}
+
+/// [`row_delta`] of each row of `width` values.
+#[inline(always)]
+pub fn row_deltas<R: Real>(dout: &[R], out: &[R], width: usize, delta: &mut [R]) {
+    let rows = dout.chunks(width).zip(out.chunks(width));
+    for (delta, (dout, out)) in delta.iter_mut().zip(rows) {
+        *delta = row_delta(dout, out);
+    }
 }
 
 /// A block of queries against one tile of keys.
@@ -405,11 +414,15 @@ impl QueryBlock {
             );
             let row_head = self.row_head(view, r);
             let (lse, delta) = (saved.lse[row_head], saved.delta[row_head]);
-            for (p, ds) in p.iter_mut().zip(ds) {
+            // One step a loop: all in one, compilers do not vectorise it.
+            for p in p.iter_mut() {
                 *p = (*p - lse).exp();
-                *ds = S::round(*p * (*ds - delta));
-                *p = S::round(*p);
             }
+            for (ds, &p) in ds.iter_mut().zip(&*p) {
+                *ds = p * (*ds - delta);
+            }
+            ds.iter_mut().for_each(|x| *x = S::round(*x));
+            p.iter_mut().for_each(|x| *x = S::round(*x));
         }
     }
 

@@ -196,24 +196,36 @@ fn row_sums<R: Real, S: Store<R>>(
     let (xhat, g) = (&mut xhat[..n], &mut g[..n]);
     let (dgamma, dbeta) = (&mut dgamma[..n], &mut dbeta[..n]);
     let mut sums = [[R::ZERO; LANES]; 2];
-    let mut step = |i: usize, l: usize| {
-        let normalized = row.normalized(x[i].load());
-        let scaled = dy[i] * gamma[i];
-        sums[0][l] += scaled;
-        sums[1][l] = scaled.mul_add(normalized, sums[1][l]);
-        dgamma[i] = dy[i].mul_add(normalized, dgamma[i]);
-        dbeta[i] += dy[i];
-        xhat[i] = normalized;
-        g[i] = scaled;
-    };
-    let whole = n / LANES * LANES;
-    for i in (0..whole).step_by(LANES) {
-        for l in 0..LANES {
-            step(i + l, l);
+    // Sixteen values at a time through local arrays: compilers need not ask whether the
+    // slices overlap. The last ones are filled up with zeros, which add nothing.
+    for start in (0..n).step_by(LANES) {
+        let at = start..n.min(start + LANES);
+        let used = at.len();
+        let [mut dy_l, mut gamma_l] = [[R::ZERO; LANES]; 2];
+        let mut x_l = [row.center; LANES];
+        for (to, x) in x_l.iter_mut().zip(&x[at.clone()]) {
+            *to = x.load();
         }
-    }
-    for i in whole..n {
-        step(i, i - whole);
+        dy_l[..used].copy_from_slice(&dy[at.clone()]);
+        gamma_l[..used].copy_from_slice(&gamma[at.clone()]);
+        let [mut dgamma_l, mut dbeta_l] = [[R::ZERO; LANES]; 2];
+        dgamma_l[..used].copy_from_slice(&dgamma[at.clone()]);
+        dbeta_l[..used].copy_from_slice(&dbeta[at.clone()]);
+        let [mut xhat_l, mut g_l] = [[R::ZERO; LANES]; 2];
+        for l in 0..LANES {
+            xhat_l[l] = row.normalized(x_l[l]);
+            g_l[l] = dy_l[l] * gamma_l[l];
+        }
+        for l in 0..LANES {
+            sums[0][l] += g_l[l];
+            sums[1][l] = g_l[l].mul_add(xhat_l[l], sums[1][l]);
+            dgamma_l[l] = dy_l[l].mul_add(xhat_l[l], dgamma_l[l]);
+            dbeta_l[l] += dy_l[l];
+        }
+        xhat[at.clone()].copy_from_slice(&xhat_l[..used]);
+        g[at.clone()].copy_from_slice(&g_l[..used]);
+        dgamma[at.clone()].copy_from_slice(&dgamma_l[..used]);
+        dbeta[at].copy_from_slice(&dbeta_l[..used]);
     }
     let n = R::from_f64(n as f64);
     sums.map(|lanes| sum_lane_array(lanes) / n)

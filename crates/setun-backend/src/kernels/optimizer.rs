@@ -1,7 +1,7 @@
 //! Gradient norm and AdamW.
 
 use crate::ops::AdamW;
-use crate::real::{Real, sum_indexed};
+use crate::real::{Real, sum_slices};
 use half::bf16;
 
 /// Values whose squares are summed together; chunks are then added in ascending order,
@@ -11,7 +11,7 @@ pub const NORM_CHUNK: usize = 4096;
 /// Sum of squares of a chunk, in f64.
 #[inline(always)]
 pub fn sum_squares<R: Real>(x: &[R]) -> f64 {
-    sum_indexed(x.len(), |i| x[i].to_f64() * x[i].to_f64())
+    sum_slices([x], |[x]| x.to_f64() * x.to_f64())
 }
 
 /// The scalars of an update, computed once.
