@@ -12,7 +12,7 @@
 //!
 //! # Memory
 //! Scores exist for one tile at a time. [`forward`] allocates about
-//! `5 tile head_dim + 2 tile^2` values, [`backward`] `2 tile head_dim` more and one
+//! `7 tile head_dim + 4 tile^2` values, [`backward`] `2 tile head_dim` more and one
 //! value per query row and head; neither depends on `seq^2`.
 //!
 //! # Backward

@@ -1,5 +1,6 @@
 //! The backend of the machine's own processor: kernels over the threads of a [`Pool`].
 
+mod layer_norm;
 mod products;
 mod transformer;
 
@@ -44,7 +45,7 @@ impl<R: Real> HostWorkspace<R> {
         let threads = threads.max(1);
         let sums = 2 * limits.head_dim * TILE;
         let attention = attention::scratch_len(limits.head_dim, TILE) + sums;
-        let real_len = gemm::SCRATCH.max(attention).max(limits.width);
+        let real_len = gemm::SCRATCH.max(attention).max(2 * limits.width);
         let int8_len = int8::scratch_len(limits.width, limits.group_size);
         let workspace = Category::Workspace;
         Self {
@@ -168,6 +169,32 @@ multiversion! {
     ) = norm::rms_norm_dweight;
 }
 multiversion! {
+    /// [`norm::rms_norm_backward_in_place`]
+    fn rms_norm_backward_in_place_rows[R: Real][R](x: &[R], weight: &[R], inv: &[R], dy: &mut [R])
+        = norm::rms_norm_backward_in_place;
+}
+multiversion! {
+    /// [`elementwise::dequantize_row`]
+    fn dequantize_row[R: Real][R](trits: &[i8], scales: &[f32], group_size: usize, y: &mut [R])
+        = elementwise::dequantize_row;
+}
+multiversion! {
+    /// [`elementwise::blend_row`]
+    fn blend_row[R: Real][R](
+        latent: &[R],
+        trits: &[i8],
+        scales: &[f32],
+        group_size: usize,
+        share: R,
+        y: &mut [R],
+    ) = elementwise::blend_row;
+}
+multiversion! {
+    /// [`attention::row_deltas`]
+    fn row_deltas[R: Real][R](dout: &[R], out: &[R], width: usize, delta: &mut [R])
+        = attention::row_deltas;
+}
+multiversion! {
     /// [`elementwise::swiglu`]
     fn swiglu_rows[R: Real][R](
         gate: &[R],
@@ -223,6 +250,17 @@ multiversion! {
         m: &mut [R],
         v: &mut [R],
     ) = optimizer::adamw;
+}
+multiversion! {
+    /// [`optimizer::adamw_bf16`]
+    fn adamw_bf16_run[R: Real][R](
+        s: optimizer::AdamWScalars<R>,
+        first: usize,
+        w: &mut [R],
+        g: &[R],
+        m: &mut [bf16],
+        v: &mut [bf16],
+    ) = optimizer::adamw_bf16;
 }
 multiversion! {
     /// Rounds rows of activations.

@@ -15,6 +15,7 @@ pub mod attention;
 pub mod cpu;
 pub mod host;
 pub mod kernels;
+pub mod layer_norm;
 pub mod memory;
 pub mod ops;
 pub mod philox;
@@ -25,6 +26,7 @@ pub use host::{Host, HostWorkspace, Limits};
 pub use memory::{Arena, Buf, Category, Lease, Plan, PlanRow};
 pub use ops::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, CrossEntropy, Distillation,
-    NormRope, ProjectError, ProjectStats, RmsNorm, Segment, TernaryBuf, WeightBuf, WeightData,
+    LayerNorm, LayerNormBackward, NormRope, ProjectError, ProjectStats, RmsNorm, Segment,
+    StoredBuf, TernaryBuf, WeightBuf, WeightData,
 };
 pub use real::Real;

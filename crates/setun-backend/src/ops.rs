@@ -182,6 +182,79 @@ pub struct RmsNorm<R> {
     pub eps: f64,
 }
 
+/// Values as they are stored: real numbers, or bf16 that is read as it is.
+#[derive(Clone, Copy, Debug)]
+pub enum StoredBuf<R> {
+    /// Real numbers.
+    Real(Buf<R>),
+    /// bf16.
+    Bf16(Buf<bf16>),
+}
+
+impl<R> StoredBuf<R> {
+    /// Number of values.
+    pub fn len(self) -> usize {
+        match self {
+            Self::Real(x) => x.len(),
+            Self::Bf16(x) => x.len(),
+        }
+    }
+
+    /// Whether there are no values.
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// LayerNorm over the last dimension of `[batch, seq, width]` (Ba et al., 2016):
+/// `y = (x - mean) * inv * gamma + beta`, `inv = 1 / sqrt(variance + eps)` with the
+/// variance over all `width` values. A row is one of the `batch * seq`.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerNorm<R> {
+    /// `[rows, width]`.
+    pub x: StoredBuf<R>,
+    /// `[width]`: the scale.
+    pub gamma: Buf<R>,
+    /// `[width]`: the shift.
+    pub beta: Buf<R>,
+    /// `[rows]`, kept for backward: the mean, rounded to one number.
+    pub center: Buf<R>,
+    /// `[rows]`, kept for backward: the mean of `x - center`.
+    pub rest: Buf<R>,
+    /// `[rows]`, kept for backward: the reciprocal deviation.
+    pub inv: Buf<R>,
+    /// Width of a row.
+    pub width: usize,
+    /// Added to the variance; positive, so that a constant row gives `beta`.
+    pub eps: f64,
+}
+
+/// Gradients of [`LayerNorm`].
+#[derive(Clone, Copy, Debug)]
+pub struct LayerNormBackward<R> {
+    /// The forward operation, its statistics as it left them.
+    pub forward: LayerNorm<R>,
+    /// `[rows, width]`.
+    pub dy: Buf<R>,
+    /// `[rows, width]`.
+    pub dx: Buf<R>,
+    /// Whether `dx` is added to what is there, as on a residual stream, or written.
+    pub accumulate: bool,
+    /// `[width]`, `+=`.
+    pub dgamma: Buf<R>,
+    /// `[width]`, `+=`.
+    pub dbeta: Buf<R>,
+    /// Scratch of [`LayerNormBackward::partial_len`] values.
+    pub partial: Buf<R>,
+}
+
+impl<R> LayerNormBackward<R> {
+    /// Values of `partial`: two sums of a row's width for each block of rows.
+    pub fn partial_len(rows: usize, width: usize) -> usize {
+        rows.div_ceil(crate::kernels::layer_norm::BLOCK_ROWS) * 2 * width
+    }
+}
+
 /// Per-head RMSNorm and rotary embedding of queries or keys.
 #[derive(Clone, Copy, Debug)]
 pub struct NormRope<R> {
@@ -232,6 +305,11 @@ pub struct Distillation<R> {
 }
 
 /// One AdamW update (Loshchilov and Hutter, 2019), in PyTorch's order of operations.
+///
+/// Moments of bf16 are read exactly, updated in the real type, used for the weight, and
+/// only then rounded: up or down, by chance in proportion to what is cut off, with random
+/// bits that are a hash of update and index. (To nearest, a second moment that falls by a
+/// thousandth an update would never fall.)
 #[derive(Clone, Copy, Debug)]
 pub struct AdamW<R> {
     /// Weights.
@@ -239,9 +317,9 @@ pub struct AdamW<R> {
     /// Their gradient.
     pub grad: Buf<R>,
     /// First moment.
-    pub m: Buf<R>,
-    /// Second moment.
-    pub v: Buf<R>,
+    pub m: StoredBuf<R>,
+    /// Second moment, stored as the first.
+    pub v: StoredBuf<R>,
     /// Factor on the gradient: the clipping.
     pub grad_scale: f64,
     /// Learning rate.
@@ -320,6 +398,11 @@ pub trait Backend {
         dx: Buf<Self::Real>,
         dweight: Buf<Self::Real>,
     );
+
+    /// LayerNorm, rounded for the products that follow. No part of Qwen3.
+    fn layer_norm(&mut self, op: LayerNorm<Self::Real>, y: ActBuf<Self::Real>);
+    /// Its gradients.
+    fn layer_norm_backward(&mut self, op: LayerNormBackward<Self::Real>);
 
     /// Norm and RoPE of queries or keys.
     fn norm_rope(&mut self, op: NormRope<Self::Real>, y: AttnBuf<Self::Real>);

@@ -9,7 +9,8 @@ mod rig;
 use rig::{Rig, content, numbers, randoms, scales, trits};
 use setun_backend::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Distillation,
-    Host, Isa, Limits, NormRope, RmsNorm, Segment, TernaryBuf, WeightBuf, WeightData,
+    Host, Isa, LayerNorm, LayerNormBackward, Limits, NormRope, RmsNorm, Segment, StoredBuf,
+    TernaryBuf, WeightBuf, WeightData,
 };
 
 /// Step of the central differences.
@@ -42,6 +43,7 @@ struct Case {
 fn gradients_equal_central_differences() {
     let table = [
         rms_norms(),
+        layer_norms(),
         norm_ropes(),
         linears(),
         ternary_linears(),
@@ -137,6 +139,56 @@ fn rms_norms() -> Vec<Case> {
         }),
     };
     [(1, 1), (3, 7), (17, 33), (2, 65)].map(case).into()
+}
+
+fn layer_norms() -> Vec<Case> {
+    let case = |(rows, width, accumulate): (usize, usize, bool)| Case {
+        name: format!("layer_norm [{rows}, {width}]"),
+        inputs: vec![
+            ("x", randoms(61, rows * width)),
+            ("gamma", randoms(62, width)),
+            ("beta", randoms(63, width)),
+        ],
+        dy: randoms(64, rows * width),
+        compute: Box::new(move |inputs, dy| {
+            let mut rig = Rig::new();
+            let op = LayerNorm {
+                x: StoredBuf::Real(rig.put(&inputs[0])),
+                gamma: rig.put(&inputs[1]),
+                beta: rig.put(&inputs[2]),
+                center: rig.room(rows),
+                rest: rig.room(rows),
+                inv: rig.room(rows),
+                width,
+                eps: 1e-3,
+            };
+            let y = rig.room(rows * width);
+            let gradients = LayerNormBackward {
+                forward: op,
+                dy: rig.put(dy),
+                dx: stale(&mut rig, rows * width),
+                accumulate,
+                dgamma: stale(&mut rig, width),
+                dbeta: stale(&mut rig, width),
+                partial: rig.room(LayerNormBackward::<f64>::partial_len(rows, width)),
+            };
+            let mut host = reference(rig);
+            host.layer_norm(op, ActBuf::Real(y));
+            host.layer_norm_backward(gradients);
+            let dx = match accumulate {
+                true => added(&host, gradients.dx),
+                false => content(&host, gradients.dx),
+            };
+            let (dgamma, dbeta) = (gradients.dgamma, gradients.dbeta);
+            Outcome {
+                y: content(&host, y),
+                gradients: vec![dx, added(&host, dgamma), added(&host, dbeta)],
+            }
+        }),
+    };
+    [(1, 2, false), (3, 7, true), (17, 33, false), (70, 19, true)]
+        .map(case)
+        .into()
 }
 
 fn norm_ropes() -> Vec<Case> {
@@ -534,11 +586,12 @@ fn adamw_equals_pytorch() {
     for (len, weight_decay, grad_scale) in [(1, 0.0, 1.0), (7, 0.1, 0.3), (33, 0.01, 1.0)] {
         let mut rig = Rig::new();
         let mut weights = randoms::<f64>(31, len);
+        let (m, v) = (rig.room(len), rig.room(len));
         let mut op = AdamW {
             weight: rig.put(&weights),
             grad: rig.room(len),
-            m: rig.room(len),
-            v: rig.room(len),
+            m: StoredBuf::Real(m),
+            v: StoredBuf::Real(v),
             grad_scale,
             lr: 0.02,
             beta1: 0.9,
@@ -563,8 +616,8 @@ fn adamw_equals_pytorch() {
             torch.step(&op, &mut weights, &grad);
             let results = [
                 ("weight", op.weight, &weights),
-                ("m", op.m, &torch.exp_avg),
-                ("v", op.v, &torch.exp_avg_sq),
+                ("m", m, &torch.exp_avg),
+                ("v", v, &torch.exp_avg_sq),
             ];
             for (name, buf, expected) in results {
                 for (got, expected) in content(&host, buf).iter().zip(expected) {

@@ -3,8 +3,9 @@
 use crate::TrainError;
 use crate::trainer::Trainer;
 use bytemuck::cast_slice;
+use half::bf16;
 use serde::{Deserialize, Serialize};
-use setun_backend::{Backend, Buf};
+use setun_backend::{Backend, StoredBuf};
 use setun_formats::tensors::write_header;
 use setun_formats::{Dtype, PackedHeader, TensorInfo, TernaryInfo};
 use setun_io::{
@@ -232,7 +233,14 @@ pub fn restore<B: Backend<Real = f32>>(
                     p.numel()
                 )));
             }
-            trainer.backend.write(buf, &values);
+            match buf {
+                StoredBuf::Real(buf) => trainer.backend.write(buf, &values),
+                StoredBuf::Bf16(buf) => {
+                    // Exact: such values were written.
+                    let values: Vec<bf16> = values.into_iter().map(bf16::from_f32).collect();
+                    trainer.backend.write(buf, &values);
+                }
+            }
         }
     }
     trainer.step = state.step;
@@ -263,11 +271,11 @@ fn check_data(path: &Path, saved: &DataIdentity, found: &DataIdentity) -> Result
 struct Entry {
     name: String,
     shape: Vec<usize>,
-    buf: Buf<f32>,
+    buf: StoredBuf<f32>,
 }
 
 impl Entry {
-    fn of(p: &Parameter<f32>, suffix: &str, buf: Buf<f32>) -> Self {
+    fn of(p: &Parameter<f32>, suffix: &str, buf: StoredBuf<f32>) -> Self {
         let shape = if p.is_matrix {
             vec![p.rows, p.cols]
         } else {
@@ -281,11 +289,11 @@ impl Entry {
     }
 
     fn latent(p: &Parameter<f32>) -> Self {
-        Self::of(p, "", p.values())
+        Self::of(p, "", StoredBuf::Real(p.values()))
     }
 }
 
-/// Writes f32 tensors straight from the backend, a piece at a time.
+/// Writes tensors as f32 straight from the backend, a piece at a time.
 fn write_tensors<B: Backend<Real = f32>>(
     out: &mut dyn Write,
     backend: &B,
@@ -306,7 +314,7 @@ fn write_tensors<B: Backend<Real = f32>>(
     for entry in entries {
         for start in (0..entry.buf.len()).step_by(PIECE) {
             let n = PIECE.min(entry.buf.len() - start);
-            backend.read(entry.buf.part(start, n), &mut values[..n]);
+            read_values(backend, entry.buf, start, &mut values[..n]);
             // Little-endian on every machine that this builds for.
             let bytes: &[u8] = cast_slice(&values[..n]);
             hash(bytes);
@@ -314,4 +322,23 @@ fn write_tensors<B: Backend<Real = f32>>(
         }
     }
     Ok(())
+}
+
+/// The values from `start` on.
+fn read_values<B: Backend<Real = f32>>(
+    backend: &B,
+    buf: StoredBuf<f32>,
+    start: usize,
+    out: &mut [f32],
+) {
+    match buf {
+        StoredBuf::Real(buf) => backend.read(buf.part(start, out.len()), out),
+        StoredBuf::Bf16(buf) => {
+            let mut values = vec![bf16::ZERO; out.len()];
+            backend.read(buf.part(start, out.len()), &mut values);
+            for (out, x) in out.iter_mut().zip(values) {
+                *out = x.to_f32();
+            }
+        }
+    }
 }

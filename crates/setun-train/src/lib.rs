@@ -11,6 +11,7 @@ pub mod machine;
 pub mod metrics;
 pub mod optimizer;
 pub mod prepare;
+pub mod profile;
 pub mod report;
 pub mod run;
 pub mod schedule;

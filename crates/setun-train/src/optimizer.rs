@@ -1,6 +1,7 @@
 //! AdamW over all parameters, and the gradient norm.
 
-use setun_backend::{AdamW, Backend, Buf, Category, Plan};
+use crate::settings::OptimizerState;
+use setun_backend::{AdamW, Backend, Category, Plan, StoredBuf};
 use setun_model::Parameters;
 
 /// Constants of AdamW.
@@ -12,14 +13,16 @@ pub struct AdamWOptions {
     pub beta2: f64,
     /// Added to the denominator.
     pub eps: f64,
+    /// How moments are stored.
+    pub state: OptimizerState,
 }
 
 /// First and second moment of each parameter, in canonical order.
 pub struct Optimizer {
     /// First moments; empty for a frozen parameter.
-    pub m: Vec<Buf<f32>>,
+    pub m: Vec<StoredBuf<f32>>,
     /// Second moments.
-    pub v: Vec<Buf<f32>>,
+    pub v: Vec<StoredBuf<f32>>,
     /// Updates so far: steps that were skipped do not count.
     pub updates: u64,
     options: AdamWOptions,
@@ -31,7 +34,11 @@ impl Optimizer {
         let mut moments = |letter: &str| {
             let each = parameters.list.iter().map(|p| {
                 let len = if p.frozen { 0 } else { p.numel() };
-                plan.alloc(Category::Optimizer, format!("{}.{letter}", p.name), len)
+                let (category, name) = (Category::Optimizer, format!("{}.{letter}", p.name));
+                match options.state {
+                    OptimizerState::F32 => StoredBuf::Real(plan.alloc(category, name, len)),
+                    OptimizerState::Bf16 => StoredBuf::Bf16(plan.alloc(category, name, len)),
+                }
             });
             each.collect::<Vec<_>>()
         };

@@ -10,6 +10,7 @@ use crate::models::{
     check_exports, check_names, final_config, open_init, open_teacher, teacher_spec,
 };
 use crate::prepare::{self, Prepared};
+use crate::profile::{PROFILE_FILE, Profiled};
 use crate::report::record::{
     EarlyStop, EvalRecord, MemoryFacts, MemoryRow, Metric, ModelFacts, ProjectionCost, RunRecord,
     StepRecord, TernaryRecord,
@@ -45,6 +46,8 @@ pub struct RunOptions<'a> {
     pub resume: Option<&'a Path>,
     /// Set when the user asks to stop: the step is finished, the state is saved.
     pub stop: &'a AtomicBool,
+    /// Whether to measure the time of each operation of a step.
+    pub profile: bool,
 }
 
 /// How a run ended.
@@ -105,6 +108,7 @@ pub fn train(
         session.initialize(init.as_ref(), observer)?;
     }
     let stopped = session.train(options.stop, observer)?;
+    session.write_profile(observer)?;
     if stopped {
         return Ok(RunEnd::Stopped {
             step: session.trainer.step,
@@ -196,7 +200,7 @@ pub(crate) struct Session {
     pub settings: Settings,
     pub config: Qwen3Config,
     pub run: PathBuf,
-    pub trainer: Trainer<Host<f32>>,
+    pub trainer: Trainer<Profiled<Host<f32>>>,
     pub tokenizer: Tokenizer,
     pub record: RunRecord,
     pub isa: Isa,
@@ -237,7 +241,8 @@ impl Session {
             teacher,
         } = layout;
         let rows = model.max_rows();
-        let mut backend = Host::new(&plan, workspace, options.isa);
+        let host = Host::new(&plan, workspace, options.isa);
+        let mut backend = Profiled::new(host, options.profile);
         if let (Some(open), Some(teacher)) = (&open_teacher, &teacher) {
             load_parameters(open, &teacher.parameters, &mut backend)?;
         }
@@ -347,7 +352,9 @@ impl Session {
                 break;
             }
             let start = Instant::now();
+            self.trainer.backend.begin_step();
             let outcome = self.trainer.step(&self.batches)?;
+            self.trainer.backend.end_step();
             self.record_step(&outcome, start.elapsed().as_secs_f64(), observer)?;
             let step = self.trainer.step;
             let last = step == steps;
@@ -563,6 +570,20 @@ impl Session {
         self.settings.ternary_info()
     }
 
+    /// Writes and prints where the time of this session's steps went, if it was measured.
+    fn write_profile(&self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let Some(profile) = self.trainer.backend.profile() else {
+            return Ok(());
+        };
+        for line in profile.to_string().lines() {
+            observer.message(line);
+        }
+        let path = self.run.join(PROFILE_FILE);
+        finish::write_json(&path, &profile)?;
+        observer.message(&format!("profile: {}", path.display()));
+        Ok(())
+    }
+
     fn write_record(&self) -> Result<(), TrainError> {
         finish::write_json(&self.run.join("run.json"), &self.record)
     }
@@ -601,7 +622,7 @@ impl Session {
 /// the time before it; returns its state and the metrics up to there.
 fn restore(
     run: &Path,
-    trainer: &mut Trainer<Host<f32>>,
+    trainer: &mut Trainer<Profiled<Host<f32>>>,
     data: &DataIdentity,
     record: &mut RunRecord,
     observer: &mut dyn Observer,

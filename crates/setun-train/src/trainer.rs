@@ -80,6 +80,7 @@ impl Layout {
             beta1: train.beta1,
             beta2: train.beta2,
             eps: train.eps,
+            state: train.optimizer_state,
         };
         let optimizer = Optimizer::reserve(&mut plan, &model.parameters, options);
         let workspace = HostWorkspace::reserve(&mut plan, threads, limits);
@@ -235,9 +236,19 @@ impl<B: Backend<Real = f32>> Trainer<B> {
     /// Puts the parts together; the weights are still to be set.
     pub fn new(
         backend: B,
-        (model, optimizer, teacher): (Qwen3<f32>, Optimizer, Option<Qwen3<f32>>),
+        parts: (Qwen3<f32>, Optimizer, Option<Qwen3<f32>>),
         settings: &Settings,
         batches: &Batches,
+    ) -> Self {
+        Self::with_segments(backend, parts, settings, batches.max_segments())
+    }
+
+    /// As [`new`](Self::new), for batches of at most `max_segments` segments.
+    pub fn with_segments(
+        backend: B,
+        (model, optimizer, teacher): (Qwen3<f32>, Optimizer, Option<Qwen3<f32>>),
+        settings: &Settings,
+        max_segments: usize,
     ) -> Self {
         let train = &settings.train;
         let rows = train.batch_size * train.seq_len;
@@ -257,7 +268,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
                 teacher_weight: settings.distill.weight,
                 temperature: settings.distill.temperature,
             },
-            batch: BatchBuffers::new(rows, batches.max_segments()),
+            batch: BatchBuffers::new(rows, max_segments),
         };
         trainer.model.prepare(&mut trainer.backend);
         if let Some(teacher) = &trainer.teacher {
@@ -284,6 +295,31 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         let step = self.step;
         let info = batches.fill(step, &mut self.batch.inputs, &mut self.batch.targets)?;
         batches.segments(step, self.options.document_mask, &mut self.batch.ranges);
+        self.step_on_batch(info.epoch)
+    }
+
+    /// As [`step`](Self::step), on a batch from elsewhere: `fill` writes inputs and targets,
+    /// `[batch_size, seq_len]` each, and every window is a segment.
+    ///
+    /// # Errors
+    /// A scale that cannot be shipped.
+    pub fn step_on(
+        &mut self,
+        fill: impl FnOnce(&mut [u32], &mut [u32]),
+    ) -> Result<StepOutcome, TrainError> {
+        let batch = &mut self.batch;
+        fill(&mut batch.inputs, &mut batch.targets);
+        let len = self.options.seq_len;
+        batch.ranges.clear();
+        let starts = (0..batch.inputs.len()).step_by(len);
+        let windows = starts.map(|start| data::Segment { start, len });
+        batch.ranges.extend(windows);
+        self.step_on_batch(0.0)
+    }
+
+    /// The step on the batch that is in the buffers.
+    fn step_on_batch(&mut self, epoch: f64) -> Result<StepOutcome, TrainError> {
+        let step = self.step;
         if step < self.options.blend_steps {
             let share = step as f64 / self.options.blend_steps as f64;
             self.model.parameters.blend(&mut self.backend, share);
@@ -302,7 +338,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
             projection = self.project()?;
         }
         self.step += 1;
-        let (epoch, clipped) = (info.epoch, scale < 1.0);
+        let clipped = scale < 1.0;
         Ok(StepOutcome {
             loss,
             divergence: self.teacher.is_some().then_some(divergence),

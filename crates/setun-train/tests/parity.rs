@@ -9,6 +9,7 @@ use setun_io::TensorFile;
 use setun_model::{ModelSpec, Purpose, Qwen3, Scheme, TrainShape};
 use setun_ternary::{Numerics, ScaleRule};
 use setun_train::optimizer::{AdamWOptions, Optimizer};
+use setun_train::settings::OptimizerState;
 use std::path::{Path, PathBuf};
 
 struct Case {
@@ -100,6 +101,7 @@ impl Case {
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
+            state: OptimizerState::F32,
         };
         let optimizer = Optimizer::reserve(&mut plan, &model.parameters, options);
         let mut backend = Host::new(&plan, workspace, Isa::detect());

@@ -13,6 +13,10 @@ use setun_train::settings::{Override, schema};
 
 use crate::flags;
 
+mod bench;
+
+pub use bench::{BenchArgs, Benchmark, Shape};
+
 /// A command with its arguments.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
@@ -36,6 +40,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// `setun report`
     Report(ReportArgs),
+    /// `setun bench`
+    Bench(BenchArgs),
 }
 
 /// Arguments of `setun train`.
@@ -50,6 +56,8 @@ pub struct TrainArgs {
     pub resume: Option<PathBuf>,
     /// Whether to stop before the first step.
     pub dry_run: bool,
+    /// Whether to measure the time of each operation.
+    pub profile: bool,
 }
 
 /// Arguments of `setun verify`.
@@ -252,6 +260,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
             path: value(matches, "path"),
             json: matches.get_flag("json"),
         }),
+        Some(("bench", matches)) => match bench::bench(matches) {
+            Some(args) => Command::Bench(args),
+            None => return Err(definition.error(ErrorKind::MissingSubcommand, "which benchmark?")),
+        },
         Some(("report", matches)) => Command::Report(ReportArgs {
             run: value(matches, "run"),
         }),
@@ -285,6 +297,7 @@ fn train(matches: &ArgMatches) -> TrainArgs {
         overrides,
         resume: matches.get_one("resume").cloned(),
         dry_run: matches.get_flag("dry-run"),
+        profile: matches.get_flag("profile"),
     }
 }
 

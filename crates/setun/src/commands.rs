@@ -31,8 +31,10 @@ macro_rules! say {
     };
 }
 
+mod bench;
 mod convert;
 
+pub use bench::bench;
 pub use convert::{convert, inspect};
 
 /// `setun train`
@@ -50,6 +52,7 @@ pub fn train(args: TrainArgs, environment: &Environment) -> CommandResult {
         isa,
         resume: args.resume.as_deref(),
         stop: &stop,
+        profile: args.profile,
     };
     let mut console = Console::new();
     let end = run::train(settings, &options, &mut console).map_err(unwrap_settings)?;

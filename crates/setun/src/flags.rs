@@ -1,6 +1,7 @@
 //! Definition of every subcommand and flag, with help texts. `args` turns what was
 //! matched into plain values. The flags of settings follow from the settings table.
 
+mod bench;
 mod convert;
 
 use setun_ternary::Numerics;
@@ -49,6 +50,7 @@ pub fn definition() -> Command {
             convert::convert(),
             convert::inspect(),
             report(),
+            bench::bench(),
         ])
 }
 
@@ -111,6 +113,11 @@ Examples:
                 .help("Go on with a run from its newest checkpoint, bit for bit"),
         )
         .arg(switch("dry-run").help("Check settings and data, print the memory plan, and stop"))
+        .arg(
+            switch("profile").help(
+                "Measure each operation of a step: prints a table and writes RUN/profile.json",
+            ),
+        )
         .args(SETTING_FLAGS.iter().map(setting_flag))
         .after_help(settings)
 }

@@ -106,6 +106,19 @@ fn interruptions_and_crashes_add_up_to_the_same_run() {
     assert_same_run(&run, &expected, STEPS);
 }
 
+#[test]
+fn moments_of_bf16_survive_an_interruption() {
+    let scratch = Scratch::new("bf16-state");
+    let corpus = scratch.corpus();
+    let flags = ["--train.optimizer_state", "bf16"];
+    let expected = straight(&scratch, &corpus, &flags);
+    let run = scratch.join("run");
+    let mut first = training(&run, &corpus, &SETTINGS);
+    interrupt(first.args(flags), &run, 7, Signal::Interrupt).ok();
+    finish(&mut resuming(&run)).ok();
+    assert_same_run(&run, &expected, STEPS);
+}
+
 /// Means and rates over several steps.
 #[test]
 fn what_spans_several_steps_survives_an_interruption() {

@@ -219,6 +219,132 @@ fn even_odd_lanes<const N: usize>(x: &[f32], y: &[f32], lanes: usize, acc: &mut 
     }
 }
 
+/// Rows that [`rows_even_odd`] advances together: with two vectors each they fill the
+/// registers, and a load serves all of them.
+pub(crate) const ROWS_TOGETHER: usize = 6;
+
+/// `acc[i, l] += sum over r of x[i * stride + r] * y[r * lanes + l]` for up to
+/// [`ROWS_TOGETHER`] rows of `lanes` values, a multiple of 16, and `depth` steps: as
+/// [`vec_mat_even_odd`] on each row, of values whose products cannot be denormal.
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn rows_even_odd(
+    x: &[f32],
+    (stride, depth): (usize, usize),
+    y: &[f32],
+    lanes: usize,
+    acc: &mut [f32],
+) {
+    match acc.len() / lanes {
+        6 => rows_of::<6>(x, (stride, depth), y, lanes, acc),
+        5 => rows_of::<5>(x, (stride, depth), y, lanes, acc),
+        4 => rows_of::<4>(x, (stride, depth), y, lanes, acc),
+        3 => rows_of::<3>(x, (stride, depth), y, lanes, acc),
+        2 => rows_of::<2>(x, (stride, depth), y, lanes, acc),
+        1 => rows_of::<1>(x, (stride, depth), y, lanes, acc),
+        rows => unreachable!("{rows} rows at a time"),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn rows_of<const M: usize>(
+    x: &[f32],
+    (stride, depth): (usize, usize),
+    y: &[f32],
+    lanes: usize,
+    acc: &mut [f32],
+) {
+    assert!(x.len() >= (M - 1) * stride + depth && y.len() >= depth * lanes);
+    assert!(acc.len() >= M * lanes && lanes.is_multiple_of(2 * W));
+    for at in (0..lanes).step_by(2 * W) {
+        for start in (0..depth).step_by(BLOCK) {
+            let steps = BLOCK.min(depth - start);
+            // SAFETY: by the assertions all rows of `x` have `depth` values, and steps
+            // below `depth` of `y` have `lanes`, of which `at..at + 16` are read.
+            let (even, odd) = unsafe {
+                let (x, y) = (x.as_ptr().add(start), y.as_ptr().add(start * lanes + at));
+                let even = row_chains::<M>(steps.div_ceil(2), (x, stride), (y, lanes));
+                let (x, y) = (x.wrapping_add(1), y.wrapping_add(lanes));
+                (even, row_chains::<M>(steps / 2, (x, stride), (y, lanes)))
+            };
+            for i in 0..M {
+                for half in 0..2 {
+                    let to = &mut acc[i * lanes + at + half * W..];
+                    let sum = _mm256_add_ps(even[i][half], odd[i][half]);
+                    store(to, flush(_mm256_add_ps(load(to), sum)));
+                }
+            }
+        }
+    }
+}
+
+/// Chains of `M` rows over `n` steps, two apart, from zero.
+///
+/// # Safety
+/// `x` points to `M` rows, `stride` apart, and `y` to rows of 16 values, `lanes` apart; both
+/// have that many steps.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn row_chains<const M: usize>(
+    n: usize,
+    (mut x, stride): (*const f32, usize),
+    (mut y, lanes): (*const f32, usize),
+) -> [[__m256; 2]; M] {
+    let mut chains = [[_mm256_setzero_ps(); 2]; M];
+    for _ in 0..n {
+        // SAFETY: the caller's promise; the loads need no alignment.
+        unsafe {
+            let values = [_mm256_loadu_ps(y), _mm256_loadu_ps(y.add(W))];
+            for (i, chain) in chains.iter_mut().enumerate() {
+                let x = _mm256_set1_ps(*x.add(i * stride));
+                chain[0] = _mm256_fmadd_ps(x, values[0], chain[0]);
+                chain[1] = _mm256_fmadd_ps(x, values[1], chain[1]);
+            }
+        }
+        x = x.wrapping_add(2);
+        y = y.wrapping_add(2 * lanes);
+    }
+    chains
+}
+
+/// Transposes eight rows of `from`, `width` apart, into lanes `0..8` of the rows of `to`,
+/// `tile` apart; `width` is a multiple of 8.
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn transpose_eight(from: &[f32], width: usize, tile: usize, to: &mut [f32]) {
+    for d in (0..width).step_by(W) {
+        let rows: [__m256; W] = std::array::from_fn(|i| load(&from[i * width + d..]));
+        // Pairs, then fours within each half, then the halves.
+        let pairs: [__m256; W] = std::array::from_fn(|i| {
+            let (a, b) = (rows[i / 2 * 2], rows[i / 2 * 2 + 1]);
+            if i % 2 == 0 {
+                _mm256_unpacklo_ps(a, b)
+            } else {
+                _mm256_unpackhi_ps(a, b)
+            }
+        });
+        let fours: [__m256; W] = std::array::from_fn(|i| {
+            let (a, b) = (
+                pairs[i / 4 * 4 + i % 4 / 2],
+                pairs[i / 4 * 4 + i % 4 / 2 + 2],
+            );
+            if i % 2 == 0 {
+                _mm256_shuffle_ps::<0x44>(a, b)
+            } else {
+                _mm256_shuffle_ps::<0xee>(a, b)
+            }
+        });
+        for i in 0..W {
+            let (a, b) = (fours[i % 4], fours[i % 4 + 4]);
+            let row = if i < 4 {
+                _mm256_permute2f128_ps::<0x20>(a, b)
+            } else {
+                _mm256_permute2f128_ps::<0x31>(a, b)
+            };
+            store(&mut to[(d + i) * tile..], row);
+        }
+    }
+}
+
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn step<const N: usize>(chain: &mut [__m256; N], x: f32, y: &[f32]) {
@@ -276,4 +402,40 @@ pub(super) fn int8_dots(codes: &[u8], q: &[i8], dots: &mut [[i32; LANES]; int8::
             _mm256_storeu_si256(at.add(1), sums[1]);
         }
     }
+}
+
+/// [`peak::fma`](super::peak::fma) on one thread; returns the multiply-adds.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn fma_rounds(rounds: usize) -> f64 {
+    const CHAINS: usize = 12;
+    let a = _mm256_set1_ps(std::hint::black_box(0.999));
+    let b = _mm256_set1_ps(std::hint::black_box(1e-3));
+    let mut chains = [_mm256_set1_ps(1.0); CHAINS];
+    for _ in 0..rounds {
+        for chain in &mut chains {
+            *chain = _mm256_fmadd_ps(*chain, a, b);
+        }
+    }
+    std::hint::black_box(chains);
+    (rounds * CHAINS * W) as f64
+}
+
+/// [`peak::int8`](super::peak::int8) on one thread; returns the multiply-adds.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn int8_rounds(rounds: usize) -> f64 {
+    const CHAINS: usize = 8;
+    let bytes = std::hint::black_box([1i8; 4 * CHAINS]);
+    let codes = std::array::from_fn::<_, CHAINS, _>(|i| _mm256_set1_epi8(bytes[i]));
+    let mut sums = [_mm256_setzero_si256(); CHAINS];
+    let mut x = _mm256_set1_epi8(bytes[CHAINS]);
+    let step = _mm256_set1_epi8(bytes[CHAINS + 1]);
+    for _ in 0..rounds {
+        // Another x each round: the products must not be taken out of the loop.
+        x = _mm256_add_epi8(x, step);
+        for (sum, &code) in sums.iter_mut().zip(&codes) {
+            *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(code, x));
+        }
+    }
+    std::hint::black_box(sums);
+    (rounds * CHAINS * 4 * W) as f64
 }

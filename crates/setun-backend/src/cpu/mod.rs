@@ -6,6 +6,7 @@ pub mod gemm;
 pub mod int8;
 pub(crate) mod isa;
 pub mod operand;
+pub mod peak;
 pub mod pool;
 
 pub use isa::Isa;

@@ -106,7 +106,7 @@ impl<R: Real> Backend for Host<R> {
                     for (y, &id) in y.chunks_mut(width).zip(&ids[rows]) {
                         let trits = &trits[id as usize * width..][..width];
                         let scales = &scales[id as usize * groups..][..groups];
-                        elementwise::dequantize_row(trits, scales, w.group_size, y);
+                        dequantize_row(self.isa, trits, scales, w.group_size, y);
                     }
                 });
             }
@@ -146,15 +146,34 @@ impl<R: Real> Backend for Host<R> {
         let mut lease = self.arena.lease();
         let (x, weight) = (lease.read(norm.x), lease.read(norm.weight));
         let (inv, dy) = (lease.read(norm.inv), lease.read(dy));
-        let dx = RowsMut::new(lease.write(dx), width);
-        self.pool.by_rows(x.len() / width, GRAIN, dx, |rows, dx| {
-            let (x, dy) = (rows_of(x, &rows, width), rows_of(dy, &rows, width));
-            rms_norm_backward_rows(self.isa, x, weight, &inv[rows], dy, dx);
-        });
-        let dweight = RowsMut::new(lease.write(dweight), 1);
-        self.pool.by_rows(width, 64, dweight, |columns, dw| {
-            rms_norm_dweight_columns(self.isa, x, inv, dy, width, columns.start, dw);
-        });
+        let (dx, dweight) = (lease.write(dx), lease.write(dweight));
+        // A chunk of rows at a time: the second pass finds them in the cache.
+        // Whole blocks of the sums.
+        let chunk_rows = (NORM_VALUES / width)
+            .next_multiple_of(norm::BLOCK_ROWS)
+            .max(norm::BLOCK_ROWS);
+        let chunk = chunk_rows * width;
+        let rows = x.chunks(chunk).zip(dy.chunks(chunk));
+        let kept = dx.chunks_mut(chunk).zip(inv.chunks(chunk_rows));
+        for ((x, dy), (dx, inv)) in rows.zip(kept) {
+            let dx = RowsMut::new(dx, width);
+            self.pool.by_rows(inv.len(), GRAIN, dx, |rows, dx| {
+                let (x, dy) = (rows_of(x, &rows, width), rows_of(dy, &rows, width));
+                rms_norm_backward_rows(self.isa, x, weight, &inv[rows], dy, dx);
+            });
+            let dweight = RowsMut::new(&mut *dweight, 1);
+            self.pool.by_rows(width, 64, dweight, |columns, dw| {
+                rms_norm_dweight_columns(self.isa, x, inv, dy, width, columns.start, dw);
+            });
+        }
+    }
+
+    fn layer_norm(&mut self, op: LayerNorm<R>, y: ActBuf<R>) {
+        self.layer_norm_op(op, y);
+    }
+
+    fn layer_norm_backward(&mut self, op: LayerNormBackward<R>) {
+        self.layer_norm_backward_op(op);
     }
 
     fn norm_rope(&mut self, op: NormRope<R>, y: AttnBuf<R>) {
@@ -193,9 +212,7 @@ impl<R: Real> Backend for Host<R> {
         let dy = lease.write(dy);
         self.pool
             .by_rows(rows, GRAIN, RowsMut::new(&mut *dy, width), |rows, dy| {
-                for (row, dy) in rows.zip(dy.chunks_mut(width)) {
-                    norm::rope_backward_row(dy, head_dim, tables.of(row));
-                }
+                rope_backward_rows(self.isa, rows.start, width, head_dim, tables, dy);
             });
         let dw = RowsMut::new(lease.write(dweight), 1);
         let turned = &*dy;
@@ -206,7 +223,7 @@ impl<R: Real> Backend for Host<R> {
             .by_rows(rows, GRAIN, RowsMut::new(dy, width), |rows, dy| {
                 let inv = rows_of(inv, &rows, op.heads);
                 let x = rows_of(x, &rows, width);
-                norm::rms_norm_backward_in_place(x, weight, inv, dy);
+                rms_norm_backward_in_place_rows(self.isa, x, weight, inv, dy);
             });
     }
 
@@ -285,10 +302,8 @@ impl<R: Real> Backend for Host<R> {
             64,
             RowsMut::new(&mut *delta, 1),
             |rows, delta| {
-                for (row, delta) in rows.zip(delta) {
-                    let at = row * e..(row + 1) * e;
-                    *delta = crate::kernels::attention::row_delta(&dout[at.clone()], &out[at]);
-                }
+                let (dout, out) = (rows_of(dout, &rows, e), rows_of(out, &rows, e));
+                row_deltas(self.isa, dout, out, e, delta);
             },
         );
         let saved = Saved { lse, dout, delta };
@@ -396,7 +411,7 @@ impl<R: Real> Backend for Host<R> {
                     let scales = &scales[row * groups..][..groups];
                     let (latent, trits) = (&latent[..cols], &trits[..cols]);
                     let group_size = ternary.group_size;
-                    elementwise::blend_row(latent, trits, scales, group_size, share, to);
+                    blend_row(self.isa, latent, trits, scales, group_size, share, to);
                 }
             });
     }
@@ -427,26 +442,44 @@ impl<R: Real> Backend for Host<R> {
         let mut lease = self.arena.lease();
         let grad = lease.read(op.grad);
         let weight = RowsMut::new(lease.write(op.weight), 1);
-        let m = RowsMut::new(lease.write(op.m), 1);
-        let v = RowsMut::new(lease.write(op.v), 1);
         let scalars = optimizer::AdamWScalars::new(&op);
-        self.pool
-            .by_rows(grad.len(), RUN, (weight, (m, v)), |rows, (w, (m, v))| {
-                adamw_run(self.isa, scalars, w, &grad[rows], m, v);
-            });
+        match (op.m, op.v) {
+            (StoredBuf::Real(m), StoredBuf::Real(v)) => {
+                let m = RowsMut::new(lease.write(m), 1);
+                let out = (weight, (m, RowsMut::new(lease.write(v), 1)));
+                self.pool
+                    .by_rows(grad.len(), RUN, out, |rows, (w, (m, v))| {
+                        adamw_run(self.isa, scalars, w, &grad[rows], m, v);
+                    });
+            }
+            (StoredBuf::Bf16(m), StoredBuf::Bf16(v)) => {
+                let m = RowsMut::new(lease.write(m), 1);
+                let out = (weight, (m, RowsMut::new(lease.write(v), 1)));
+                self.pool
+                    .by_rows(grad.len(), RUN, out, |rows, (w, (m, v))| {
+                        let (first, g) = (rows.start, &grad[rows]);
+                        adamw_bf16_run(self.isa, scalars, first, w, g, m, v);
+                    });
+            }
+            _ => panic!("both moments must be stored alike"),
+        }
     }
 }
+
+/// Values of a norm whose gradients are taken before the next ones are read: 2 MiB of f32,
+/// which a shared cache holds and beside which a barrier costs nothing.
+const NORM_VALUES: usize = 1 << 19;
 
 /// Values of a task in operations without rows.
 const RUN: usize = 16 * 1024;
 
 /// The scratch memory of all workers.
-struct Scratch<'a, R> {
+pub(super) struct Scratch<'a, R> {
     rows: RowsMut<'a, R>,
 }
 
 impl<'a, R: Real> Scratch<'a, R> {
-    fn lease(lease: &mut Lease<'a>, workspace: &HostWorkspace<R>) -> Self {
+    pub(super) fn lease(lease: &mut Lease<'a>, workspace: &HostWorkspace<R>) -> Self {
         Self {
             rows: RowsMut::new(lease.write(workspace.real), workspace.real_len),
         }
@@ -454,7 +487,7 @@ impl<'a, R: Real> Scratch<'a, R> {
 
     /// The scratch of one worker.
     #[allow(clippy::mut_from_ref)]
-    fn of(&self, worker: usize) -> &mut [R] {
+    pub(super) fn of(&self, worker: usize) -> &mut [R] {
         // SAFETY: a worker runs one task at a time, and a task asks once.
         unsafe { self.rows.part(worker..worker + 1) }
     }
@@ -513,6 +546,30 @@ multiversion! {
         y: ActRows<'_, R>,
         scratch: &mut [R],
     ) = norm_rope_rows_kernel;
+}
+
+multiversion! {
+    /// Turns the gradients of a run of rows back.
+    fn rope_backward_rows[R: Real][R](
+        first: usize,
+        width: usize,
+        head_dim: usize,
+        tables: Rotations<'_, R>,
+        dy: &mut [R],
+    ) = rope_backward_rows_kernel;
+}
+
+#[inline(always)]
+fn rope_backward_rows_kernel<R: Real>(
+    first: usize,
+    width: usize,
+    head_dim: usize,
+    tables: Rotations<'_, R>,
+    dy: &mut [R],
+) {
+    for (i, dy) in dy.chunks_mut(width).enumerate() {
+        norm::rope_backward_row(dy, head_dim, tables.of(first + i));
+    }
 }
 
 #[inline(always)]

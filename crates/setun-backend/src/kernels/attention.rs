@@ -13,9 +13,9 @@
 
 use crate::cpu::Isa;
 use crate::kernels::loss::row_max;
-use crate::kernels::product::{Order, needs_flush, vec_mat};
+use crate::kernels::product::{Order, ROWS_TOGETHER, needs_flush, rows_mat, transpose, vec_mat};
 use crate::ops::Segment;
-use crate::real::{Real, sum_indexed};
+use crate::real::{Real, sum_slices};
 use bytemuck::Pod;
 use half::bf16;
 
@@ -90,7 +90,7 @@ pub struct Saved<'a, R> {
 
 /// Scratch values that [`forward_block`], [`dq_block`] and [`dkdv_tile`] need.
 pub fn scratch_len(head_dim: usize, tile: usize) -> usize {
-    5 * head_dim * tile + 2 * tile * tile + 4 * tile + 2 * head_dim
+    7 * head_dim * tile + 4 * tile * tile + 2 * tile
 }
 
 impl<S> View<'_, S> {
@@ -105,6 +105,27 @@ impl<S> View<'_, S> {
             .first_key
             .map_or(0, |f| f[segment.q_start + i] as usize);
         (first, end)
+    }
+
+    /// Queries `rows` of one head, `[rows, head_dim]`.
+    #[inline(always)]
+    fn pack_queries<'b, R: Real>(
+        &self,
+        segment: Segment,
+        head: usize,
+        rows: (usize, usize),
+        to: &'b mut [R],
+    ) -> &'b [R]
+    where
+        S: Store<R>,
+    {
+        let from = (segment.q_start + rows.0, rows.1 - rows.0);
+        let at = (
+            self.num_heads * self.head_dim,
+            head * self.head_dim,
+            self.head_dim,
+        );
+        pack_rows(self.q, from, at, S::load, to).values
     }
 
     fn scale<R: Real>(&self) -> R {
@@ -142,19 +163,15 @@ fn pack_rows<'a, R: Real, T: Copy>(
 
 /// Transposes a panel `[n, width]` to `[width, tile]`, zeros behind the n-th lane.
 #[inline(always)]
-fn transpose<'a, R: Real>(
+fn turned<'a, R: Real>(
+    isa: Isa,
     panel: &Panel<'_, R>,
     width: usize,
     tile: usize,
     to: &'a mut [R],
 ) -> Panel<'a, R> {
     let to = &mut to[..width * tile];
-    to.fill(R::ZERO);
-    for (lane, row) in panel.values.chunks(width).enumerate() {
-        for (d, &x) in row.iter().enumerate() {
-            to[d * tile + lane] = x;
-        }
-    }
+    transpose(isa, panel.values, width, tile, to);
     Panel {
         values: to,
         min_exponent: panel.min_exponent,
@@ -175,6 +192,60 @@ fn multiply<R: Real, S: Store<R>>(
     vec_mat(isa, S::ORDER, flush, x, panel.values, lanes, acc);
 }
 
+/// [`multiply`] on neighbouring rows: those of `x` are `stride` apart and have `depth` values
+/// (behind them there may be zeros), those of `acc` have `lanes`.
+#[inline(always)]
+fn multiply_rows<R: Real, S: Store<R>>(
+    isa: Isa,
+    x: &[R],
+    (stride, depth): (usize, usize),
+    panel: &Panel<'_, R>,
+    lanes: usize,
+    acc: &mut [R],
+) {
+    let few = x.chunks(ROWS_TOGETHER * stride);
+    for (x, acc) in few.zip(acc.chunks_mut(ROWS_TOGETHER * lanes)) {
+        // Zeros behind a row do not count among the exponents.
+        let calm = S::ORDER == Order::EvenOdd
+            && !needs_flush(S::ORDER, R::min_exponent(x), panel.min_exponent);
+        if calm && rows_mat(isa, x, (stride, depth), panel.values, lanes, acc) {
+            continue;
+        }
+        for (x, acc) in x.chunks(stride).zip(acc.chunks_mut(lanes)) {
+            multiply::<R, S>(isa, &x[..depth], panel, lanes, acc);
+        }
+    }
+}
+
+/// As [`multiply_rows`] for the rows that are `active`, and only for them.
+#[inline(always)]
+fn multiply_active<R: Real, S: Store<R>>(
+    isa: Isa,
+    x: &[R],
+    (stride, depth): (usize, usize),
+    panel: &Panel<'_, R>,
+    lanes: usize,
+    acc: &mut [R],
+    active: impl Fn(usize) -> bool,
+) {
+    let rows = acc.len() / lanes;
+    let mut start = 0;
+    while start < rows {
+        let first = start;
+        let seen = active(first);
+        while start < rows && active(start) == seen {
+            start += 1;
+        }
+        if seen {
+            let (x, acc) = (
+                &x[first * stride..start * stride],
+                &mut acc[first * lanes..start * lanes],
+            );
+            multiply_rows::<R, S>(isa, x, (stride, depth), panel, lanes, acc);
+        }
+    }
+}
+
 /// Attention of queries `rows` of `segment` for one head into `out` and `lse`, which are
 /// those rows' `[rows, num_heads, head_dim]` and `[rows, num_heads]`.
 #[inline(always)]
@@ -192,39 +263,39 @@ pub fn forward_block<R: Real, S: Store<R>>(
     let (k_rows, scratch) = scratch.split_at_mut(e * tile);
     let (k_t, scratch) = scratch.split_at_mut(e * tile);
     let (v_rows, scratch) = scratch.split_at_mut(e * tile);
+    let (q_rows, scratch) = scratch.split_at_mut(e * tile);
     let (acc, scratch) = scratch.split_at_mut(e * tile);
-    let (scores, scratch) = scratch.split_at_mut(tile);
+    let (scores, scratch) = scratch.split_at_mut(tile * tile);
     let (max, scratch) = scratch.split_at_mut(tile);
-    let (sum, scratch) = scratch.split_at_mut(tile);
-    let q_row = &mut scratch[..e];
-    acc[..num_rows * e].fill(R::ZERO);
+    let sum = &mut scratch[..tile];
+    let acc = &mut acc[..num_rows * e];
+    let scores = &mut scores[..num_rows * tile];
+    acc.fill(R::ZERO);
     max[..num_rows].fill(R::NEG_INFINITY);
     sum[..num_rows].fill(R::ZERO);
+    let queries = view.pack_queries(segment, head, rows, q_rows);
     let kv_at = (view.num_kv_heads * e, view.key_head(head) * e, e);
     let scale = view.scale::<R>();
     let last_end = view.visible(segment, end_row - 1).1;
     for j0 in (0..last_end).step_by(tile) {
         let n = tile.min(segment.kv_len - j0);
         let keys = pack_rows(view.k, (segment.kv_start + j0, n), kv_at, S::load, k_rows);
-        let keys = transpose(&keys, e, tile, k_t);
+        let keys = turned(view.isa, &keys, e, tile, k_t);
         let values = pack_rows(view.v, (segment.kv_start + j0, n), kv_at, S::load, v_rows);
-        for i in first_row..end_row {
-            let r = i - first_row;
-            let (first, end) = view.visible(segment, i);
-            if end <= j0 {
-                continue;
+        scores.fill(R::ZERO);
+        multiply_rows::<R, S>(view.isa, queries, (e, e), &keys, tile, scores);
+        for (r, scores) in scores.chunks_mut(tile).enumerate() {
+            let (first, end) = view.visible(segment, first_row + r);
+            if end > j0 {
+                mask(scores, scale, first.saturating_sub(j0), end - j0);
+                let acc = &mut acc[r * e..(r + 1) * e];
+                online_softmax::<R, S>(scores, &mut max[r], &mut sum[r], acc);
             }
-            load_row(
-                view.q,
-                ((segment.q_start + i) * view.num_heads + head) * e,
-                q_row,
-            );
-            scores.fill(R::ZERO);
-            multiply::<R, S>(view.isa, q_row, &keys, tile, scores);
-            mask(scores, scale, first.saturating_sub(j0), end - j0);
-            let acc = &mut acc[r * e..(r + 1) * e];
-            online_softmax::<R, S>(view.isa, scores, &values, n, &mut max[r], &mut sum[r], acc);
         }
+        // A row that has seen no key yet has no maximum; it takes no part.
+        let seen =
+            |r: usize| view.visible(segment, first_row + r).1 > j0 && max[r] != R::NEG_INFINITY;
+        multiply_active::<R, S>(view.isa, scores, (tile, n), &values, e, acc, seen);
     }
     for r in 0..num_rows {
         let acc = &mut acc[r * e..(r + 1) * e];
@@ -240,14 +311,6 @@ pub fn forward_block<R: Real, S: Store<R>>(
     }
 }
 
-#[inline(always)]
-fn load_row<R: Real, S: Store<R>>(from: &[S], at: usize, to: &mut [R]) {
-    let from = &from[at..at + to.len()];
-    for (to, &x) in to.iter_mut().zip(from) {
-        *to = x.load();
-    }
-}
-
 /// Scales the scores of lanes `first..end` and masks the others.
 #[inline(always)]
 fn mask<R: Real>(scores: &mut [R], scale: R, first: usize, end: usize) {
@@ -259,17 +322,10 @@ fn mask<R: Real>(scores: &mut [R], scale: R, first: usize, end: usize) {
     scores[..first.min(end)].fill(R::NEG_INFINITY);
 }
 
-/// Folds one tile of masked scores into the running maximum, denominator and output.
+/// Folds one tile of masked scores into the running maximum and denominator, shrinks the
+/// output to it, and leaves the probabilities that are to be multiplied with the values.
 #[inline(always)]
-fn online_softmax<R: Real, S: Store<R>>(
-    isa: Isa,
-    scores: &mut [R],
-    values: &Panel<'_, R>,
-    n: usize,
-    max: &mut R,
-    sum: &mut R,
-    acc: &mut [R],
-) {
+fn online_softmax<R: Real, S: Store<R>>(scores: &mut [R], max: &mut R, sum: &mut R, acc: &mut [R]) {
     let new_max = (*max).maximum(row_max(scores));
     if new_max == R::NEG_INFINITY {
         return;
@@ -279,59 +335,112 @@ fn online_softmax<R: Real, S: Store<R>>(
     }
     let shrink = (*max - new_max).exp();
     *max = new_max;
-    *sum = *sum * shrink + sum_indexed(scores.len(), |i| scores[i]);
+    *sum = *sum * shrink + sum_slices([&*scores], |[x]| x);
     for s in scores.iter_mut() {
         *s = S::round(*s);
     }
     for x in acc.iter_mut() {
         *x = (*x * shrink).flush();
     }
-    multiply::<R, S>(isa, &scores[..n], values, acc.len(), acc);
 }
 
 /// `delta = rowsum(dout * out)` of one row of one head: over the whole row, not per tile.
 #[inline(always)]
 pub fn row_delta<R: Real>(dout: &[R], out: &[R]) -> R {
-    sum_indexed(out.len(), |i| dout[i] * out[i])
+    sum_slices([dout, out], |[dout, out]| dout * out)
 }
 
-/// `p = exp(s - lse)` and `ds = p * (dp - delta)` of one query against one tile.
-struct RowGradient<'a, R> {
-    p: &'a mut [R],
-    ds: &'a mut [R],
-    q: &'a mut [R],
-    dout: &'a mut [R],
+/// [`row_delta`] of each row of `width` values.
+#[inline(always)]
+pub fn row_deltas<R: Real>(dout: &[R], out: &[R], width: usize, delta: &mut [R]) {
+    let rows = dout.chunks(width).zip(out.chunks(width));
+    for (delta, (dout, out)) in delta.iter_mut().zip(rows) {
+        *delta = row_delta(dout, out);
+    }
 }
 
-impl<R: Real> RowGradient<'_, R> {
+/// A block of queries against one tile of keys.
+#[derive(Clone, Copy)]
+struct QueryBlock {
+    segment: Segment,
+    head: usize,
+    /// First and last query.
+    rows: (usize, usize),
+    /// Position of the tile's first key.
+    j0: usize,
+}
+
+impl QueryBlock {
+    /// Row of `lse` and `delta` of query `r` of the block.
+    fn row_head<S>(&self, view: View<'_, S>, r: usize) -> usize {
+        (self.segment.q_start + self.rows.0 + r) * view.num_heads + self.head
+    }
+
+    /// Whether query `r` sees a key at or behind the tile's first.
     #[inline(always)]
-    fn compute<S: Store<R>>(
-        &mut self,
+    fn sees<R: Real, S>(&self, view: View<'_, S>, saved: Saved<'_, R>, r: usize) -> bool {
+        let end = view.visible(self.segment, self.rows.0 + r).1;
+        end > self.j0 && saved.lse[self.row_head(view, r)] != R::NEG_INFINITY
+    }
+
+    /// `p = exp(s - lse)` and `ds = p * (dp - delta)`, rounded, `[rows, tile]` each; zeros
+    /// for queries that see nothing.
+    #[inline(always)]
+    fn gradients<R: Real, S: Store<R>>(
+        &self,
         view: View<'_, S>,
         saved: Saved<'_, R>,
-        row_head: usize,
-        lanes: (usize, usize),
-        keys_t: &Panel<'_, R>,
-        values_t: &Panel<'_, R>,
+        (queries, douts): (&[R], &[R]),
+        (keys_t, values_t): (&Panel<'_, R>, &Panel<'_, R>),
+        (p, ds): (&mut [R], &mut [R]),
     ) {
         let (e, tile) = (view.head_dim, view.tile);
-        load_row(view.q, row_head * e, self.q);
-        for (to, &x) in self.dout.iter_mut().zip(&saved.dout[row_head * e..]) {
-            *to = S::round(x);
+        p.fill(R::ZERO);
+        ds.fill(R::ZERO);
+        multiply_rows::<R, S>(view.isa, queries, (e, e), keys_t, tile, p);
+        multiply_rows::<R, S>(view.isa, douts, (e, e), values_t, tile, ds);
+        for (r, (p, ds)) in p.chunks_mut(tile).zip(ds.chunks_mut(tile)).enumerate() {
+            if !self.sees(view, saved, r) {
+                p.fill(R::ZERO);
+                ds.fill(R::ZERO);
+                continue;
+            }
+            let (first, end) = view.visible(self.segment, self.rows.0 + r);
+            mask(
+                p,
+                view.scale(),
+                first.saturating_sub(self.j0),
+                end - self.j0,
+            );
+            let row_head = self.row_head(view, r);
+            let (lse, delta) = (saved.lse[row_head], saved.delta[row_head]);
+            // One step a loop: all in one, compilers do not vectorise it.
+            for p in p.iter_mut() {
+                *p = (*p - lse).exp();
+            }
+            for (ds, &p) in ds.iter_mut().zip(&*p) {
+                *ds = p * (*ds - delta);
+            }
+            ds.iter_mut().for_each(|x| *x = S::round(*x));
+            p.iter_mut().for_each(|x| *x = S::round(*x));
         }
-        self.p.fill(R::ZERO);
-        multiply::<R, S>(view.isa, self.q, keys_t, tile, self.p);
-        mask(self.p, view.scale(), lanes.0, lanes.1);
-        let lse = saved.lse[row_head];
-        for p in self.p.iter_mut() {
-            *p = (*p - lse).exp();
-        }
-        self.ds.fill(R::ZERO);
-        multiply::<R, S>(view.isa, self.dout, values_t, tile, self.ds);
-        let delta = saved.delta[row_head];
-        for (ds, &p) in self.ds.iter_mut().zip(&*self.p) {
-            *ds = S::round(p * (*ds - delta));
-        }
+    }
+
+    /// `dout` of the block's rows, rounded, `[rows, head_dim]`.
+    #[inline(always)]
+    fn pack_douts<'b, R: Real, S: Store<R>>(
+        &self,
+        view: View<'_, S>,
+        saved: Saved<'_, R>,
+        to: &'b mut [R],
+    ) -> Panel<'b, R> {
+        let e = view.head_dim;
+        let from = (
+            self.segment.q_start + self.rows.0,
+            self.rows.1 - self.rows.0,
+        );
+        let at = (view.num_heads * e, self.head * e, e);
+        pack_rows(saved.dout, from, at, S::round, to)
     }
 }
 
@@ -347,42 +456,41 @@ pub fn dq_block<R: Real, S: Store<R>>(
     scratch: &mut [R],
 ) {
     let (e, tile) = (view.head_dim, view.tile);
+    let num_rows = rows.1 - rows.0;
     let (k_rows, scratch) = scratch.split_at_mut(e * tile);
     let (k_t, scratch) = scratch.split_at_mut(e * tile);
     let (v_rows, scratch) = scratch.split_at_mut(e * tile);
     let (v_t, scratch) = scratch.split_at_mut(e * tile);
+    let (q_rows, scratch) = scratch.split_at_mut(e * tile);
+    let (dout_rows, scratch) = scratch.split_at_mut(e * tile);
     let (acc, scratch) = scratch.split_at_mut(e * tile);
-    let (p, scratch) = scratch.split_at_mut(tile);
-    let (ds, scratch) = scratch.split_at_mut(tile);
-    let (q, scratch) = scratch.split_at_mut(e);
-    let mut row = RowGradient {
-        p,
-        ds,
-        q,
-        dout: &mut scratch[..e],
+    let (p, scratch) = scratch.split_at_mut(tile * tile);
+    let (p, ds) = (&mut p[..num_rows * tile], &mut scratch[..num_rows * tile]);
+    let acc = &mut acc[..num_rows * e];
+    acc.fill(R::ZERO);
+    let mut block = QueryBlock {
+        segment,
+        head,
+        rows,
+        j0: 0,
     };
-    acc[..(rows.1 - rows.0) * e].fill(R::ZERO);
+    let queries = view.pack_queries(segment, head, rows, q_rows);
+    let douts = block.pack_douts(view, saved, dout_rows).values;
     let kv_at = (view.num_kv_heads * e, view.key_head(head) * e, e);
     for j0 in (0..view.visible(segment, rows.1 - 1).1).step_by(tile) {
+        block.j0 = j0;
         let n = tile.min(segment.kv_len - j0);
         let keys = pack_rows(view.k, (segment.kv_start + j0, n), kv_at, S::load, k_rows);
-        let keys_t = transpose(&keys, e, tile, k_t);
+        let keys_t = turned(view.isa, &keys, e, tile, k_t);
         let values = pack_rows(view.v, (segment.kv_start + j0, n), kv_at, S::load, v_rows);
-        let values_t = transpose(&values, e, tile, v_t);
-        for i in rows.0..rows.1 {
-            let (first, end) = view.visible(segment, i);
-            let row_head = (segment.q_start + i) * view.num_heads + head;
-            if end <= j0 || saved.lse[row_head] == R::NEG_INFINITY {
-                continue;
-            }
-            let lanes = (first.saturating_sub(j0), end - j0);
-            row.compute(view, saved, row_head, lanes, &keys_t, &values_t);
-            let acc = &mut acc[(i - rows.0) * e..(i - rows.0 + 1) * e];
-            multiply::<R, S>(view.isa, &row.ds[..n], &keys, e, acc);
-        }
+        let values_t = turned(view.isa, &values, e, tile, v_t);
+        let panels = (&keys_t, &values_t);
+        block.gradients(view, saved, (queries, douts), panels, (&mut *p, &mut *ds));
+        let sees = |r| block.sees(view, saved, r);
+        multiply_active::<R, S>(view.isa, ds, (tile, n), &keys, e, acc, sees);
     }
     let scale = view.scale::<R>();
-    for (r, acc) in acc[..(rows.1 - rows.0) * e].chunks_mut(e).enumerate() {
+    for (r, acc) in acc.chunks_mut(e).enumerate() {
         acc.iter_mut().for_each(|x| *x = *x * scale);
         put(rows.0 + r, acc);
     }
@@ -410,9 +518,9 @@ pub fn dkdv_tile<R: Real, S: Store<R>>(
     let kv_at = (view.num_kv_heads * e, key_head * e, e);
     let n = tile.min(segment.kv_len - j0);
     let keys = pack_rows(view.k, (segment.kv_start + j0, n), kv_at, S::load, rows_a);
-    let keys_t = transpose(&keys, e, tile, k_t);
+    let keys_t = turned(view.isa, &keys, e, tile, k_t);
     let values = pack_rows(view.v, (segment.kv_start + j0, n), kv_at, S::load, rows_b);
-    let values_t = transpose(&values, e, tile, v_t);
+    let values_t = turned(view.isa, &values, e, tile, v_t);
     let (dk, dv) = sums[..2 * e * tile].split_at_mut(e * tile);
     dk.fill(R::ZERO);
     dv.fill(R::ZERO);
@@ -426,19 +534,13 @@ pub fn dkdv_tile<R: Real, S: Store<R>>(
             let block = QueryBlock {
                 segment,
                 head,
-                j0,
-                n,
                 rows: (i0, i1),
+                j0,
             };
             let panels = (&keys_t, &values_t);
-            block.add(
-                view,
-                saved,
-                panels,
-                (&mut *rows_a, &mut *rows_b),
-                scratch,
-                (dk, dv),
-            );
+            let rows = (&mut *rows_a, &mut *rows_b);
+            let sums = (&mut dk[..n * e], &mut dv[..n * e]);
+            block.add_key_gradients(view, saved, panels, rows, scratch, sums);
         }
     }
     let scale = view.scale::<R>();
@@ -448,76 +550,36 @@ pub fn dkdv_tile<R: Real, S: Store<R>>(
     }
 }
 
-/// One block of queries against one tile of keys.
-struct QueryBlock {
-    segment: Segment,
-    head: usize,
-    j0: usize,
-    n: usize,
-    rows: (usize, usize),
-}
-
 impl QueryBlock {
-    /// Adds the block's share to `dk` (unscaled) and `dv`.
+    /// Adds the block's share to `dk` (unscaled) and `dv`, `[keys, head_dim]`.
     #[inline(always)]
-    fn add<R: Real, S: Store<R>>(
+    fn add_key_gradients<R: Real, S: Store<R>>(
         &self,
         view: View<'_, S>,
         saved: Saved<'_, R>,
-        (keys_t, values_t): (&Panel<'_, R>, &Panel<'_, R>),
+        panels: (&Panel<'_, R>, &Panel<'_, R>),
         (q_rows, dout_rows): (&mut [R], &mut [R]),
         scratch: &mut [R],
         (dk, dv): (&mut [R], &mut [R]),
     ) {
         let (e, tile) = (view.head_dim, view.tile);
-        let (p_t, scratch) = scratch.split_at_mut(tile * tile);
-        let (ds_t, scratch) = scratch.split_at_mut(tile * tile);
-        let (p, scratch) = scratch.split_at_mut(tile);
-        let (ds, scratch) = scratch.split_at_mut(tile);
-        let (q, scratch) = scratch.split_at_mut(e);
-        let mut row = RowGradient {
-            p,
-            ds,
-            q,
-            dout: &mut scratch[..e],
-        };
         let num_rows = self.rows.1 - self.rows.0;
-        for i in self.rows.0..self.rows.1 {
-            let r = i - self.rows.0;
-            let (first, end) = view.visible(self.segment, i);
-            let row_head = (self.segment.q_start + i) * view.num_heads + self.head;
-            if end <= self.j0 || saved.lse[row_head] == R::NEG_INFINITY {
-                row.p.fill(R::ZERO);
-                row.ds.fill(R::ZERO);
-            } else {
-                let lanes = (first.saturating_sub(self.j0), end - self.j0);
-                row.compute(view, saved, row_head, lanes, keys_t, values_t);
-            }
-            for lane in 0..self.n {
-                p_t[lane * tile + r] = S::round(row.p[lane]);
-                ds_t[lane * tile + r] = row.ds[lane];
-            }
-        }
+        let (p, scratch) = scratch.split_at_mut(tile * tile);
+        let (ds, scratch) = scratch.split_at_mut(tile * tile);
+        let (p_t, scratch) = scratch.split_at_mut(tile * tile);
+        let ds_t = &mut scratch[..tile * tile];
+        let (p, ds) = (&mut p[..num_rows * tile], &mut ds[..num_rows * tile]);
         let from = (self.segment.q_start + self.rows.0, num_rows);
         let at = (view.num_heads * e, self.head * e, e);
         let queries = pack_rows(view.q, from, at, S::load, q_rows);
-        let douts = pack_rows(saved.dout, from, at, S::round, dout_rows);
-        for lane in 0..self.n {
-            let rows = lane * tile..lane * tile + num_rows;
-            multiply::<R, S>(
-                view.isa,
-                &p_t[rows.clone()],
-                &douts,
-                e,
-                &mut dv[lane * e..(lane + 1) * e],
-            );
-            multiply::<R, S>(
-                view.isa,
-                &ds_t[rows],
-                &queries,
-                e,
-                &mut dk[lane * e..(lane + 1) * e],
-            );
-        }
+        let douts = self.pack_douts(view, saved, dout_rows);
+        let operands = (queries.values, douts.values);
+        self.gradients(view, saved, operands, panels, (&mut *p, &mut *ds));
+        transpose(view.isa, p, tile, tile, p_t);
+        transpose(view.isa, ds, tile, tile, ds_t);
+        let keys = dk.len() / e * tile;
+        let depth = (tile, num_rows);
+        multiply_rows::<R, S>(view.isa, &p_t[..keys], depth, &douts, e, dv);
+        multiply_rows::<R, S>(view.isa, &ds_t[..keys], depth, &queries, e, dk);
     }
 }

@@ -1,7 +1,7 @@
 //! Softmax cross entropy of one row of logits.
 
 use crate::ops::IGNORE_TARGET;
-use crate::real::{Real, sum_indexed};
+use crate::real::{Real, sum_indexed, sum_slices};
 
 /// Returns the negative log-likelihood of `target`; with `gradient_scale` the logits
 /// become `(softmax - onehot) * scale`. A target [`IGNORE_TARGET`] gives 0, and zeros.
@@ -14,13 +14,13 @@ pub fn cross_entropy_row<R: Real>(logits: &mut [R], target: usize, gradient_scal
     let max = row_max(logits);
     let of_target = logits[target];
     let Some(scale) = gradient_scale else {
-        let sum = sum_indexed(logits.len(), |i| (logits[i] - max).exp());
+        let sum = sum_slices([&*logits], |[x]| (x - max).exp());
         return max + sum.ln() - of_target;
     };
     for x in logits.iter_mut() {
         *x = (*x - max).exp();
     }
-    let sum = sum_indexed(logits.len(), |i| logits[i]);
+    let sum = sum_slices([&*logits], |[x]| x);
     // Through the sum and not through its logarithm, which is rounded where max is large.
     let factor = scale / sum;
     for x in logits.iter_mut() {

@@ -7,6 +7,7 @@
 
 pub mod attention;
 pub mod elementwise;
+pub mod layer_norm;
 pub mod loss;
 pub mod norm;
 pub mod optimizer;

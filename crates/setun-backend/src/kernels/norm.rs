@@ -1,12 +1,12 @@
 //! RMSNorm and rotary position embedding, forward and backward.
 
 use crate::kernels::rounding::ActRows;
-use crate::real::{Real, sum_indexed};
+use crate::real::{Real, sum_slices};
 
 /// `inv = 1 / sqrt(mean x^2 + eps)` of one row (Zhang and Sennrich, 2019).
 #[inline(always)]
 pub fn inverse_rms<R: Real>(x: &[R], eps: f64) -> R {
-    let sum = sum_indexed(x.len(), |i| x[i] * x[i]);
+    let sum = sum_slices([x], |[x]| x * x);
     R::ONE / (sum / R::from_f64(x.len() as f64) + R::from_f64(eps)).sqrt()
 }
 
@@ -31,13 +31,13 @@ pub fn rms_norm<R: Real>(
     }
 }
 
-/// `dx = inv * (dy * w - x * inv^2 * mean(dy * w * x))` of one row.
+/// `dx += inv * (dy * w - x * inv^2 * mean(dy * w * x))` of one row.
 #[inline(always)]
-fn rms_norm_dx<R: Real>(x: &[R], weight: &[R], inv: R, dy: &[R], mut put: impl FnMut(usize, R)) {
-    let dot = sum_indexed(x.len(), |i| dy[i] * weight[i] * x[i]);
+fn rms_norm_dx<R: Real>(x: &[R], weight: &[R], inv: R, dy: &[R], dx: &mut [R]) {
+    let dot = sum_slices([x, weight, dy], |[x, weight, dy]| dy * weight * x);
     let shrink = dot * inv * inv / R::from_f64(x.len() as f64);
-    for i in 0..x.len() {
-        put(i, inv * (dy[i] * weight[i] - x[i] * shrink));
+    for (((dx, &dy), &x), &weight) in dx.iter_mut().zip(dy).zip(x).zip(weight) {
+        *dx += inv * (dy * weight - x * shrink);
     }
 }
 
@@ -50,12 +50,16 @@ pub fn rms_norm_backward<R: Real>(x: &[R], weight: &[R], inv: &[R], dy: &[R], dx
         .zip(dy.chunks(width))
         .zip(dx.chunks_mut(width));
     for (((x, dy), dx), &inv) in rows.zip(inv) {
-        rms_norm_dx(x, weight, inv, dy, |i, d| dx[i] += d);
+        rms_norm_dx(x, weight, inv, dy, dx);
     }
 }
 
+/// Rows whose gradients of the weight are summed together, and then added to the sum, so
+/// that errors grow with the root of 64 and not of the number of rows.
+pub const BLOCK_ROWS: usize = 64;
+
 /// `dweight[c] += sum over rows of dy * x * inv` for the columns from `start`, as many as
-/// `dweight` has, over ascending rows.
+/// `dweight` has: blocks of [`BLOCK_ROWS`] rows, both over ascending rows.
 #[inline(always)]
 pub fn rms_norm_dweight<R: Real>(
     x: &[R],
@@ -65,12 +69,24 @@ pub fn rms_norm_dweight<R: Real>(
     start: usize,
     dweight: &mut [R],
 ) {
-    let rows = x.chunks(width).zip(dy.chunks(width));
-    for ((x, dy), &inv) in rows.zip(inv) {
-        let columns = start..start + dweight.len();
-        let both = x[columns.clone()].iter().zip(&dy[columns]);
-        for (dw, (&x, &dy)) in dweight.iter_mut().zip(both) {
-            *dw = dy.mul_add(x * inv, *dw);
+    const COLUMNS: usize = 64;
+    for (c, dweight) in dweight.chunks_mut(COLUMNS).enumerate() {
+        let first = start + c * COLUMNS;
+        let columns = first..first + dweight.len();
+        let block = BLOCK_ROWS * width;
+        let blocks = x.chunks(block).zip(dy.chunks(block));
+        for ((x, dy), inv) in blocks.zip(inv.chunks(BLOCK_ROWS)) {
+            let mut sums = [R::ZERO; COLUMNS];
+            let rows = x.chunks(width).zip(dy.chunks(width));
+            for ((x, dy), &inv) in rows.zip(inv) {
+                let both = x[columns.clone()].iter().zip(&dy[columns.clone()]);
+                for (sum, (&x, &dy)) in sums.iter_mut().zip(both) {
+                    *sum = dy.mul_add(x * inv, *sum);
+                }
+            }
+            for (dweight, sum) in dweight.iter_mut().zip(sums) {
+                *dweight += sum;
+            }
         }
     }
 }
@@ -141,7 +157,7 @@ pub fn rope_backward_row<R: Real>(dy: &mut [R], head_dim: usize, at: Rotation<'_
 pub fn rms_norm_backward_in_place<R: Real>(x: &[R], weight: &[R], inv: &[R], dy: &mut [R]) {
     let width = weight.len();
     for ((x, dy), &inv) in x.chunks(width).zip(dy.chunks_mut(width)).zip(inv) {
-        let dot = sum_indexed(width, |i| dy[i] * weight[i] * x[i]);
+        let dot = sum_slices([x, weight, &*dy], |[x, weight, dy]| dy * weight * x);
         let shrink = dot * inv * inv / R::from_f64(width as f64);
         for ((dy, &x), &w) in dy.iter_mut().zip(x).zip(weight) {
             *dy = inv * (*dy * w - x * shrink);

@@ -56,6 +56,62 @@ pub fn vec_mat<R: Real>(
     run_chains::<R, 1>(order, flush, x, y, lanes, at, acc);
 }
 
+/// Rows that [`rows_mat`] takes at a time.
+pub const ROWS_TOGETHER: usize = 6;
+
+/// `acc[i, l] += sum over r of x[i * stride + r] * y[r * lanes + l]` for at most
+/// [`ROWS_TOGETHER`] rows of `acc`, in [`Order::EvenOdd`], of values that need no flush: as
+/// [`vec_mat`] on each row, sooner. False where there is no loop for it; nothing is done then.
+#[inline(always)]
+pub fn rows_mat<R: Real>(
+    isa: Isa,
+    x: &[R],
+    (stride, depth): (usize, usize),
+    y: &[R],
+    lanes: usize,
+    acc: &mut [R],
+) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx2 && lanes.is_multiple_of(16) && TypeId::of::<R>() == TypeId::of::<f32>() {
+        const { assert!(ROWS_TOGETHER == avx2::ROWS_TOGETHER) };
+        let (x, y) = (bytemuck::cast_slice(x), bytemuck::cast_slice(y));
+        let acc = bytemuck::cast_slice_mut(acc);
+        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
+        unsafe { avx2::rows_even_odd(x, (stride, depth), y, lanes, acc) };
+        return true;
+    }
+    let _ = (isa, x, stride, depth, y, lanes, acc);
+    false
+}
+
+/// Transposes the rows of `from`, `width` wide, into the lanes of `to` `[width, tile]`;
+/// lanes without a row become zero.
+#[inline(always)]
+pub fn transpose<R: Real>(isa: Isa, from: &[R], width: usize, tile: usize, to: &mut [R]) {
+    let rows = from.len() / width;
+    if rows < tile {
+        to.fill(R::ZERO);
+    }
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx2 && width.is_multiple_of(8) && TypeId::of::<R>() == TypeId::of::<f32>() {
+        let from: &[f32] = bytemuck::cast_slice(from);
+        let to: &mut [f32] = bytemuck::cast_slice_mut(to);
+        while rows - done >= 8 {
+            let (from, to) = (&from[done * width..], &mut to[done..]);
+            // SAFETY: as above.
+            unsafe { avx2::transpose_eight(from, width, tile, to) };
+            done += 8;
+        }
+    }
+    let _ = isa;
+    for (lane, row) in from.chunks(width).enumerate().skip(done) {
+        for (d, &x) in row.iter().enumerate() {
+            to[d * tile + lane] = x;
+        }
+    }
+}
+
 /// Runs the lanes that the instruction set has a loop for and returns their number.
 #[inline(always)]
 fn vector_lanes<R: Real>(
@@ -252,6 +308,47 @@ mod tests {
             );
             let needed = needs_flush(Order::EvenOdd, f32::min_exponent(&x), f32::min_exponent(&y));
             assert!(needed || with == without);
+        }
+    }
+
+    #[test]
+    fn several_rows_at_once_equal_each_row() {
+        for isa in Isa::available() {
+            for (depth, lanes) in [(1, 16), (31, 32), (32, 16), (33, 48), (64, 64), (70, 16)] {
+                let (stride, rounded) = (depth + 3, |x: &f32| x.round_bf16());
+                let y: Vec<f32> = values(depth * lanes, 0.3).iter().map(rounded).collect();
+                for rows in 1..=ROWS_TOGETHER {
+                    let x: Vec<f32> = values(rows * stride, 1.0).iter().map(rounded).collect();
+                    let mut got = values(rows * lanes, 2.0);
+                    let mut expected = got.clone();
+                    if !rows_mat(isa, &x, (stride, depth), &y, lanes, &mut got) {
+                        assert_eq!(got, expected, "nothing is done");
+                        continue;
+                    }
+                    for (x, acc) in x.chunks(stride).zip(expected.chunks_mut(lanes)) {
+                        let (isa, order) = (Isa::Reference, Order::EvenOdd);
+                        vec_mat(isa, order, false, &x[..depth], &y, lanes, acc);
+                    }
+                    assert_eq!(got, expected, "{rows} rows, depth {depth}, {lanes} lanes");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn transposing_fills_lanes_without_a_row_with_zeros() {
+        for isa in Isa::available() {
+            for (rows, width, tile) in [(1, 1, 1), (8, 8, 8), (13, 24, 16), (16, 20, 16), (5, 3, 7)]
+            {
+                let from = values(rows * width, 1.0);
+                let mut to = vec![f32::NAN; width * tile];
+                transpose(isa, &from, width, tile, &mut to);
+                for (i, &x) in to.iter().enumerate() {
+                    let (d, lane) = (i / tile, i % tile);
+                    let expected = from.get(lane * width + d).filter(|_| lane < rows);
+                    assert_eq!(x, expected.copied().unwrap_or(0.0), "{rows} x {width}");
+                }
+            }
         }
     }
 }

@@ -6,7 +6,8 @@ use crate::rig::{Rig, numbers, scales, trits};
 use half::bf16;
 use setun_backend::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Distillation,
-    Host, Limits, NormRope, RmsNorm, Segment, TernaryBuf, WeightBuf, WeightData,
+    Host, LayerNorm, LayerNormBackward, Limits, NormRope, RmsNorm, Segment, StoredBuf, TernaryBuf,
+    WeightBuf, WeightData,
 };
 use setun_ternary::ScaleRule;
 
@@ -53,6 +54,8 @@ pub struct EveryOp {
     attentions: [(&'static str, [AttnBuf<f32>; 3]); 2],
     weights: [(&'static str, WeightBuf<f32>); 2],
     projected: TernaryBuf,
+    /// Moments of bf16.
+    moments: [Buf<bf16>; 2],
     ids: Buf<u32>,
     positions: Buf<u32>,
     /// What the work buffers begin each operation with.
@@ -105,6 +108,7 @@ impl EveryOp {
                 scales: rig.room(OUT * groups),
                 group_size: GROUP,
             },
+            moments: [(); 2].map(|()| rig.room(LEN)),
             ids: rig.put(&ids),
             positions: rig.put(&numbers(5, ROWS, POSITIONS as u32)),
             source: [6, 7, 8, 9].map(|stream| rig.random(stream, LEN)),
@@ -115,6 +119,7 @@ impl EveryOp {
     /// Runs every operation; the same work each time.
     pub fn run(&self, host: &mut Host<f32>, after: &mut Observer<'_>) {
         self.norms(host, after);
+        self.layer_norms(host, after);
         self.rotations(host, after);
         self.products(host, after);
         self.input_gradients(host, after);
@@ -151,6 +156,38 @@ impl EveryOp {
         host.rms_norm_backward(norm, dy, dx, dweight);
         let results = [Seen::F32(dx), Seen::F32(dweight)];
         after("rms_norm_backward", "", &results, host);
+    }
+
+    fn layer_norms(&self, host: &mut Host<f32>, after: &mut Observer<'_>) {
+        let [a, b, c, d] = self.fresh(host);
+        let op = LayerNorm {
+            x: StoredBuf::Real(a.part(0, ROWS * WIDTH)),
+            gamma: b.part(0, WIDTH),
+            beta: b.part(WIDTH, WIDTH),
+            center: c.part(0, ROWS),
+            rest: c.part(ROWS, ROWS),
+            inv: c.part(2 * ROWS, ROWS),
+            width: WIDTH,
+            eps: 1e-5,
+        };
+        for (mode, y) in self.acts {
+            host.layer_norm(op, y);
+            let kept = [op.center, op.rest, op.inv].map(Seen::F32);
+            after("layer_norm", mode, &kept, host);
+            after("layer_norm", mode, &seen_act(y), host);
+        }
+        let backward = LayerNormBackward {
+            forward: op,
+            dy: d.part(0, ROWS * WIDTH),
+            dx: d.part(ROWS * WIDTH, ROWS * WIDTH),
+            accumulate: true,
+            dgamma: b.part(2 * WIDTH, WIDTH),
+            dbeta: b.part(3 * WIDTH, WIDTH),
+            partial: c.part(3 * ROWS, LayerNormBackward::<f32>::partial_len(ROWS, WIDTH)),
+        };
+        host.layer_norm_backward(backward);
+        let results = [backward.dx, backward.dgamma, backward.dbeta].map(Seen::F32);
+        after("layer_norm_backward", "", &results, host);
     }
 
     fn rotations(&self, host: &mut Host<f32>, after: &mut Observer<'_>) {
@@ -304,10 +341,13 @@ impl EveryOp {
 
     fn updates(&self, host: &mut Host<f32>, after: &mut Observer<'_>) {
         let [weight, grad, m, v] = self.fresh(host);
+        self.moments.into_iter().for_each(|buf| host.zero(buf));
         let squares = Seen::Number(host.sum_squares(grad));
         after("sum_squares", "", &[squares], host);
         host.zero(v);
-        for step in 1..=2 {
+        let real = [m, v].map(StoredBuf::Real);
+        let half = self.moments.map(StoredBuf::Bf16);
+        for (mode, step, [m, v]) in [("f32", 1, real), ("f32", 2, real), ("bf16", 2, half)] {
             host.adamw(AdamW {
                 weight,
                 grad,
@@ -321,7 +361,12 @@ impl EveryOp {
                 weight_decay: 0.1,
                 step,
             });
-            after("adamw", "", &[weight, m, v].map(Seen::F32), host);
+            let moments = [m, v].map(|buf| match buf {
+                StoredBuf::Real(x) => Seen::F32(x),
+                StoredBuf::Bf16(x) => Seen::Bf16(x),
+            });
+            after("adamw", mode, &[Seen::F32(weight)], host);
+            after("adamw", mode, &moments, host);
         }
         let latent = weight.part(0, OUT * WIDTH);
         for rule in [ScaleRule::Mean, ScaleRule::Max, ScaleRule::MeanNonzero] {

@@ -24,7 +24,7 @@ pub use schema::{
     CheckpointSettings, DataSettings, DistillSettings, EvalSettings, ExportSettings, LogSettings,
     ModelSettings, RunSettings, SampleSettings, TokenizerSettings, TrainSettings,
 };
-pub use value::{Choice, NumericsChoice, ScheduleKind};
+pub use value::{Choice, NumericsChoice, OptimizerState, ScheduleKind};
 
 use schema::Key;
 

@@ -8,7 +8,7 @@ use setun_ternary::ScaleRule;
 use toml::Value;
 
 use super::Settings;
-use super::value::{NumericsChoice, ScheduleKind, SettingValue};
+use super::value::{NumericsChoice, OptimizerState, ScheduleKind, SettingValue};
 use crate::data::{DataFormat, SplitOn};
 use setun_io::{ExportDtype, Format};
 
@@ -200,6 +200,8 @@ settings! {
         beta2: f64 = 0.95,
         /// Added to the root of AdamW's second moment.
         eps: f64 = 1e-8,
+        /// How AdamW's moments are stored; bf16 takes half the memory and rounds by chance.
+        optimizer_state: OptimizerState = OptimizerState::F32,
         /// Largest gradient norm, larger ones are scaled down to it; 0 for off.
         grad_clip: f64 = 1.0,
         /// Whether activations are computed again in the backward pass, for less memory.

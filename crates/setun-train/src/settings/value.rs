@@ -303,6 +303,16 @@ choice! {
 }
 
 choice! {
+    /// How the optimizer's moments are stored.
+    OptimizerState {
+        /// f32.
+        F32 = "f32",
+        /// bf16, rounded by chance: half the memory.
+        Bf16 = "bf16",
+    }
+}
+
+choice! {
     /// Arithmetic of the products as a recipe asks for it.
     NumericsChoice {
         /// `int8` for ternary models, `bf16` for dense ones.

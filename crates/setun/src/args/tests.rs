@@ -293,7 +293,7 @@ fn list_flags(command: &clap::Command, name: &str, lines: &mut Vec<String>) {
 }
 
 const FLAGS: &str = "
-train: RECIPE.toml --init --resume --dry-run
+train: RECIPE.toml --init --resume --dry-run --profile
   --run.name
   --run.output
   --run.seed
@@ -340,6 +340,7 @@ train: RECIPE.toml --init --resume --dry-run
   --train.beta1
   --train.beta2
   --train.eps
+  --train.optimizer_state
   --train.grad_clip
   --train.recompute
   --train.max_bad_steps
@@ -375,4 +376,11 @@ tokenizer show: FILE --text
 convert: IN OUT --to --ternarize --group-size --scale-rule --numerics --lossy --shard-bytes --checkpoint
 inspect: FILE --json
 report: RUN
+bench:
+bench peak: --threads --repeat --json
+bench bandwidth: --threads --repeat --json
+bench matmul: --threads --repeat --json --shape
+bench attention: --threads --repeat --json --seq --head-dim --heads
+bench layer-norm: --threads --repeat --json --rows --width
+bench train: --threads --repeat --json --shape --batch-size --seq-len --profile
 ";

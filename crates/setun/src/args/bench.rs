@@ -1,0 +1,126 @@
+//! Arguments of `setun bench`.
+
+use super::{optional, value};
+use clap::ArgMatches;
+
+/// Arguments of `setun bench`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BenchArgs {
+    /// What is measured.
+    pub benchmark: Benchmark,
+    /// Number of threads; 0 for all cores.
+    pub threads: usize,
+    /// Measurements, of which the median counts.
+    pub repeat: usize,
+    /// Whether to print JSON.
+    pub json: bool,
+}
+
+/// A benchmark with its own arguments.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Benchmark {
+    /// Multiply-adds in registers.
+    Peak,
+    /// Reading main memory.
+    Bandwidth,
+    /// Products of a training step.
+    Matmul {
+        /// Model whose matrices are multiplied.
+        shape: Shape,
+    },
+    /// Attention forward and backward.
+    Attention {
+        /// Tokens of the sequence.
+        seq: Vec<usize>,
+        /// Width of a head.
+        head_dim: Vec<usize>,
+        /// Number of heads.
+        heads: usize,
+    },
+    /// LayerNorm and RMSNorm.
+    LayerNorm {
+        /// Rows.
+        rows: usize,
+        /// Widths of a row.
+        widths: Vec<usize>,
+    },
+    /// Training steps.
+    Train {
+        /// Model to train.
+        shape: Shape,
+        /// Sequences in a step; `None` for the shape's.
+        batch_size: Option<usize>,
+        /// Tokens in a sequence; `None` for the shape's.
+        seq_len: Option<usize>,
+        /// Whether to print the time of each operation.
+        profile: bool,
+    },
+}
+
+/// Shapes of models that are measured; each has a recipe of that name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// 3.2 M weights.
+    Quickstart,
+    /// 29 M weights.
+    PathB,
+    /// Qwen3-0.6B, 596 M weights.
+    Qwen3,
+}
+
+impl Shape {
+    /// Every shape.
+    pub const ALL: [Self; 3] = [Self::Quickstart, Self::PathB, Self::Qwen3];
+
+    /// Name on the command line, and of its recipe.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Quickstart => "quickstart",
+            Self::PathB => "path-b",
+            Self::Qwen3 => "qwen3-0.6b",
+        }
+    }
+
+    /// The shape called `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|shape| shape.name() == name)
+    }
+}
+
+/// Reads what stands behind `setun bench`; none without a benchmark.
+pub(super) fn bench(matches: &ArgMatches) -> Option<BenchArgs> {
+    let (name, matches) = matches.subcommand()?;
+    let list = |name| -> Vec<usize> {
+        let values = matches.get_many::<usize>(name);
+        values.into_iter().flatten().copied().collect()
+    };
+    let benchmark = match name {
+        "peak" => Benchmark::Peak,
+        "bandwidth" => Benchmark::Bandwidth,
+        "matmul" => Benchmark::Matmul {
+            shape: value(matches, "shape"),
+        },
+        "attention" => Benchmark::Attention {
+            seq: list("seq"),
+            head_dim: list("head-dim"),
+            heads: value(matches, "heads"),
+        },
+        "layer-norm" => Benchmark::LayerNorm {
+            rows: value(matches, "rows"),
+            widths: list("width"),
+        },
+        "train" => Benchmark::Train {
+            shape: value(matches, "shape"),
+            batch_size: optional(matches, "batch-size"),
+            seq_len: optional(matches, "seq-len"),
+            profile: matches.get_flag("profile"),
+        },
+        _ => return None,
+    };
+    Some(BenchArgs {
+        benchmark,
+        threads: value(matches, "threads"),
+        repeat: value(matches, "repeat"),
+        json: matches.get_flag("json"),
+    })
+}

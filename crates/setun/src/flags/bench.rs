@@ -1,0 +1,74 @@
+//! `setun bench`.
+
+use super::{json_flag, length, threads_flag};
+use crate::args::Shape;
+use clap::{Arg, Command};
+
+const HELP: &str = "\
+Each figure stands beside the machine's own limit, measured in the same run on as many
+threads, and the share of it that was reached. Times are medians. Nothing else should run.
+
+Examples:
+  setun bench peak
+  setun bench matmul --shape path-b --threads 1
+  setun bench attention --seq 4096 --head-dim 128
+  setun bench train --shape path-b --json";
+
+pub(super) fn bench() -> Command {
+    Command::new("bench")
+        .about("Measure the speed of this machine and of Setun on it")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .after_help(HELP)
+        .subcommands([
+            benchmark("peak", "Multiply-adds a second in registers, f32 and int8"),
+            benchmark("bandwidth", "Bytes a second from main memory"),
+            benchmark("matmul", "Products of a training step: forward, dx and dw")
+                .arg(shape("Model whose matrices are multiplied")),
+            benchmark("attention", "Attention forward and backward, causal, bf16").args([
+                list("seq", "Tokens of the sequence", "1024,4096"),
+                list("head-dim", "Width of a head", "64,128"),
+                length("heads", "Number of heads").default_value("8"),
+            ]),
+            benchmark(
+                "layer-norm",
+                "LayerNorm and RMSNorm, forward and backward, f32",
+            )
+            .args([
+                length("rows", "Number of rows").default_value("4096"),
+                list("width", "Width of a row", "1024,4096"),
+            ]),
+            benchmark("train", "Whole training steps on random tokens").args([
+                shape("Model to train"),
+                length("batch-size", "Sequences in a step [default: the shape's]"),
+                length("seq-len", "Tokens in a sequence [default: the shape's]"),
+                super::switch("profile").help("Also print the time of each operation"),
+            ]),
+        ])
+}
+
+fn benchmark(name: &'static str, about: &'static str) -> Command {
+    Command::new(name).about(about).args([
+        threads_flag(),
+        length("repeat", "Measurements, of which the median counts").default_value("5"),
+        json_flag(),
+    ])
+}
+
+fn shape(help: &'static str) -> Arg {
+    Arg::new("shape")
+        .long("shape")
+        .value_name("SHAPE")
+        .value_parser(|name: &str| {
+            Shape::from_name(name).ok_or("it is quickstart, path-b or qwen3-0.6b")
+        })
+        .default_value("path-b")
+        .help(format!("{help}: quickstart, path-b or qwen3-0.6b"))
+}
+
+fn list(name: &'static str, help: &'static str, default: &'static str) -> Arg {
+    length(name, help)
+        .value_name("N,...")
+        .value_delimiter(',')
+        .default_value(default)
+}
