@@ -119,10 +119,13 @@ fn upstream(rows: usize, width: usize) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     )
 }
 
+/// `(index, column, normal value) -> value`
+type Value<'a> = &'a dyn Fn(usize, usize, f32) -> f32;
+
 #[test]
 fn errors_stay_below_a_millionth_on_hard_rows() {
     let normal = |i: usize, z: f32| z + (i % 3) as f32;
-    let kinds: [(&str, &dyn Fn(usize, usize, f32) -> f32); 5] = [
+    let kinds: [(&str, Value<'_>); 5] = [
         ("normal", &|i, _, z| normal(i, z)),
         ("mean 1e4, spread 1e-3", &|_, _, z| 1e4 + 1e-3 * z),
         ("mean -1e4, spread 1", &|_, _, z| -1e4 + z),
