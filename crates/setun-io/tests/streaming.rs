@@ -70,7 +70,7 @@ fn memory_does_not_grow_with_the_matrix() {
     let scratch = Scratch(dir);
     let config = config();
     let (dtype, source) = (ExportDtype::F32, Formula(config.clone()));
-    let hf = export_huggingface(&scratch.0, "hf", &config, None, dtype, None, &source).unwrap();
+    let hf = export_huggingface(&scratch.0, "dense", &config, None, dtype, None, &source).unwrap();
     let ternary = TernaryInfo {
         group_size: 128,
         scale_rule: ScaleRule::Mean,

@@ -73,7 +73,9 @@ fn benchmarks_print_rates_limits_and_ratios() {
 #[test]
 fn wrong_benchmarks_are_refused() {
     setun(["bench", "train", "--shape", "huge"]).refused(2, &["path-b"]);
-    setun(["bench"]).refused(2, &["Usage"]);
+    let without = setun(["bench"]);
+    assert_eq!(without.code, Some(2));
+    assert!(without.stderr.contains("Usage"), "{without:?}");
 }
 
 #[test]
