@@ -1,6 +1,7 @@
 //! Checkpoints: everything that a run needs to go on with the same bits.
 
 use crate::TrainError;
+use crate::guard::Guard;
 use crate::trainer::Trainer;
 use bytemuck::cast_slice;
 use serde::{Deserialize, Serialize};
@@ -8,12 +9,13 @@ use setun_backend::{Backend, Buf};
 use setun_formats::tensors::write_header;
 use setun_formats::{Dtype, PackedHeader, TensorInfo, TernaryInfo};
 use setun_io::{
-    DirWriter, IoError, Matrix, TensorFile, TensorSource, checkpoint_name, write_packed,
+    DirWriter, FileOps, IoError, Matrix, TensorFile, TensorSource, checkpoint_name, write_packed,
 };
 use setun_model::{Parameter, Parameters};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// `state.json`: what is not derivable from settings and step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,8 +26,18 @@ pub struct TrainState {
     pub step: u64,
     /// Updates of the optimizer.
     pub updates: u64,
-    /// Bad steps in a row.
-    pub bad_steps: u64,
+    /// Batches that were passed over, see [`Trainer::data_offset`].
+    #[serde(default)]
+    pub data_offset: u64,
+    /// Windows of accepted values.
+    #[serde(default)]
+    pub guard: Guard,
+    /// Skipped steps of late, ascending.
+    #[serde(default)]
+    pub recent_skips: Vec<u64>,
+    /// How often the run went back to an earlier checkpoint.
+    #[serde(default)]
+    pub rewinds: u64,
     /// Best held-out loss so far, with its step.
     pub best: Option<(u64, f64)>,
     /// Evaluations since then.
@@ -49,8 +61,9 @@ pub struct DataIdentity {
     pub valid: String,
 }
 
-/// Version of [`TrainState`].
-pub const STATE_VERSION: u32 = 1;
+/// Version of [`TrainState`]. Version 1 had neither guard nor data offset; it is read as
+/// if both were empty.
+pub const STATE_VERSION: u32 = 2;
 
 /// The parameters in a backend, as files want them.
 pub struct LiveSource<'a, B> {
@@ -100,7 +113,10 @@ impl TrainState {
             version: STATE_VERSION,
             step: 0,
             updates: 0,
-            bad_steps: 0,
+            data_offset: 0,
+            guard: Guard::default(),
+            recent_skips: Vec::new(),
+            rewinds: 0,
             best: None,
             evaluations_since_best: 0,
             losses_since_eval: (0.0, 0),
@@ -110,12 +126,13 @@ impl TrainState {
     }
 }
 
-/// Writes `RUN/checkpoints/step-N` and returns it with the hash of the ternary weights
+/// Writes `RUN/checkpoints/step-N` through `files` and returns it with the hash of the ternary weights
 /// that the last forward pass used.
 ///
 /// # Errors
 /// What the operating system returns; nothing half-written stays behind.
 pub fn save<B: Backend<Real = f32>>(
+    files: &Arc<dyn FileOps>,
     run: &Path,
     trainer: &Trainer<B>,
     state: &TrainState,
@@ -126,7 +143,8 @@ pub fn save<B: Backend<Real = f32>>(
         backend: &trainer.backend,
         parameters,
     };
-    let mut dir = DirWriter::create(&run.join("checkpoints"), &checkpoint_name(trainer.step))?;
+    let (parent, name) = (run.join("checkpoints"), checkpoint_name(trainer.step));
+    let mut dir = DirWriter::create_with(Arc::clone(files), &parent, &name)?;
     let mut hash = blake3::Hasher::new();
     let latents: Vec<Entry> = parameters.list.iter().map(Entry::latent).collect();
     dir.file("latents.safetensors", |out| {
@@ -199,15 +217,16 @@ pub fn restore<B: Backend<Real = f32>>(
 ) -> Result<TrainState, TrainError> {
     let path = dir.join("state.json");
     let text = std::fs::read(&path).map_err(|e| IoError::file("read", &path, e))?;
-    let state: TrainState = serde_json::from_slice(&text)
+    let mut state: TrainState = serde_json::from_slice(&text)
         .map_err(|e| TrainError::refused(format!("{}: {e}", path.display())))?;
-    if state.version != STATE_VERSION {
+    if !(1..=STATE_VERSION).contains(&state.version) {
         return Err(TrainError::refused(format!(
-            "{}: version {} of the checkpoint format, this program reads {STATE_VERSION}",
+            "{}: version {} of the checkpoint format, this program reads 1 to {STATE_VERSION}",
             path.display(),
             state.version
         )));
     }
+    state.version = STATE_VERSION;
     check_data(&path, &state.data, data)?;
     let latents = TensorFile::open(&dir.join("latents.safetensors"))?;
     let moments = TensorFile::open(&dir.join("optimizer.safetensors"))?;
@@ -237,6 +256,8 @@ pub fn restore<B: Backend<Real = f32>>(
     }
     trainer.step = state.step;
     trainer.optimizer.updates = state.updates;
+    trainer.data_offset = state.data_offset;
+    trainer.guard.restore(&state.guard);
     trainer.project()?;
     Ok(state)
 }

@@ -2,6 +2,7 @@
 
 use crate::TrainError;
 use crate::data::{self, Batches};
+use crate::guard::{Guard, Skip};
 use crate::optimizer::{AdamWOptions, Optimizer};
 use crate::schedule::Schedule;
 use crate::settings::Settings;
@@ -120,25 +121,6 @@ fn limits<'a>(configs: impl Iterator<Item = &'a Qwen3Config>, group_size: usize)
     })
 }
 
-/// Why a step changed nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Skip {
-    /// The loss is NaN or infinite.
-    Loss,
-    /// The gradient norm is NaN or infinite.
-    GradientNorm,
-}
-
-impl Skip {
-    /// Text for the metrics.
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::Loss => "the loss is not finite",
-            Self::GradientNorm => "the gradient norm is not finite",
-        }
-    }
-}
-
 /// What a step did.
 #[derive(Clone, Copy, Debug)]
 pub struct StepOutcome {
@@ -172,6 +154,10 @@ pub struct Trainer<B: Backend<Real = f32>> {
     pub teacher: Option<Qwen3<f32>>,
     /// Steps that are finished, skipped ones included.
     pub step: u64,
+    /// Batches that were passed over: step `s` reads the batch `s + data_offset`.
+    pub data_offset: u64,
+    /// Judges steps before the optimizer does anything.
+    pub guard: Guard,
     schedule: Schedule,
     options: StepOptions,
     batch: BatchBuffers,
@@ -185,6 +171,7 @@ struct StepOptions {
     grad_clip: f64,
     document_mask: bool,
     blend_steps: u64,
+    spike_sigma: f64,
     teacher_weight: f64,
     temperature: f64,
 }
@@ -246,6 +233,8 @@ impl<B: Backend<Real = f32>> Trainer<B> {
             optimizer,
             teacher,
             step: 0,
+            data_offset: 0,
+            guard: Guard::default(),
             schedule: Schedule::new(train),
             options: StepOptions {
                 seq_len: train.seq_len,
@@ -253,6 +242,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
                 grad_clip: train.grad_clip,
                 document_mask: settings.data.document_mask,
                 blend_steps: train.blend_steps,
+                spike_sigma: train.spike_sigma,
                 teacher_weight: settings.distill.weight,
                 temperature: settings.distill.temperature,
             },
@@ -273,16 +263,22 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         Ok(self.model.parameters.project(&mut self.backend)?)
     }
 
-    /// One step: batch, forward, loss, backward, guard, update, projection. A step whose
-    /// loss or gradient norm is not finite changes nothing but the step count: schedule
-    /// and data go on, the optimizer does not.
+    /// Passes a step over: schedule and data go on, nothing else changes. This is what a
+    /// step that the guard refuses comes down to.
+    pub fn skip_step(&mut self) {
+        self.step += 1;
+    }
+
+    /// One step: batch, forward, loss, backward, guard, update, projection. A step that the
+    /// guard refuses changes nothing but the step count, as [`Trainer::skip_step`].
     ///
     /// # Errors
     /// Data that cannot be read; a scale that cannot be shipped.
     pub fn step(&mut self, batches: &Batches) -> Result<StepOutcome, TrainError> {
         let step = self.step;
-        let info = batches.fill(step, &mut self.batch.inputs, &mut self.batch.targets)?;
-        batches.segments(step, self.options.document_mask, &mut self.batch.ranges);
+        let batch = step + self.data_offset;
+        let info = batches.fill(batch, &mut self.batch.inputs, &mut self.batch.targets)?;
+        batches.segments(batch, self.options.document_mask, &mut self.batch.ranges);
         if step < self.options.blend_steps {
             let share = step as f64 / self.options.blend_steps as f64;
             self.model.parameters.blend(&mut self.backend, share);
@@ -291,7 +287,11 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         self.model.parameters.set_form(Form::Ternary);
         let grad_norm = Optimizer::gradient_norm(&mut self.backend, &self.model.parameters);
         let (lr, decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
-        let skipped = inspect(loss + divergence, grad_norm);
+        let sigma = self.options.spike_sigma;
+        let skipped = self
+            .guard
+            .inspect(loss + divergence, grad_norm, sigma)
+            .err();
         let scale = clip_scale(grad_norm, self.options.grad_clip);
         let mut projection = ProjectStats::default();
         if skipped.is_none() {
@@ -357,14 +357,6 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         }
         (total / rows as f64, divergence / rows as f64)
     }
-}
-
-/// The guard: looks at the numbers before the optimizer touches anything.
-fn inspect(loss: f64, grad_norm: f64) -> Option<Skip> {
-    if !loss.is_finite() {
-        return Some(Skip::Loss);
-    }
-    (!grad_norm.is_finite()).then_some(Skip::GradientNorm)
 }
 
 /// Factor that brings the norm down to `clip` (0: off), as PyTorch's `clip_grad_norm_`.
