@@ -35,9 +35,10 @@ pub struct TrainState {
     /// Skipped steps of late, ascending.
     #[serde(default)]
     pub recent_skips: Vec<u64>,
-    /// How often the run went back to an earlier checkpoint.
+    /// Each time that the run went back to an earlier checkpoint: the step from which on
+    /// it counts, and what happened.
     #[serde(default)]
-    pub rewinds: u64,
+    pub rewinds: Vec<(u64, String)>,
     /// Best held-out loss so far, with its step.
     pub best: Option<(u64, f64)>,
     /// Evaluations since then.
@@ -116,7 +117,7 @@ impl TrainState {
             data_offset: 0,
             guard: Guard::default(),
             recent_skips: Vec::new(),
-            rewinds: 0,
+            rewinds: Vec::new(),
             best: None,
             evaluations_since_best: 0,
             losses_since_eval: (0.0, 0),

@@ -1,10 +1,12 @@
 //! Repeated trouble: back to an earlier checkpoint, and past the data since then.
 //!
-//! A rewind is a function of the run, like everything else: it depends on steps and
-//! checkpoints only. A run that is killed in the middle of one does the steps before it
-//! again, meets the same trouble and goes back to the same checkpoint.
+//! A rewind is a function of the run, like everything else. It goes back to an anchor: a
+//! checkpoint whose step follows from the settings, so that one that was saved because
+//! somebody stopped the run makes no difference. A run that is killed in the middle of a
+//! rewind does the steps before it again, meets the same trouble and goes back to the same
+//! anchor.
 
-use super::{Observer, Session};
+use super::{Observer, Session, due};
 use crate::TrainError;
 use crate::checkpoint;
 use crate::machine;
@@ -14,7 +16,23 @@ use crate::trainer::StepOutcome;
 use setun_io::{IoError, checkpoints, remove_checkpoint, verify_manifest};
 use std::path::PathBuf;
 
+/// The newest so many anchors are kept. Two of them are at least half of the distance
+/// apart, so the third one lies far enough back.
+pub(super) const NUM_ANCHORS: usize = 3;
+
+/// Whether `step` is the first one in its stretch of `distance` steps at which a
+/// checkpoint is due, once in `every` steps.
+fn is_anchor(step: u64, every: u64, distance: u64) -> bool {
+    due(step, every) && step % distance.max(1) < every
+}
+
 impl Session {
+    /// Whether the checkpoint of `step` is one that trouble goes back to.
+    pub(super) fn is_anchor(&self, step: u64) -> bool {
+        let every = self.settings.checkpoint.every;
+        is_anchor(step, every, self.settings.train.rewind_steps)
+    }
+
     /// Notes whether the last step was skipped. Where too many were, the run goes back.
     ///
     /// # Errors
@@ -57,8 +75,9 @@ impl Session {
                  data, and start again from a checkpoint"
             ))
         };
-        if self.state.rewinds >= train.max_rewinds {
-            let why = format!("the run went back {} times already", self.state.rewinds);
+        let count = self.state.rewinds.len() as u64;
+        if count >= train.max_rewinds {
+            let why = format!("the run went back {count} times already");
             return Err(no_way_back(why));
         }
         let latest = first.checked_sub(train.rewind_steps);
@@ -70,11 +89,11 @@ impl Session {
             let why = format!("no checkpoint is {} steps older", train.rewind_steps);
             return Err(no_way_back(why));
         };
-        let (rewinds, offset) = (self.state.rewinds + 1, self.trainer.data_offset);
+        let mut rewinds = std::mem::take(&mut self.state.rewinds);
+        let offset = self.trainer.data_offset;
         let identity = self.state.data.clone();
         self.state = checkpoint::restore(&dir, &mut self.trainer, &identity)?;
         let to = self.trainer.step;
-        self.state.rewinds = rewinds;
         self.trainer.data_offset = offset + (from - to);
         self.forget_after(to)?;
         let message = format!(
@@ -83,16 +102,24 @@ impl Session {
             from - to
         );
         observer.message(&message);
-        // Of the time behind the checkpoint: a run that is resumed from it writes it anew.
+        rewinds.push((u64::MAX, message));
+        // Of the time behind the checkpoint: a run that is resumed from it writes them anew.
         let step = to + 1;
-        let event = Metric::Event { step, message };
-        self.metrics.write(&event, machine::now())
+        for (when, message) in rewinds.iter_mut().filter(|rewind| rewind.0 > to) {
+            *when = step;
+            let message = message.clone();
+            let event = Metric::Event { step, message };
+            self.metrics.write(&event, machine::now())?;
+        }
+        self.state.rewinds = rewinds;
+        Ok(())
     }
 
-    /// The newest valid checkpoint of at most `step` steps.
+    /// The newest valid anchor of at most `step` steps.
     fn valid_until(&self, step: u64) -> Result<Option<PathBuf>, TrainError> {
         let all = checkpoints(&self.run)?.into_iter();
-        let mut early = all.filter(|c| c.0 <= step).map(|c| c.1);
+        let early = all.filter(|c| c.0 <= step && self.is_anchor(c.0));
+        let mut early = early.map(|c| c.1);
         Ok(early.find(|dir| verify_manifest(dir).is_ok()))
     }
 
@@ -119,5 +146,33 @@ impl Session {
         let tensorboard = self.settings.log.tensorboard.then(machine::now);
         self.metrics = MetricsWriter::create(&self.run, &earlier, tensorboard)?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever the interval and the distance: behind any step, one of the newest anchors
+    /// lies at least the distance back, and not much further than needed.
+    #[test]
+    fn there_is_always_an_anchor_to_go_back_to() {
+        for every in 1..40 {
+            for distance in 1..60 {
+                let mut anchors = Vec::new();
+                for step in 1..400 {
+                    if is_anchor(step, every, distance) {
+                        anchors.push(step);
+                    }
+                    let kept = anchors.iter().rev().take(NUM_ANCHORS);
+                    let target = kept.into_iter().find(|&&c| c + distance <= step);
+                    let enough = 2 * (every + distance);
+                    let case = (every, distance, step, target);
+                    assert!(target.is_some() || step < enough, "{case:?}");
+                    assert!(target.is_none_or(|&c| step < c + enough), "{case:?}");
+                }
+            }
+        }
+        assert!(!is_anchor(10, 0, 5));
     }
 }

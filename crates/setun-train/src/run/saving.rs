@@ -1,6 +1,7 @@
 //! Checkpoints of a run in progress: when one fails, which ones stay, and whether there
 //! is room for them at all.
 
+use super::recovery::NUM_ANCHORS;
 use super::{Observer, Session};
 use crate::TrainError;
 use crate::checkpoint::{self, Constants};
@@ -106,12 +107,11 @@ impl Session {
     /// Removes what the settings do not keep, now that the newest one has been read back.
     fn retire(&self) -> Result<(), TrainError> {
         let step = self.trainer.step;
-        // What a run in trouble goes back to.
-        let distance = self.settings.train.rewind_steps;
-        let anchors = checkpoints(&self.run)?;
-        let anchor = anchors.iter().find(|c| c.0 + distance <= step);
         let best = self.state.best.map(|(step, _)| step);
-        let protected: Vec<u64> = best.into_iter().chain(anchor.map(|c| c.0)).collect();
+        // What a run in trouble goes back to.
+        let all = checkpoints(&self.run)?;
+        let anchors = all.iter().map(|c| c.0).filter(|&c| self.is_anchor(c));
+        let protected: Vec<u64> = best.into_iter().chain(anchors.take(NUM_ANCHORS)).collect();
         let retention = Retention {
             keep_last: self.settings.checkpoint.keep.max(1),
             keep_every: self.settings.checkpoint.keep_every,
