@@ -1,6 +1,6 @@
 //! Directories that appear whole or not at all, and prove later that they are undamaged.
 //!
-//! The protocol: write into `.tmp-NAME-PID` beside the target, hashing while writing;
+//! The protocol: write into `.tmp-NAME-PID` beside the target, hashing while writing; then
 //! sync each file; write and sync `MANIFEST.json`; sync the directory; rename it to its
 //! name; sync the parent; read everything back. A crash at any point leaves either no
 //! target or a whole one. What an error interrupts is removed.
@@ -30,6 +30,7 @@ pub struct DirWriter {
     target: PathBuf,
     temporary: PathBuf,
     files: BTreeMap<String, FileEntry>,
+    unsynced: Vec<(String, Box<dyn OutputFile>)>,
     failed: bool,
     committed: bool,
 }
@@ -65,6 +66,7 @@ impl DirWriter {
                         target,
                         temporary,
                         files: BTreeMap::new(),
+                        unsynced: Vec::new(),
                         failed: false,
                         committed: false,
                     });
@@ -74,8 +76,8 @@ impl DirWriter {
         Err(IoError::Exists { path: target })
     }
 
-    /// Writes one file through `write`, which may stream: hashing, buffering and syncing
-    /// are done here.
+    /// Writes one file through `write`, which may stream: hashing and buffering are done
+    /// here, syncing in [`DirWriter::commit`], so that the sources are free earlier.
     ///
     /// # Errors
     /// A name that is taken or not plain, what `write` returns, and a refusing operating
@@ -93,9 +95,10 @@ impl DirWriter {
         }
         let path = self.temporary.join(name);
         self.failed = true;
-        let entry = write_file(self.ops.as_ref(), &path, write)
+        let (entry, file) = write_unsynced(self.ops.as_ref(), &path, write)
             .map_err(|e| IoError::file("write", &self.target.join(name), e))?;
         self.failed = false;
+        self.unsynced.push((name.to_owned(), file));
         self.files.insert(name.to_owned(), entry);
         Ok(())
     }
@@ -114,6 +117,10 @@ impl DirWriter {
             return Err(IoError::Refused(format!(
                 "{place} cannot be committed: writing one of its files failed"
             )));
+        }
+        for (name, mut file) in std::mem::take(&mut self.unsynced) {
+            file.sync()
+                .map_err(|e| IoError::file("sync", &self.target.join(name), e))?;
         }
         let manifest = Manifest {
             files: std::mem::take(&mut self.files),
@@ -154,6 +161,8 @@ impl DirWriter {
 impl Drop for DirWriter {
     fn drop(&mut self) {
         if !self.committed {
+            // Open files cannot be removed everywhere.
+            self.unsynced.clear();
             // Nothing can be done about a failure here; the next start removes leftovers.
             let _ = self.ops.remove_dir_all(&self.temporary);
         }
@@ -308,6 +317,16 @@ fn write_file(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> io::Result<FileEntry> {
+    let (entry, mut file) = write_unsynced(ops, path, write)?;
+    file.sync()?;
+    Ok(entry)
+}
+
+fn write_unsynced(
+    ops: &dyn FileOps,
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<(FileEntry, Box<dyn OutputFile>)> {
     let file = ops.create_file(path)?;
     let mut out = HashingWriter {
         sink: BufWriter::with_capacity(BUFFER_BYTES, file),
@@ -315,8 +334,8 @@ fn write_file(
     };
     write(&mut out)?;
     out.flush()?;
-    out.sink.get_mut().sync()?;
-    Ok(out.hasher.finish())
+    let file = out.sink.into_inner().map_err(|e| e.into_error())?;
+    Ok((out.hasher.finish(), file))
 }
 
 struct HashingWriter {

@@ -31,6 +31,8 @@ use std::time::Instant;
 mod recovery;
 mod saving;
 
+use saving::PendingSave;
+
 /// Where progress goes: a terminal, a log, nowhere.
 pub trait Observer {
     /// A line for the user.
@@ -125,8 +127,10 @@ pub fn train(
     if !resumed {
         session.initialize(init.as_ref(), observer)?;
     }
-    let stopped = session.train(options.stop, observer)?;
-    if stopped {
+    let stopped = session.train(options.stop, observer);
+    // However it ended, nobody may write behind the lock.
+    session.join_saver();
+    if stopped? {
         return Ok(RunEnd::Stopped {
             step: session.trainer.step,
             run: session.run,
@@ -230,6 +234,7 @@ pub(crate) struct Session {
     num_weights: u64,
     files: Arc<dyn FileOps>,
     failed_saves: u32,
+    pending: Option<PendingSave>,
 }
 
 impl Session {
@@ -298,6 +303,7 @@ impl Session {
             state,
             files: Arc::clone(&options.files),
             failed_saves: 0,
+            pending: None,
         };
         session.check_space()?;
         let toml = session.settings.to_toml();
@@ -305,7 +311,7 @@ impl Session {
         write_atomic_with(session.files.as_ref(), &path, toml.as_bytes())?;
         session.write_record()?;
         // The end of the earlier session may have come between a checkpoint and this file.
-        session.write_best()?;
+        session.write_best(session.state.best)?;
         Ok(session)
     }
 
@@ -377,6 +383,7 @@ impl Session {
             let start = Instant::now();
             let outcome = self.trainer.step(&self.batches)?;
             let step = self.trainer.step;
+            self.poll_save(observer)?;
             self.record_step(&outcome, start.elapsed().as_secs_f64(), observer)?;
             if self.trainer.step != step {
                 // It went back: evaluation and checkpoint of that step are there already.
@@ -393,11 +400,7 @@ impl Session {
             if last || stopping {
                 self.save_now(observer)?;
             } else if improved || due(step, self.settings.checkpoint.every) {
-                let saved = self.save(observer)?;
-                if improved && !saved {
-                    // The best is one that can be read; the next better one will be.
-                    self.state.best = best;
-                }
+                self.save(best, observer)?;
             }
             if stopping {
                 return Ok(true);
@@ -518,8 +521,8 @@ impl Session {
         Ok(better)
     }
 
-    fn write_best(&self) -> Result<(), TrainError> {
-        if let Some((step, loss)) = self.state.best {
+    fn write_best(&self, best: Option<(u64, f64)>) -> Result<(), TrainError> {
+        if let Some((step, loss)) = best {
             let json = serde_json::json!({ "step": step, "loss": loss });
             let path = self.run.join("best.json");
             write_atomic_with(self.files.as_ref(), &path, json.to_string().as_bytes())?;

@@ -9,6 +9,7 @@ use crate::settings::Settings;
 use setun_backend::{Backend, Category, HostWorkspace, Limits, Plan, ProjectStats, Segment};
 use setun_formats::Qwen3Config;
 use setun_model::{Form, ModelSpec, ParameterUse, Purpose, Qwen3, Scheme, Teacher, TrainShape};
+use std::sync::mpsc::Receiver;
 
 /// Bytes of logits that exist at a time when `train.head_chunk` is automatic.
 const LOGITS_BYTES: usize = 16 << 20;
@@ -158,6 +159,8 @@ pub struct Trainer<B: Backend<Real = f32>> {
     pub data_offset: u64,
     /// Judges steps before the optimizer does anything.
     pub guard: Guard,
+    /// Open while a checkpoint is written from the live weights: the update waits for it.
+    saver: Option<Receiver<()>>,
     schedule: Schedule,
     options: StepOptions,
     batch: BatchBuffers,
@@ -235,6 +238,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
             step: 0,
             data_offset: 0,
             guard: Guard::default(),
+            saver: None,
             schedule: Schedule::new(train),
             options: StepOptions {
                 seq_len: train.seq_len,
@@ -261,6 +265,19 @@ impl<B: Backend<Real = f32>> Trainer<B> {
     /// A scale that cannot be shipped.
     pub fn project(&mut self) -> Result<ProjectStats, TrainError> {
         Ok(self.model.parameters.project(&mut self.backend)?)
+    }
+
+    /// Makes the next update wait until the other end of `saver` is gone.
+    pub(crate) fn set_saver(&mut self, saver: Receiver<()>) {
+        self.saver = Some(saver);
+    }
+
+    /// Waits until nobody reads weights and moments any more.
+    pub(crate) fn wait_for_saver(&mut self) {
+        if let Some(saver) = self.saver.take() {
+            // Nothing is ever sent: it ends with the sender.
+            let _ = saver.recv();
+        }
     }
 
     /// Passes a step over: schedule and data go on, nothing else changes. This is what a
@@ -295,6 +312,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         let scale = clip_scale(grad_norm, self.options.grad_clip);
         let mut projection = ProjectStats::default();
         if skipped.is_none() {
+            self.wait_for_saver();
             let parameters = &self.model.parameters;
             self.optimizer
                 .step(&mut self.backend, parameters, lr, decay, scale);

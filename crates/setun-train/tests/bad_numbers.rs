@@ -95,6 +95,7 @@ impl From<Buf<f32>> for Output {
 
 impl Backend for Poisoned {
     type Real = f32;
+    type Shared = setun_backend::Shared;
 
     fn threads(&self) -> usize {
         self.host.threads()
@@ -104,6 +105,9 @@ impl Backend for Poisoned {
     }
     fn write<T: bytemuck::Pod>(&mut self, buf: Buf<T>, values: &[T]) {
         self.host.write(buf, values);
+    }
+    fn share(&mut self, extents: &[setun_backend::Extent]) -> Self::Shared {
+        self.host.share(extents)
     }
     fn zero<T: bytemuck::Pod>(&mut self, buf: Buf<T>) {
         self.host.zero(buf);

@@ -6,7 +6,7 @@ mod tiny;
 use setun_formats::PackedHeader;
 use setun_formats::TernaryInfo;
 use setun_io::{RealOps, newest_valid_checkpoint};
-use setun_train::checkpoint::{Constants, DataIdentity, TrainState, restore, save};
+use setun_train::checkpoint::{Constants, DataIdentity, TrainState, restore, snapshot};
 use setun_train::data::Batches;
 use setun_train::settings::Settings;
 use setun_train::trainer::Trainer;
@@ -38,17 +38,16 @@ fn trainer(settings: &Settings, batches: &Batches, threads: usize) -> HostTraine
     tiny::trainer(settings, batches, threads, |host| host)
 }
 
-fn checkpoint(run: &Path, settings: &Settings, trainer: &HostTrainer) -> PathBuf {
+fn checkpoint(run: &Path, settings: &Settings, trainer: &mut HostTrainer) -> PathBuf {
     let mut state = TrainState::new(identity());
     state.step = trainer.step;
     state.updates = trainer.optimizer.updates;
     state.data_offset = trainer.data_offset;
     state.guard = trainer.guard.clone();
     let config = trainer.model.spec().config.clone();
-    let json = config.to_json();
     let constants = Constants {
-        config_json: &json,
-        tokenizer_json: b"{}",
+        config_json: config.to_json(),
+        tokenizer_json: b"{}".as_slice().into(),
         ternary: Some(PackedHeader {
             config,
             ternary: TernaryInfo {
@@ -59,7 +58,8 @@ fn checkpoint(run: &Path, settings: &Settings, trainer: &HostTrainer) -> PathBuf
         }),
     };
     let files: Arc<dyn setun_io::FileOps> = Arc::new(RealOps);
-    save(&files, run, trainer, &state, &constants).unwrap().0
+    let snapshot = snapshot(trainer, &state, constants);
+    snapshot.write(&files, run, || {}).unwrap().0
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn stopping_at_any_step_changes_nothing() {
     let mut losses = Vec::new();
     for _ in 0..STEPS {
         losses.push(straight.step(&batches).unwrap().loss.to_bits());
-        checkpoint(&scratch.0, &settings, &straight);
+        checkpoint(&scratch.0, &settings, &mut straight);
     }
     let expected = tiny::state(&straight);
     for from in 1..=STEPS {
@@ -95,9 +95,9 @@ fn damage_is_noticed_named_and_passed_over() {
     let (settings, batches) = prepared(&scratch);
     let mut trainer = trainer(&settings, &batches, 1);
     trainer.step(&batches).unwrap();
-    checkpoint(&scratch.0, &settings, &trainer);
+    checkpoint(&scratch.0, &settings, &mut trainer);
     trainer.step(&batches).unwrap();
-    let newest = checkpoint(&scratch.0, &settings, &trainer);
+    let newest = checkpoint(&scratch.0, &settings, &mut trainer);
     let mut files: Vec<PathBuf> = std::fs::read_dir(&newest)
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -124,4 +124,46 @@ fn damage_is_noticed_named_and_passed_over() {
         std::fs::write(file, &good).unwrap();
     }
     assert_eq!(newest_valid_checkpoint(&scratch.0).unwrap().1, 2);
+}
+
+/// `data/state-2` is a checkpoint of Setun 0.1.0, the first one whose `state.json` has
+/// version 2. It is never written anew: later versions must read it as it is.
+#[test]
+fn a_checkpoint_of_version_2_reads() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/state-2");
+    let manifest = setun_io::verify_manifest(&dir).unwrap();
+    let scratch = Scratch::new("old");
+    let corpus = scratch.join("corpus.txt");
+    std::fs::write(&corpus, tiny::corpus()).unwrap();
+    let settings = tiny::settings(
+        &corpus,
+        &[
+            ("tokenizer.vocab_size", "300"),
+            ("model.hidden_size", "16"),
+            ("model.intermediate_size", "24"),
+            ("model.num_hidden_layers", "1"),
+            ("model.num_attention_heads", "1"),
+            ("model.head_dim", "16"),
+            ("model.group_size", "16"),
+        ],
+    );
+    let batches = tiny::batches(&settings);
+    let mut old = trainer(&settings, &batches, 1);
+    let json = std::fs::read(dir.join("state.json")).unwrap();
+    let saved: TrainState = serde_json::from_slice(&json).unwrap();
+    let state = restore(&dir, &mut old, &saved.data).unwrap();
+    assert_eq!((state.step, state.updates, old.step), (4, 4, 4));
+    // Saved again, it has the same weights, and the same trits and scales.
+    let again = checkpoint(&scratch.0, &settings, &mut old);
+    let again = setun_io::verify_manifest(&again).unwrap();
+    for hash in ["params_hash", "ternary_hash"] {
+        assert_eq!(manifest.extra[hash], again.extra[hash], "{hash}");
+    }
+    for file in ["optimizer.safetensors", "packed.safetensors"] {
+        assert_eq!(manifest.files[file], again.files[file], "{file}");
+    }
+    for _ in 0..2 {
+        assert_eq!(old.step(&batches).unwrap().skipped, None);
+    }
+    setun_io::OpenModel::open(&dir).unwrap();
 }

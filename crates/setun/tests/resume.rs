@@ -349,3 +349,33 @@ fn a_run_without_a_checkpoint_begins_anew() {
     assert!(output.stderr.contains("begins anew"), "{output:?}");
     assert_same_run(&run, &expected, STEPS);
 }
+
+/// As on a full disk, but with a limit on the size of files, which needs no rights: the
+/// run tries three times and stops, and nothing of what was there is lost.
+#[test]
+fn a_run_that_cannot_save_stops_and_loses_nothing() {
+    let scratch = Scratch::new("full");
+    let corpus = scratch.corpus();
+    let expected = straight(&scratch, &corpus, &[]);
+    let run = scratch.join("run");
+    let mut first = training(&run, &corpus, &SETTINGS);
+    interrupt(&mut first, &run, 5, Signal::Interrupt).ok();
+    let before = files(&run.join("checkpoints"));
+    // Half a kB each: metrics and records fit, weights do not.
+    let script = "trap '' XFSZ; ulimit -f 200; exec \"$0\" train --resume \"$1\"";
+    let mut limited = std::process::Command::new("sh");
+    limited.args(["-c", script, env!("CARGO_BIN_EXE_setun")]);
+    let output = finish(limited.arg(&run).env_remove("SETUN_ISA"));
+    let words = ["3 saves in a row", "latents.safetensors", "--resume"];
+    let output = output.refused(1, &words);
+    assert_eq!(output.stderr.matches("warning: ").count(), 3, "{output:?}");
+    assert_eq!(files(&run.join("checkpoints")), before);
+    setun(["verify", run.to_str().unwrap()]).ok();
+    finish(&mut resuming(&run)).ok();
+    let lines = metrics(&run);
+    let failures = lines
+        .iter()
+        .filter(|line| line.contains("could not be saved"));
+    assert_eq!(failures.count(), 0, "the steps were done again");
+    assert_same_run(&run, &expected, STEPS);
+}

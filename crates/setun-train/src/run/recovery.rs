@@ -66,6 +66,8 @@ impl Session {
     /// Goes back to the newest checkpoint that lies far enough before the trouble, and
     /// passes over the batches from there to here.
     fn rewind(&mut self, trouble: &str, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        // What is being saved now may be what the run goes back to, or away from.
+        self.finish_save(observer)?;
         let from = self.trainer.step;
         let train = &self.settings.train;
         let first = self.state.recent_skips.first().copied().unwrap_or(from);
@@ -127,7 +129,7 @@ impl Session {
     fn forget_after(&mut self, to: u64) -> Result<(), TrainError> {
         let best = self.run.join("best.json");
         match self.state.best {
-            Some(_) => self.write_best()?,
+            Some(best) => self.write_best(Some(best))?,
             None if best.exists() => {
                 let removed = self.files.remove_file(&best);
                 removed.map_err(|e| IoError::file("remove", &best, e))?;
