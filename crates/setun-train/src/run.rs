@@ -305,14 +305,19 @@ impl Session {
             failed_saves: 0,
             pending: None,
         };
-        session.check_space()?;
-        let toml = session.settings.to_toml();
-        let path = session.run.join(SETTINGS_FILE);
-        write_atomic_with(session.files.as_ref(), &path, toml.as_bytes())?;
-        session.write_record()?;
-        // The end of the earlier session may have come between a checkpoint and this file.
-        session.write_best(session.state.best)?;
+        session.write_first_files()?;
         Ok(session)
+    }
+
+    /// Makes the directory a run, if there is room for its checkpoints.
+    fn write_first_files(&self) -> Result<(), TrainError> {
+        self.check_space()?;
+        let path = self.run.join(SETTINGS_FILE);
+        let toml = self.settings.to_toml();
+        write_atomic_with(self.files.as_ref(), &path, toml.as_bytes())?;
+        self.write_record()?;
+        // The end of the earlier session may have come between a checkpoint and this file.
+        self.write_best(self.state.best)
     }
 
     /// Sets the first weights: random, or those of another model.
