@@ -30,14 +30,20 @@ pub enum Skip {
 
 impl Skip {
     /// Text for the metrics.
-    pub fn reason(self) -> String {
+    pub fn reason(self) -> &'static str {
         match self {
-            Self::Loss => "the loss is not finite".to_owned(),
-            Self::GradientNorm => "the gradient norm is not finite".to_owned(),
-            Self::LossSpike(limit) => format!("the loss is above {limit:.4}, a spike"),
-            Self::GradientSpike(limit) => {
-                format!("the gradient norm is above {limit:.4}, a spike")
-            }
+            Self::Loss => "the loss is not finite",
+            Self::GradientNorm => "the gradient norm is not finite",
+            Self::LossSpike(_) => "the loss is a spike",
+            Self::GradientSpike(_) => "the gradient norm is a spike",
+        }
+    }
+
+    /// What a spike lies above.
+    pub fn limit(self) -> Option<f64> {
+        match self {
+            Self::LossSpike(limit) | Self::GradientSpike(limit) => Some(limit),
+            Self::Loss | Self::GradientNorm => None,
         }
     }
 }

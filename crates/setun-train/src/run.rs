@@ -432,7 +432,7 @@ impl Session {
             clipped: outcome.clipped,
             tokens_per_second: tokens / seconds,
             epoch: outcome.epoch,
-            skipped: outcome.skipped.map(|skip| skip.reason()),
+            skipped: outcome.skipped.map(|skip| skip.reason().to_owned()),
         };
         let detail = format!(
             "loss {:.4}  {:.0} tokens/s",

@@ -50,7 +50,12 @@ impl Session {
             return Ok(());
         };
         skips.push(step);
-        observer.message(&format!("step {step} was skipped: {}", skip.reason()));
+        let limit = skip.limit().map(|limit| format!(" (above {limit:.4})"));
+        observer.message(&format!(
+            "step {step} was skipped: {}{}",
+            skip.reason(),
+            limit.unwrap_or_default()
+        ));
         if (skips.len() as u64) < limit {
             return Ok(());
         }
