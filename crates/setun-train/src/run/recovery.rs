@@ -50,11 +50,11 @@ impl Session {
             return Ok(());
         };
         skips.push(step);
-        let limit = skip.limit().map(|limit| format!(" (above {limit:.4})"));
+        let above = skip.limit().map(|limit| format!(" (above {limit:.4})"));
         observer.message(&format!(
             "step {step} was skipped: {}{}",
             skip.reason(),
-            limit.unwrap_or_default()
+            above.unwrap_or_default()
         ));
         if (skips.len() as u64) < limit {
             return Ok(());
