@@ -200,26 +200,29 @@ fn lost(run: &Path, committed: u64) -> Option<String> {
 
 /// Compares what two runs computed.
 fn compare(run: &Path, straight: &Path, steps: u64, problems: &mut Vec<String>) {
-    let last = format!("checkpoints/step-{steps:08}/MANIFEST.json");
-    let results: [(&str, &dyn Fn(&Path) -> Option<String>); 4] = [
-        ("metrics.jsonl", &metrics),
-        ("the hash of the parameters", &|run| {
-            params_hash(&run.join(&last))
-        }),
-        ("best.json", &|run| {
-            fs::read_to_string(run.join("best.json")).ok()
-        }),
-        ("the packed export", &|run| {
-            let bytes = fs::read(run.join("export/packed/packed.safetensors")).ok()?;
-            Some(format!("{bytes:?}"))
-        }),
-    ];
-    for (what, result) in results {
-        let (found, expected) = (result(run), result(straight));
+    let pairs = results(run, steps)
+        .into_iter()
+        .zip(results(straight, steps));
+    for ((what, found), (_, expected)) in pairs {
         if found.is_none() || found != expected {
             problems.push(format!("{}: {what} differs", run.display()));
         }
     }
+}
+
+/// What a run computed; nothing where a file is missing.
+fn results(run: &Path, steps: u64) -> [(&'static str, Option<String>); 4] {
+    let last = format!("checkpoints/step-{steps:08}/MANIFEST.json");
+    let packed = fs::read(run.join("export/packed/packed.safetensors"));
+    [
+        ("metrics.jsonl", metrics(run)),
+        ("the hash of the parameters", params_hash(&run.join(last))),
+        ("best.json", fs::read_to_string(run.join("best.json")).ok()),
+        (
+            "the packed export",
+            packed.ok().map(|bytes| format!("{bytes:?}")),
+        ),
+    ]
 }
 
 /// The lines without the one number that is no result.
