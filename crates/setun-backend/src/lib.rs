@@ -23,10 +23,10 @@ pub mod real;
 
 pub use cpu::Isa;
 pub use host::{Host, HostWorkspace, Limits};
-pub use memory::{Arena, Buf, Category, Lease, Plan, PlanRow};
+pub use memory::{Arena, Buf, Category, Extent, Lease, Plan, PlanRow, Shared};
 pub use ops::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, CrossEntropy, Distillation,
-    LayerNorm, LayerNormBackward, NormRope, ProjectError, ProjectStats, RmsNorm, Segment,
+    LayerNorm, LayerNormBackward, NormRope, ProjectError, ProjectStats, Reader, RmsNorm, Segment,
     StoredBuf, TernaryBuf, WeightBuf, WeightData,
 };
 pub use real::Real;

@@ -9,6 +9,8 @@ use bytemuck::Pod;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Alignment of every buffer: a cache line, which is also the widest vector.
 const ALIGN: usize = 64;
@@ -199,17 +201,113 @@ impl Plan {
     }
 }
 
-/// The one allocation behind a [`Plan`], zeroed and touched.
-pub struct Arena {
+/// The memory itself; freed when the arena and all that is shared of it are gone.
+struct Memory {
     base: NonNull<u8>,
     layout: Layout,
 }
 
-// SAFETY: the arena owns its memory and hands out slices only through `&mut self`
-// (`lease`) or `&self` (`read`); it has no interior mutability.
-unsafe impl Send for Arena {}
-// SAFETY: as above; `&Arena` allows reading only.
-unsafe impl Sync for Arena {}
+// SAFETY: the pointer is owned; who may read and write through it is the affair of
+// `Arena` and `Shared`, which keep readers and writers apart.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn check<T>(&self, buf: Buf<T>) {
+        let end = buf.offset + buf.len * size_of::<T>();
+        assert!(end <= self.layout.size(), "a buffer of another plan");
+        assert!(
+            buf.offset.is_multiple_of(align_of::<T>()),
+            "misaligned buffer"
+        );
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: `base` was allocated with this layout and is freed once.
+        unsafe { dealloc(self.base.as_ptr(), self.layout) }
+    }
+}
+
+/// The one allocation behind a [`Plan`], zeroed and touched. It hands out slices through
+/// `&mut self` ([`Arena::lease`]) or `&self` ([`Arena::read`]).
+pub struct Arena {
+    memory: Arc<Memory>,
+    shared: Option<Loan>,
+}
+
+/// What is shared at the moment.
+struct Loan {
+    /// Byte ranges, ascending and apart.
+    ranges: Arc<[(usize, usize)]>,
+    /// False as soon as nobody reads them any more.
+    live: Arc<AtomicBool>,
+}
+
+impl Loan {
+    /// Whether a part of `start..end` is being read by someone else.
+    fn holds(&self, start: usize, end: usize) -> bool {
+        // Acquire: their reads are over before anything is written.
+        if !self.live.load(Ordering::Acquire) {
+            return false;
+        }
+        let next = self.ranges.partition_point(|range| range.1 <= start);
+        self.ranges.get(next).is_some_and(|range| range.0 < end)
+    }
+}
+
+/// Buffers that another thread may read while operations go on; no operation may write
+/// them before this is dropped.
+pub struct Shared {
+    memory: Arc<Memory>,
+    ranges: Arc<[(usize, usize)]>,
+    live: Arc<AtomicBool>,
+}
+
+impl Shared {
+    /// A shared buffer, or a part of one.
+    ///
+    /// # Panics
+    /// For a buffer that is not shared.
+    pub fn read<T: Pod>(&self, buf: Buf<T>) -> &[T] {
+        self.memory.check(buf);
+        let (start, end) = (buf.offset, buf.offset + buf.len * size_of::<T>());
+        let at = self.ranges.partition_point(|range| range.1 <= start);
+        let inside = self
+            .ranges
+            .get(at)
+            .is_some_and(|r| r.0 <= start && end <= r.1);
+        assert!(inside || buf.is_empty(), "the buffer is not shared");
+        // SAFETY: in bounds and aligned (`check`), initialised. The range is shared: while
+        // `self` exists, `live` is true, and no lease hands it out for writing.
+        unsafe { std::slice::from_raw_parts(self.memory.base.as_ptr().add(start).cast(), buf.len) }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // Release: all reads are before it.
+        self.live.store(false, Ordering::Release);
+    }
+}
+
+/// The bytes of a buffer, whatever its values are: what [`Arena::share`] takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    start: usize,
+    end: usize,
+}
+
+impl<T> From<Buf<T>> for Extent {
+    fn from(buf: Buf<T>) -> Self {
+        Self {
+            start: buf.offset,
+            end: buf.offset + buf.len * size_of::<T>(),
+        }
+    }
+}
 
 impl Arena {
     /// Allocates what `plan` asks for and touches every page, so that a lack of memory
@@ -227,7 +325,43 @@ impl Arena {
             // store of zero into zeroed memory would be removed.
             unsafe { base.as_ptr().add(page).write_volatile(0) };
         }
-        Self { base, layout }
+        Self {
+            memory: Arc::new(Memory { base, layout }),
+            shared: None,
+        }
+    }
+
+    /// Lets another thread read the buffers `extents` while operations go on that do not
+    /// write them.
+    ///
+    /// # Panics
+    /// For buffers of another plan, and while something is shared already.
+    pub fn share(&mut self, extents: &[Extent]) -> Shared {
+        let live = |loan: &Loan| loan.live.load(Ordering::Acquire);
+        let busy = self.shared.as_ref().is_some_and(live);
+        assert!(!busy, "something is shared already");
+        let mut ranges: Vec<(usize, usize)> = extents
+            .iter()
+            .filter(|extent| extent.start < extent.end)
+            .map(|extent| (extent.start, extent.end))
+            .collect();
+        ranges.sort_unstable();
+        let apart = ranges.windows(2).all(|pair| pair[0].1 <= pair[1].0);
+        let inside = ranges
+            .last()
+            .is_none_or(|range| range.1 <= self.memory.layout.size());
+        assert!(apart && inside, "buffers that overlap, or of another plan");
+        let ranges: Arc<[(usize, usize)]> = ranges.into();
+        let live = Arc::new(AtomicBool::new(true));
+        self.shared = Some(Loan {
+            ranges: Arc::clone(&ranges),
+            live: Arc::clone(&live),
+        });
+        Shared {
+            memory: Arc::clone(&self.memory),
+            ranges,
+            live,
+        }
     }
 
     /// Starts a lease: slices for one operation.
@@ -241,27 +375,12 @@ impl Arena {
 
     /// A buffer to read from.
     pub fn read<T: Pod>(&self, buf: Buf<T>) -> &[T] {
-        self.check(buf);
+        self.memory.check(buf);
+        let base = self.memory.base.as_ptr();
         // SAFETY: `check` proved that the range lies in the allocation and is aligned;
         // the memory is initialised (zeroed) and any bits are a valid `Pod`. `&self`
-        // keeps writers away for the lifetime of the slice.
-        unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(buf.offset).cast(), buf.len) }
-    }
-
-    fn check<T>(&self, buf: Buf<T>) {
-        let end = buf.offset + buf.len * size_of::<T>();
-        assert!(end <= self.layout.size(), "a buffer of another plan");
-        assert!(
-            buf.offset.is_multiple_of(align_of::<T>()),
-            "misaligned buffer"
-        );
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        // SAFETY: `base` was allocated with this layout and is freed once.
-        unsafe { dealloc(self.base.as_ptr(), self.layout) }
+        // keeps writers away for the lifetime of the slice: a `Shared` only reads.
+        unsafe { std::slice::from_raw_parts(base.add(buf.offset).cast(), buf.len) }
     }
 }
 
@@ -279,8 +398,14 @@ impl<'a> Lease<'a> {
     const MAX: usize = 24;
 
     fn take<T>(&mut self, buf: Buf<T>, write: bool) {
-        self.arena.check(buf);
+        self.arena.memory.check(buf);
         let range = (buf.offset, buf.offset + buf.len * size_of::<T>());
+        if write && let Some(loan) = &self.arena.shared {
+            assert!(
+                !loan.holds(range.0, range.1),
+                "an operation writes what another thread reads"
+            );
+        }
         for &(start, end, written) in &self.taken[..self.count] {
             let apart = range.1 <= start || end <= range.0;
             assert!(
@@ -302,7 +427,8 @@ impl<'a> Lease<'a> {
         // SAFETY: in bounds and aligned (`check`), initialised; `take` proved that no
         // `&mut` slice of this lease overlaps it, and the lease holds the arena.
         unsafe {
-            std::slice::from_raw_parts(self.arena.base.as_ptr().add(buf.offset).cast(), buf.len)
+            let start = self.arena.memory.base.as_ptr().add(buf.offset).cast();
+            std::slice::from_raw_parts(start, buf.len)
         }
     }
 
@@ -312,9 +438,10 @@ impl<'a> Lease<'a> {
     /// If it overlaps any other slice of this lease.
     pub fn write<T: Pod>(&mut self, buf: Buf<T>) -> &'a mut [T] {
         self.take(buf, true);
-        // SAFETY: as in `read`; `take` proved that no other slice of this lease overlaps.
+        // SAFETY: as in `read`; `take` proved that no other slice of this lease overlaps,
+        // and that no other thread reads it.
         unsafe {
-            let start = self.arena.base.as_ptr().add(buf.offset).cast();
+            let start = self.arena.memory.base.as_ptr().add(buf.offset).cast();
             std::slice::from_raw_parts_mut(start, buf.len)
         }
     }
@@ -336,6 +463,35 @@ mod tests {
         lease.write(a).fill(1.0);
         assert_eq!(lease.read(b), [0; 3]);
         assert_eq!(arena.read(a.part(1, 2)), [1.0; 2]);
+    }
+
+    #[test]
+    fn what_is_shared_is_read_and_not_written() {
+        let mut plan = Plan::new();
+        let a: Buf<f32> = plan.alloc(Category::Parameters, "a", 32);
+        let b: Buf<f32> = plan.alloc(Category::Parameters, "b", 32);
+        let c: Buf<i8> = plan.alloc(Category::Parameters, "c", 64);
+        let mut arena = Arena::new(&plan);
+        arena.lease().write(a).fill(2.0);
+        arena.lease().write(c).fill(7);
+        let shared = arena.share(&[c.into(), a.into()]);
+        let reader = std::thread::spawn(move || {
+            assert!(std::panic::catch_unwind(|| shared.read(b).len()).is_err());
+            let sum: f32 = shared.read(a.part(8, 16)).iter().sum();
+            (sum, shared.read(c)[63], shared)
+        });
+        arena.lease().write(b).fill(3.0);
+        let (sum, last, shared) = reader.join().unwrap();
+        assert_eq!((sum, last), (32.0, 7));
+        let refused = |arena: &mut Arena, buf: Buf<f32>| {
+            let write = std::panic::AssertUnwindSafe(|| arena.lease().write(buf).fill(0.0));
+            std::panic::catch_unwind(write).is_err()
+        };
+        assert!(refused(&mut arena, a.part(31, 1)));
+        assert!(!refused(&mut arena, b));
+        assert_eq!(arena.read(a)[0], 2.0);
+        drop(shared);
+        assert!(!refused(&mut arena, a));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! stream `+=`. Rows are tokens. A weight has shape `[out, in]`. What an operation
 //! computes is fixed to the bit by DESIGN 3.1 to 3.4; how is the backend's affair.
 
-use crate::memory::Buf;
+use crate::memory::{Buf, Extent, Shared};
 use crate::real::Real;
 use bytemuck::Pod;
 use half::bf16;
@@ -206,6 +206,15 @@ impl<R> StoredBuf<R> {
     }
 }
 
+impl<R> From<StoredBuf<R>> for Extent {
+    fn from(buf: StoredBuf<R>) -> Self {
+        match buf {
+            StoredBuf::Real(x) => x.into(),
+            StoredBuf::Bf16(x) => x.into(),
+        }
+    }
+}
+
 /// LayerNorm over the last dimension of `[batch, seq, width]` (Ba et al., 2016):
 /// `y = (x - mean) * inv * gamma + beta`, `inv = 1 / sqrt(variance + eps)` with the
 /// variance over all `width` values. A row is one of the `batch * seq`.
@@ -356,8 +365,26 @@ pub struct ProjectError {
     pub why: ScaleError,
 }
 
+/// Reads buffers of a device.
+pub trait Reader {
+    /// Copies a buffer out.
+    ///
+    /// # Panics
+    /// For a buffer that this reader may not read, or another length.
+    fn copy_out<T: Pod>(&self, buf: Buf<T>, out: &mut [T]);
+}
+
+impl Reader for Shared {
+    fn copy_out<T: Pod>(&self, buf: Buf<T>, out: &mut [T]) {
+        out.copy_from_slice(self.read(buf));
+    }
+}
+
 /// A device. All methods block until their result is there.
 pub trait Backend {
+    /// Reads from another thread, see [`Backend::share`].
+    type Shared: Reader + Send + 'static;
+
     /// Floating-point type of the residual stream, the losses and the gradients.
     type Real: Real;
 
@@ -367,6 +394,9 @@ pub trait Backend {
     fn read<T: Pod>(&self, buf: Buf<T>, out: &mut [T]);
     /// Copies values in.
     fn write<T: Pod>(&mut self, buf: Buf<T>, values: &[T]);
+    /// Lets another thread read the buffers `extents`. Until what is returned is dropped,
+    /// no operation may write them, and nothing else can be shared.
+    fn share(&mut self, extents: &[Extent]) -> Self::Shared;
     /// Sets all bytes to zero.
     fn zero<T: Pod>(&mut self, buf: Buf<T>);
     /// `to = from`.

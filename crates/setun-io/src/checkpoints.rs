@@ -5,7 +5,8 @@
 //! first, and a checkpoint counts when its manifest verifies. Invalid ones are reported
 //! and skipped, never deleted.
 
-use crate::commit::{FileOps, RealOps, TEMPORARY};
+use crate::commit::TEMPORARY;
+use crate::file_ops::{FileOps, RealOps};
 use crate::{IoError, Manifest, verify_manifest};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
@@ -67,6 +68,14 @@ impl RunLock {
     /// # Errors
     /// A refusing operating system.
     pub fn remove_leftovers(&self) -> Result<Vec<PathBuf>, IoError> {
+        self.remove_leftovers_with(&RealOps)
+    }
+
+    /// As [`RunLock::remove_leftovers`], through `ops`.
+    ///
+    /// # Errors
+    /// As [`RunLock::remove_leftovers`].
+    pub fn remove_leftovers_with(&self, ops: &dyn FileOps) -> Result<Vec<PathBuf>, IoError> {
         let mut removed = Vec::new();
         let folders = [
             self.run.clone(),
@@ -80,9 +89,9 @@ impl RunLock {
                 }
                 let path = dir.join(name);
                 let gone = if path.is_dir() && !path.is_symlink() {
-                    fs::remove_dir_all(&path)
+                    ops.remove_dir_all(&path)
                 } else {
-                    fs::remove_file(&path)
+                    ops.remove_file(&path)
                 };
                 gone.map_err(|e| IoError::file("remove", &path, e))?;
                 removed.push(path);
@@ -147,41 +156,68 @@ pub(crate) fn verify_checkpoint(step: u64, path: &Path) -> Result<(), IoError> {
     Ok(())
 }
 
+/// Which checkpoints stay when a new one has been committed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Retention<'a> {
+    /// The newest so many whose files are all there.
+    pub keep_last: usize,
+    /// Those whose step is a multiple of this; 0 for none.
+    pub keep_every: u64,
+    /// These steps.
+    pub protected: &'a [u64],
+    /// A step that was read back just now and need not be read once more.
+    pub verified: Option<u64>,
+}
+
 /// Removes old checkpoints of `run` and returns their steps, newest first.
 ///
-/// Kept are the newest `keep_last` whose files are all there, the steps in `protected`,
-/// the newest one that verifies (so never the only valid one), and those with missing or
-/// cut files, which are for a person to look at.
+/// Kept are those of `retention`, the newest one that verifies (so never the only valid
+/// one), and those with missing or cut files, which are for a person to look at.
 ///
 /// # Errors
 /// A refusing operating system; what was not removed then stays usable.
-pub fn retire(run: &Path, keep_last: usize, protected: &[u64]) -> Result<Vec<u64>, IoError> {
-    let newest = match newest_valid_checkpoint(run) {
-        Ok((_, step, _)) => step,
-        Err(IoError::NoCheckpoint { .. }) => return Ok(Vec::new()),
-        Err(e) => return Err(e),
+pub fn retire(
+    ops: &dyn FileOps,
+    run: &Path,
+    retention: &Retention<'_>,
+) -> Result<Vec<u64>, IoError> {
+    let all = checkpoints(run)?;
+    let newest = match retention.verified {
+        Some(step) if all.first().is_some_and(|newest| newest.0 == step) => step,
+        _ => match newest_valid_checkpoint(run) {
+            Ok((_, step, _)) => step,
+            Err(IoError::NoCheckpoint { .. }) => return Ok(Vec::new()),
+            Err(e) => return Err(e),
+        },
     };
     let mut kept = 0;
     let mut removed = Vec::new();
-    for (step, path) in checkpoints(run)? {
+    for (step, path) in all {
         // Hashing every one at each save would cost more than saving.
         let whole = Manifest::read(&path).and_then(|manifest| manifest.check_sizes(&path));
         if whole.is_err() {
             continue;
         }
-        if kept < keep_last {
+        let every = retention.keep_every;
+        if kept < retention.keep_last {
             kept += 1;
-        } else if step != newest && !protected.contains(&step) {
-            remove_checkpoint(&RealOps, &path)?;
+        } else if step != newest
+            && !retention.protected.contains(&step)
+            && !(every > 0 && step.is_multiple_of(every))
+        {
+            remove_checkpoint(ops, &path)?;
             removed.push(step);
         }
     }
     Ok(removed)
 }
 
-/// Renames before unlinking: a crash leaves no half-removed directory under a name that
-/// looks like a checkpoint.
-fn remove_checkpoint(ops: &dyn FileOps, path: &Path) -> Result<(), IoError> {
+/// Removes a checkpoint directory. It is renamed before it is unlinked: a crash leaves no
+/// half-removed directory under a name that looks like a checkpoint.
+///
+/// # Errors
+/// A refusing operating system; the checkpoint is then whole, or gone from its name.
+pub fn remove_checkpoint(ops: &dyn FileOps, path: &Path) -> Result<(), IoError> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(IoError::Refused(format!(
             "{} is not a checkpoint",
@@ -236,6 +272,15 @@ mod tests {
         dir.file("weights.bin", |out| out.write_all(&step.to_le_bytes()))
             .unwrap();
         dir.commit(json!({ "step": step })).unwrap()
+    }
+
+    fn retire_all_but(run: &Path, keep_last: usize, protected: &[u64]) -> Vec<u64> {
+        let retention = Retention {
+            keep_last,
+            protected,
+            ..Retention::default()
+        };
+        retire(&RealOps, run, &retention).unwrap()
     }
 
     fn damage(checkpoint: &Path) {
@@ -301,9 +346,27 @@ mod tests {
         for step in 1..=6 {
             save(scratch.path(), step);
         }
-        assert_eq!(retire(scratch.path(), 2, &[3]).unwrap(), [4, 2, 1]);
+        assert_eq!(retire_all_but(scratch.path(), 2, &[3]), [4, 2, 1]);
         assert_eq!(steps(scratch.path()), [6, 5, 3]);
-        assert_eq!(retire(scratch.path(), 2, &[3]).unwrap(), [0u64; 0]);
+        assert_eq!(retire_all_but(scratch.path(), 2, &[3]), [0u64; 0]);
+    }
+
+    #[test]
+    fn every_so_many_steps_one_stays() {
+        let scratch = Scratch::new("retire-every");
+        let mut removed = Vec::new();
+        for step in 1..=9 {
+            save(scratch.path(), step);
+            let retention = Retention {
+                keep_last: 2,
+                keep_every: 3,
+                protected: &[1],
+                verified: Some(step),
+            };
+            removed.extend(retire(&RealOps, scratch.path(), &retention).unwrap());
+        }
+        assert_eq!(removed, [2, 4, 5, 7]);
+        assert_eq!(steps(scratch.path()), [9, 8, 6, 3, 1]);
     }
 
     #[test]
@@ -316,10 +379,10 @@ mod tests {
             }
         }
         // Same sizes: the damage shows in the hashes only.
-        retire(scratch.path(), 1, &[]).unwrap();
+        retire_all_but(scratch.path(), 1, &[]);
         assert!(steps(scratch.path()).contains(&1));
         assert_eq!(newest_valid_checkpoint(scratch.path()).unwrap().1, 1);
-        retire(scratch.path(), 0, &[]).unwrap();
+        retire_all_but(scratch.path(), 0, &[]);
         assert_eq!(newest_valid_checkpoint(scratch.path()).unwrap().1, 1);
     }
 
@@ -330,7 +393,7 @@ mod tests {
             save(scratch.path(), step);
         }
         fs::write(scratch.join("checkpoints/step-00000003/weights.bin"), b"").unwrap();
-        assert_eq!(retire(scratch.path(), 2, &[]).unwrap(), [1]);
+        assert_eq!(retire_all_but(scratch.path(), 2, &[]), [1]);
         assert_eq!(steps(scratch.path()), [4, 3, 2]);
     }
 

@@ -1,16 +1,20 @@
 //! Directories that appear whole or not at all, and prove later that they are undamaged.
 //!
-//! The protocol: write into `.tmp-NAME-PID` beside the target, hashing while writing;
+//! The protocol: write into `.tmp-NAME-PID` beside the target, hashing while writing; then
 //! sync each file; write and sync `MANIFEST.json`; sync the directory; rename it to its
 //! name; sync the parent; read everything back. A crash at any point leaves either no
 //! target or a whole one. What an error interrupts is removed.
 
 use crate::IoError;
-use crate::manifest::{FileEntry, MANIFEST, Manifest, is_plain_name, verify_manifest};
+use crate::file_ops::{FileOps, OutputFile, RealOps};
+use crate::manifest::{
+    FileEntry, MANIFEST, Manifest, PieceHasher, is_plain_name, verify_manifest_with,
+};
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Start of the names of directories and files that are being written.
 pub(crate) const TEMPORARY: &str = ".tmp-";
@@ -21,11 +25,12 @@ const BUFFER_BYTES: usize = 1 << 20;
 ///
 /// Dropped without [`DirWriter::commit`], it removes what it wrote.
 pub struct DirWriter {
-    ops: Box<dyn FileOps + Send>,
+    ops: Arc<dyn FileOps>,
     parent: PathBuf,
     target: PathBuf,
     temporary: PathBuf,
     files: BTreeMap<String, FileEntry>,
+    unsynced: Vec<(String, Box<dyn OutputFile>)>,
     failed: bool,
     committed: bool,
 }
@@ -36,14 +41,14 @@ impl DirWriter {
     /// # Errors
     /// The target exists already, or the operating system refuses.
     pub fn create(parent: &Path, name: &str) -> Result<Self, IoError> {
-        Self::create_with(Box::new(RealOps), parent, name)
+        Self::create_with(Arc::new(RealOps), parent, name)
     }
 
-    fn create_with(
-        ops: Box<dyn FileOps + Send>,
-        parent: &Path,
-        name: &str,
-    ) -> Result<Self, IoError> {
+    /// As [`DirWriter::create`], through `ops`.
+    ///
+    /// # Errors
+    /// As [`DirWriter::create`].
+    pub fn create_with(ops: Arc<dyn FileOps>, parent: &Path, name: &str) -> Result<Self, IoError> {
         check_name(name)?;
         let target = parent.join(name);
         refuse_existing(&target)?;
@@ -61,6 +66,7 @@ impl DirWriter {
                         target,
                         temporary,
                         files: BTreeMap::new(),
+                        unsynced: Vec::new(),
                         failed: false,
                         committed: false,
                     });
@@ -70,8 +76,8 @@ impl DirWriter {
         Err(IoError::Exists { path: target })
     }
 
-    /// Writes one file through `write`, which may stream: hashing, buffering and syncing
-    /// are done here.
+    /// Writes one file through `write`, which may stream: hashing and buffering are done
+    /// here, syncing in [`DirWriter::commit`], so that the sources are free earlier.
     ///
     /// # Errors
     /// A name that is taken or not plain, what `write` returns, and a refusing operating
@@ -89,9 +95,10 @@ impl DirWriter {
         }
         let path = self.temporary.join(name);
         self.failed = true;
-        let entry = write_file(self.ops.as_ref(), &path, write)
+        let (entry, file) = write_unsynced(self.ops.as_ref(), &path, write)
             .map_err(|e| IoError::file("write", &self.target.join(name), e))?;
         self.failed = false;
+        self.unsynced.push((name.to_owned(), file));
         self.files.insert(name.to_owned(), entry);
         Ok(())
     }
@@ -111,6 +118,10 @@ impl DirWriter {
                 "{place} cannot be committed: writing one of its files failed"
             )));
         }
+        for (name, mut file) in std::mem::take(&mut self.unsynced) {
+            file.sync()
+                .map_err(|e| IoError::file("sync", &self.target.join(name), e))?;
+        }
         let manifest = Manifest {
             files: std::mem::take(&mut self.files),
             extra,
@@ -126,7 +137,7 @@ impl DirWriter {
             .rename(&self.temporary, &self.target)
             .map_err(|e| IoError::file("rename to", &self.target, e))?;
         let durable = self.sync_dir(&self.parent);
-        if let Err(error) = durable.and_then(|()| verify_manifest(&self.target).map(drop)) {
+        if let Err(error) = durable.and_then(|()| self.read_back()) {
             // Back under the temporary name, where dropping `self` removes it: a caller
             // that tries again must find the name free.
             let _ = self.ops.rename(&self.target, &self.temporary);
@@ -134,6 +145,10 @@ impl DirWriter {
         }
         self.committed = true;
         Ok(self.target.clone())
+    }
+
+    fn read_back(&self) -> Result<(), IoError> {
+        verify_manifest_with(self.ops.as_ref(), &self.target).map(drop)
     }
 
     fn sync_dir(&self, dir: &Path) -> Result<(), IoError> {
@@ -146,6 +161,8 @@ impl DirWriter {
 impl Drop for DirWriter {
     fn drop(&mut self) {
         if !self.committed {
+            // Open files cannot be removed everywhere.
+            self.unsynced.clear();
             // Nothing can be done about a failure here; the next start removes leftovers.
             let _ = self.ops.remove_dir_all(&self.temporary);
         }
@@ -160,7 +177,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), IoError> {
     write_atomic_with(&RealOps, path, bytes)
 }
 
-fn write_atomic_with(ops: &dyn FileOps, path: &Path, bytes: &[u8]) -> Result<(), IoError> {
+/// As [`write_atomic`], through `ops`.
+///
+/// # Errors
+/// As [`write_atomic`].
+pub fn write_atomic_with(ops: &dyn FileOps, path: &Path, bytes: &[u8]) -> Result<(), IoError> {
     let name = path.file_name().and_then(|name| name.to_str());
     let name =
         name.ok_or_else(|| IoError::Refused(format!("{} has no file name", path.display())))?;
@@ -243,60 +264,6 @@ fn free_name(parent: &Path, name: &str) -> PathBuf {
         .unwrap_or(first)
 }
 
-/// The file operations of a commit, so that tests can make each of them fail.
-pub(crate) trait FileOps {
-    fn create_dir(&self, path: &Path) -> io::Result<()>;
-    /// Creates a file that must not exist yet.
-    fn create_file(&self, path: &Path) -> io::Result<File>;
-    fn write(&self, file: &mut File, bytes: &[u8]) -> io::Result<usize>;
-    fn sync_file(&self, file: &File) -> io::Result<()>;
-    fn sync_dir(&self, path: &Path) -> io::Result<()>;
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
-    fn remove_file(&self, path: &Path) -> io::Result<()>;
-    fn remove_dir_all(&self, path: &Path) -> io::Result<()>;
-}
-
-/// The operating system.
-pub(crate) struct RealOps;
-
-impl FileOps for RealOps {
-    fn create_dir(&self, path: &Path) -> io::Result<()> {
-        fs::create_dir(path)
-    }
-
-    fn create_file(&self, path: &Path) -> io::Result<File> {
-        File::create_new(path)
-    }
-
-    fn write(&self, file: &mut File, bytes: &[u8]) -> io::Result<usize> {
-        file.write(bytes)
-    }
-
-    fn sync_file(&self, file: &File) -> io::Result<()> {
-        file.sync_all()
-    }
-
-    fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        // Other systems cannot open a directory; their renames are journaled.
-        if cfg!(unix) {
-            File::open(path)?.sync_all()?;
-        }
-        Ok(())
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        fs::rename(from, to)
-    }
-
-    fn remove_file(&self, path: &Path) -> io::Result<()> {
-        fs::remove_file(path)
-    }
-
-    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
-        fs::remove_dir_all(path)
-    }
-}
-
 fn check_name(name: &str) -> Result<(), IoError> {
     if is_plain_name(name) {
         return Ok(());
@@ -350,33 +317,36 @@ fn write_file(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> io::Result<FileEntry> {
+    let (entry, mut file) = write_unsynced(ops, path, write)?;
+    file.sync()?;
+    Ok(entry)
+}
+
+fn write_unsynced(
+    ops: &dyn FileOps,
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<(FileEntry, Box<dyn OutputFile>)> {
     let file = ops.create_file(path)?;
-    let sink = BufWriter::with_capacity(BUFFER_BYTES, OpsFile { ops, file });
     let mut out = HashingWriter {
-        sink,
-        hasher: blake3::Hasher::new(),
-        bytes: 0,
+        sink: BufWriter::with_capacity(BUFFER_BYTES, file),
+        hasher: PieceHasher::default(),
     };
     write(&mut out)?;
     out.flush()?;
-    ops.sync_file(&out.sink.get_ref().file)?;
-    Ok(FileEntry {
-        bytes: out.bytes,
-        blake3: out.hasher.finalize().to_hex().to_string(),
-    })
+    let file = out.sink.into_inner().map_err(|e| e.into_error())?;
+    Ok((out.hasher.finish(), file))
 }
 
-struct HashingWriter<W: Write> {
-    sink: W,
-    hasher: blake3::Hasher,
-    bytes: u64,
+struct HashingWriter {
+    sink: BufWriter<Box<dyn OutputFile>>,
+    hasher: PieceHasher,
 }
 
-impl<W: Write> Write for HashingWriter<W> {
+impl Write for HashingWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.sink.write(bytes)?;
         self.hasher.update(&bytes[..written]);
-        self.bytes += written as u64;
         Ok(written)
     }
 
@@ -385,86 +355,14 @@ impl<W: Write> Write for HashingWriter<W> {
     }
 }
 
-struct OpsFile<'a> {
-    ops: &'a dyn FileOps,
-    file: File,
-}
-
-impl Write for OpsFile<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.ops.write(&mut self.file, bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fixture::Scratch;
+    use crate::{Fault, FaultyOps, verify_manifest};
     use serde_json::json;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicI64, Ordering};
 
-    /// Counts operations down; at zero one fails, or with `persistent` all from there on.
-    struct FailingOps {
-        left: Arc<AtomicI64>,
-        persistent: bool,
-        kind: io::ErrorKind,
-    }
-
-    impl FailingOps {
-        fn pass(&self) -> io::Result<()> {
-            let left = self.left.fetch_sub(1, Ordering::Relaxed);
-            if left == 0 || self.persistent && left < 0 {
-                return Err(self.kind.into());
-            }
-            Ok(())
-        }
-    }
-
-    impl FileOps for FailingOps {
-        fn create_dir(&self, path: &Path) -> io::Result<()> {
-            self.pass()?;
-            RealOps.create_dir(path)
-        }
-        fn create_file(&self, path: &Path) -> io::Result<File> {
-            self.pass()?;
-            RealOps.create_file(path)
-        }
-        fn write(&self, file: &mut File, bytes: &[u8]) -> io::Result<usize> {
-            if self.pass().is_err() {
-                // A full disk takes a part first.
-                file.write_all(&bytes[..bytes.len() / 2])?;
-                return Err(self.kind.into());
-            }
-            RealOps.write(file, bytes)
-        }
-        fn sync_file(&self, file: &File) -> io::Result<()> {
-            self.pass()?;
-            RealOps.sync_file(file)
-        }
-        fn sync_dir(&self, path: &Path) -> io::Result<()> {
-            self.pass()?;
-            RealOps.sync_dir(path)
-        }
-        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-            self.pass()?;
-            RealOps.rename(from, to)
-        }
-        fn remove_file(&self, path: &Path) -> io::Result<()> {
-            self.pass()?;
-            RealOps.remove_file(path)
-        }
-        fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
-            self.pass()?;
-            RealOps.remove_dir_all(path)
-        }
-    }
-
-    fn save(ops: Box<dyn FileOps + Send>, parent: &Path, name: &str) -> Result<PathBuf, IoError> {
+    fn save(ops: Arc<dyn FileOps>, parent: &Path, name: &str) -> Result<PathBuf, IoError> {
         let mut dir = DirWriter::create_with(ops, parent, name)?;
         dir.file("weights.bin", |out| out.write_all(&[7; 10_000]))?;
         dir.file("state.json", |out| write!(out, "{{\"name\": \"{name}\"}}"))?;
@@ -483,7 +381,7 @@ mod tests {
     #[test]
     fn a_committed_directory_reads_back() {
         let scratch = Scratch::new("commit-good");
-        let path = save(Box::new(RealOps), &scratch.join("new/parent"), "one").unwrap();
+        let path = save(Arc::new(RealOps), &scratch.join("new/parent"), "one").unwrap();
         let manifest = verify_manifest(&path).unwrap();
         assert_eq!(manifest.files["weights.bin"].bytes, 10_000);
         assert_eq!(
@@ -498,7 +396,7 @@ mod tests {
     fn an_existing_target_is_never_replaced() {
         let scratch = Scratch::new("commit-exists");
         fs::create_dir(scratch.join("empty")).unwrap();
-        let refused = save(Box::new(RealOps), scratch.path(), "empty").unwrap_err();
+        let refused = save(Arc::new(RealOps), scratch.path(), "empty").unwrap_err();
         assert!(matches!(refused, IoError::Exists { .. }), "{refused}");
         // The target comes into being after the start.
         let mut dir = DirWriter::create(scratch.path(), "late").unwrap();
@@ -555,36 +453,62 @@ mod tests {
     /// SQLite's loop: fail the first operation, then the second, ... until all succeed.
     #[test]
     fn every_failing_operation_leaves_the_earlier_directory() {
-        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::Other] {
-            for persistent in [false, true] {
+        use io::ErrorKind::{Interrupted, Other, PermissionDenied, QuotaExceeded, StorageFull};
+        for kind in [
+            StorageFull,
+            Other,
+            QuotaExceeded,
+            PermissionDenied,
+            Interrupted,
+        ] {
+            for forever in [false, true] {
+                // A call that is interrupted for ever is tried for ever.
+                if forever && kind == Interrupted {
+                    continue;
+                }
                 let scratch = Scratch::new("commit-sweep");
-                save(Box::new(RealOps), scratch.path(), "old").unwrap();
-                let failures = (0..)
-                    .take_while(|&n| fails_cleanly(&scratch, n, persistent, kind))
+                save(Arc::new(RealOps), scratch.path(), "old").unwrap();
+                // Writes that are interrupted once are tried again.
+                let harmless = kind == Interrupted;
+                let failures = (0..NUM_OPERATIONS)
+                    .filter(|&n| fails_cleanly(&scratch, n, forever, kind))
                     .count();
-                // 1 directory, 3 x (create, write, sync), 2 directory syncs, 1 rename.
-                assert_eq!(failures, 13);
+                let expected = NUM_OPERATIONS as usize - if harmless { 3 } else { 0 };
+                assert_eq!(failures, expected, "{kind:?}");
+                assert!(!fails_cleanly(&scratch, NUM_OPERATIONS, forever, kind));
             }
         }
     }
 
-    fn fails_cleanly(scratch: &Scratch, n: i64, persistent: bool, kind: io::ErrorKind) -> bool {
-        let ops = FailingOps {
-            left: Arc::new(AtomicI64::new(n)),
-            persistent,
-            kind,
-        };
-        let result = save(Box::new(ops), scratch.path(), "new");
+    /// 1 directory, 3 x (create, write, sync), 2 directory syncs, 1 rename, and 3 files
+    /// opened to be read back.
+    const NUM_OPERATIONS: u64 = 16;
+
+    #[test]
+    fn short_writes_are_completed() {
+        let scratch = Scratch::new("commit-short");
+        for forever in [false, true] {
+            let ops = FaultyOps::new(Fault::ShortWrite, 0, forever);
+            let path = save(Arc::new(ops), scratch.path(), "short").unwrap();
+            verify_manifest(&path).unwrap();
+            fs::remove_dir_all(path).unwrap();
+        }
+    }
+
+    fn fails_cleanly(scratch: &Scratch, n: u64, forever: bool, kind: io::ErrorKind) -> bool {
+        let ops = FaultyOps::new(Fault::Error(kind), n, forever);
+        let result = save(Arc::new(ops), scratch.path(), "new");
         verify_manifest(&scratch.join("old")).unwrap();
         let Err(error) = result else {
             verify_manifest(&scratch.join("new")).unwrap();
+            fs::remove_dir_all(scratch.join("new")).unwrap();
             return false;
         };
         let named = error
             .to_string()
             .contains(scratch.path().to_str().expect("a UTF-8 path"));
         assert!(named, "{error}");
-        if persistent {
+        if forever {
             // Removing fails too, so what is left is either marked as temporary or whole.
             for name in names(scratch.path()) {
                 let path = scratch.join(&name);
@@ -608,11 +532,7 @@ mod tests {
         let scratch = Scratch::new("commit-create");
         for n in 0.. {
             let path = scratch.join("model.gguf");
-            let ops = FailingOps {
-                left: Arc::new(AtomicI64::new(n)),
-                persistent: false,
-                kind: io::ErrorKind::StorageFull,
-            };
+            let ops = FaultyOps::new(Fault::Error(io::ErrorKind::StorageFull), n, false);
             let result = create_file_with(&ops, &path, |out| out.write_all(b"weights"));
             if result.is_ok() {
                 assert_eq!(fs::read(&path).unwrap(), b"weights");
@@ -641,11 +561,7 @@ mod tests {
         let path = scratch.join("best.json");
         write_atomic(&path, b"old").unwrap();
         for n in 0.. {
-            let ops = FailingOps {
-                left: Arc::new(AtomicI64::new(n)),
-                persistent: false,
-                kind: io::ErrorKind::StorageFull,
-            };
+            let ops = FaultyOps::new(Fault::Error(io::ErrorKind::StorageFull), n, false);
             let result = write_atomic_with(&ops, &path, b"new");
             let contents = fs::read(&path).unwrap();
             assert_eq!(names(scratch.path()), ["best.json"]);

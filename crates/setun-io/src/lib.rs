@@ -20,6 +20,8 @@ mod convert;
 mod encode;
 mod error;
 mod export;
+mod faults;
+mod file_ops;
 #[cfg(test)]
 mod fixture;
 mod gguf_file;
@@ -36,17 +38,20 @@ mod verify;
 mod weights;
 
 pub use checkpoints::{
-    RunLock, checkpoint_name, checkpoints, newest_valid_checkpoint, parse_checkpoint_name, retire,
+    Retention, RunLock, checkpoint_name, checkpoints, newest_valid_checkpoint,
+    parse_checkpoint_name, remove_checkpoint, retire,
 };
-pub use commit::{DirWriter, write_atomic};
+pub use commit::{DirWriter, write_atomic, write_atomic_with};
 pub use convert::{ConvertOptions, ConvertSummary, Format, convert};
 pub use error::IoError;
 pub use export::{
     ExportDtype, GgufWeights, MAX_SHARD_BYTES, export_huggingface, export_packed, write_packed,
 };
+pub use faults::{Fault, FaultyOps};
+pub use file_ops::{FileOps, OutputFile, RealOps};
 pub use hash::TernaryHasher;
 pub use inspect::{InspectedFile, InspectedTensor, Inspection, inspect};
-pub use manifest::{FileEntry, MANIFEST, Manifest, verify_manifest};
+pub use manifest::{FileEntry, MANIFEST, Manifest, verify_manifest, verify_manifest_with};
 pub use open::{Matrix, ModelKind, OpenModel, Which};
 pub use source::{BlockSink, TensorSource};
 pub use tensor_file::TensorFile;

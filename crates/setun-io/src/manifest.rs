@@ -1,9 +1,10 @@
 //! What a committed directory must hold, and the check that it still does.
 
 use crate::IoError;
+use crate::file_ops::{FileOps, RealOps};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read};
 use std::path::Path;
 
@@ -14,14 +15,61 @@ const VERSION: u32 = 1;
 const BUFFER_BYTES: usize = 1 << 20;
 /// A manifest lists a handful of files; more is not one of ours.
 const MAX_MANIFEST_BYTES: u64 = 16 << 20;
+/// Bytes of a file that have a hash of their own, so that damage can be placed.
+const PIECE_BYTES: usize = 1 << 20;
+/// Hexadecimal digits of a piece's hash: it only places what the file's hash has proved.
+const PIECE_DIGITS: usize = 16;
 
 /// Size and hash of one committed file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileEntry {
     /// Length of the file.
     pub bytes: u64,
     /// BLAKE3 of its contents, 64 hexadecimal digits.
     pub blake3: String,
+    /// The first 16 digits of the BLAKE3 of each MiB; manifests of old have none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pieces: Vec<String>,
+}
+
+/// Hashes a file as a whole and piece by piece.
+#[derive(Default)]
+pub(crate) struct PieceHasher {
+    whole: blake3::Hasher,
+    piece: blake3::Hasher,
+    piece_bytes: usize,
+    entry: FileEntry,
+}
+
+impl PieceHasher {
+    pub(crate) fn update(&mut self, mut bytes: &[u8]) {
+        self.whole.update(bytes);
+        self.entry.bytes += bytes.len() as u64;
+        while !bytes.is_empty() {
+            let (now, rest) = bytes.split_at(bytes.len().min(PIECE_BYTES - self.piece_bytes));
+            self.piece.update(now);
+            self.piece_bytes += now.len();
+            if self.piece_bytes == PIECE_BYTES {
+                self.end_piece();
+            }
+            bytes = rest;
+        }
+    }
+
+    pub(crate) fn finish(mut self) -> FileEntry {
+        if self.piece_bytes > 0 {
+            self.end_piece();
+        }
+        self.entry.blake3 = self.whole.finalize().to_hex().to_string();
+        self.entry
+    }
+
+    fn end_piece(&mut self) {
+        let hash = self.piece.finalize().to_hex();
+        self.entry.pieces.push(hash[..PIECE_DIGITS].to_owned());
+        self.piece.reset();
+        self.piece_bytes = 0;
+    }
 }
 
 /// What a committed directory must hold. On disk it starts with a checksum over itself.
@@ -40,14 +88,22 @@ impl Manifest {
     /// A missing manifest, one that was edited or damaged, and names that lead out of
     /// `dir`.
     pub fn read(dir: &Path) -> Result<Self, IoError> {
+        Self::read_with(&RealOps, dir)
+    }
+
+    fn read_with(ops: &dyn FileOps, dir: &Path) -> Result<Self, IoError> {
         let path = dir.join(MANIFEST);
-        let file = File::open(&path).map_err(|e| IoError::file("open", &path, e))?;
+        let file = ops
+            .open_file(&path)
+            .map_err(|e| IoError::file("open", &path, e))?;
         let mut text = Vec::new();
         file.take(MAX_MANIFEST_BYTES)
             .read_to_end(&mut text)
             .map_err(|e| IoError::file("read", &path, e))?;
         if !checksum_fits(&text) {
-            let problem = "its checksum does not fit its contents";
+            let end = text.len();
+            let problem =
+                format!("its checksum does not fit its contents, between the offsets 0 and {end}");
             return Err(IoError::damaged(&path, problem));
         }
         let on_disk: ManifestOnDisk = serde_json::from_slice(&text)
@@ -91,12 +147,17 @@ impl Manifest {
         Ok(())
     }
 
-    fn check_hashes(&self, dir: &Path) -> Result<(), IoError> {
+    fn check_hashes(&self, ops: &dyn FileOps, dir: &Path) -> Result<(), IoError> {
         for (name, entry) in &self.files {
             let path = dir.join(name);
-            let hash = hash_file(&path).map_err(|e| IoError::file("read", &path, e))?;
-            if hash != entry.blake3 {
-                let problem = format!("its BLAKE3 is {hash}, the manifest says {}", entry.blake3);
+            let found = hash_file(ops, &path).map_err(|e| IoError::file("read", &path, e))?;
+            if found.blake3 != entry.blake3 {
+                let problem = format!(
+                    "its BLAKE3 is {}, the manifest says {}{}",
+                    found.blake3,
+                    entry.blake3,
+                    entry.first_difference(&found)
+                );
                 return Err(IoError::damaged(&path, problem));
             }
         }
@@ -125,10 +186,31 @@ impl Manifest {
 /// # Errors
 /// A missing or damaged manifest, and the first file that is missing or differs.
 pub fn verify_manifest(dir: &Path) -> Result<Manifest, IoError> {
-    let manifest = Manifest::read(dir)?;
+    verify_manifest_with(&RealOps, dir)
+}
+
+/// As [`verify_manifest`], reading through `ops`.
+///
+/// # Errors
+/// As [`verify_manifest`].
+pub fn verify_manifest_with(ops: &dyn FileOps, dir: &Path) -> Result<Manifest, IoError> {
+    let manifest = Manifest::read_with(ops, dir)?;
     manifest.check_sizes(dir)?;
-    manifest.check_hashes(dir)?;
+    manifest.check_hashes(ops, dir)?;
     Ok(manifest)
+}
+
+impl FileEntry {
+    /// Where `found` begins to differ, for the error.
+    fn first_difference(&self, found: &Self) -> String {
+        let mut pairs = self.pieces.iter().zip(&found.pieces);
+        let Some(piece) = pairs.position(|(expected, found)| expected != found) else {
+            return String::new();
+        };
+        let start = (piece * PIECE_BYTES) as u64;
+        let end = self.bytes.min(start + PIECE_BYTES as u64);
+        format!("; the first damage is between the offsets {start} and {end}")
+    }
 }
 
 /// A plain file name: one component, not hidden, so never a way out of the directory.
@@ -164,14 +246,14 @@ fn checksum_fits(text: &[u8]) -> bool {
     hasher.finalize().to_hex().as_bytes() == checksum
 }
 
-fn hash_file(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
-    let mut hasher = blake3::Hasher::new();
+fn hash_file(ops: &dyn FileOps, path: &Path) -> io::Result<FileEntry> {
+    let mut file = ops.open_file(path)?;
+    let mut hasher = PieceHasher::default();
     let mut buffer = vec![0; BUFFER_BYTES];
     loop {
         match file.read(&mut buffer) {
-            Ok(0) => return Ok(hasher.finalize().to_hex().to_string()),
-            Ok(n) => drop(hasher.update(&buffer[..n])),
+            Ok(0) => return Ok(hasher.finish()),
+            Ok(n) => hasher.update(&buffer[..n]),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }
@@ -230,5 +312,34 @@ mod tests {
             error.contains("weights.bin") && error.contains("missing"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn damage_is_placed() {
+        let scratch = Scratch::new("commit-place");
+        let mut dir = DirWriter::create(scratch.path(), "x").unwrap();
+        let bytes: Vec<u8> = (0..3 * PIECE_BYTES + 5).map(|i| (i / 1000) as u8).collect();
+        dir.file("weights.bin", |out| {
+            // In pieces that are not those of the manifest.
+            bytes
+                .chunks(70_001)
+                .try_for_each(|part| out.write_all(part))
+        })
+        .unwrap();
+        let path = dir.commit(serde_json::json!(null)).unwrap();
+        for (offset, place) in [
+            (0, "offsets 0 and 1048576"),
+            (2 * PIECE_BYTES, "offsets 2097152 and 3145728"),
+            (bytes.len() - 1, "offsets 3145728 and 3145733"),
+        ] {
+            let mut bad = bytes.clone();
+            bad[offset] ^= 16;
+            fs::write(path.join("weights.bin"), bad).unwrap();
+            let error = verify_manifest(&path).unwrap_err().to_string();
+            assert!(
+                error.contains("weights.bin") && error.contains(place),
+                "{error}"
+            );
+        }
     }
 }

@@ -1,20 +1,24 @@
 //! Checkpoints: everything that a run needs to go on with the same bits.
 
 use crate::TrainError;
+use crate::guard::Guard;
 use crate::trainer::Trainer;
-use bytemuck::cast_slice;
+use bytemuck::{Pod, cast_slice};
 use half::bf16;
 use serde::{Deserialize, Serialize};
-use setun_backend::{Backend, StoredBuf};
+use setun_backend::{Backend, Buf, Extent, Reader, StoredBuf};
 use setun_formats::tensors::write_header;
-use setun_formats::{Dtype, PackedHeader, TensorInfo, TernaryInfo};
+use setun_formats::{Dtype, PackedHeader, ParameterInfo, TensorInfo, TernaryInfo};
 use setun_io::{
-    DirWriter, IoError, Matrix, TensorFile, TensorSource, checkpoint_name, write_packed,
+    BlockSink, DirWriter, FileOps, IoError, Matrix, TensorFile, TensorSource, checkpoint_name,
+    write_packed,
 };
 use setun_model::{Parameter, Parameters};
+use setun_ternary::PackedMatrix;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// `state.json`: what is not derivable from settings and step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,8 +29,19 @@ pub struct TrainState {
     pub step: u64,
     /// Updates of the optimizer.
     pub updates: u64,
-    /// Bad steps in a row.
-    pub bad_steps: u64,
+    /// Batches that were passed over, see [`Trainer::data_offset`].
+    #[serde(default)]
+    pub data_offset: u64,
+    /// Windows of accepted values.
+    #[serde(default)]
+    pub guard: Guard,
+    /// Skipped steps of late, ascending.
+    #[serde(default)]
+    pub recent_skips: Vec<u64>,
+    /// Each time that the run went back to an earlier checkpoint: the step from which on
+    /// it counts, and what happened.
+    #[serde(default)]
+    pub rewinds: Vec<(u64, String)>,
     /// Best held-out loss so far, with its step.
     pub best: Option<(u64, f64)>,
     /// Evaluations since then.
@@ -50,46 +65,80 @@ pub struct DataIdentity {
     pub valid: String,
 }
 
-/// Version of [`TrainState`].
-pub const STATE_VERSION: u32 = 1;
+/// Version of [`TrainState`]. Version 1 had neither guard nor data offset; it is read as
+/// if both were empty.
+pub const STATE_VERSION: u32 = 2;
 
-/// The parameters in a backend, as files want them.
-pub struct LiveSource<'a, B> {
-    /// Where they are.
-    pub backend: &'a B,
-    /// Which.
-    pub parameters: &'a Parameters<f32>,
+/// Weights that are copied at a time for the packed file.
+const BLOCK_WEIGHTS: usize = 1 << 20;
+
+/// The parameters as files want them.
+struct LiveSource<'a, S> {
+    reader: &'a S,
+    parameters: &'a Parameters<f32>,
 }
 
-impl<B: Backend<Real = f32>> LiveSource<'_, B> {
+impl<S: Reader> LiveSource<'_, S> {
     fn named(&self, name: &str) -> Result<&Parameter<f32>, IoError> {
         self.parameters
             .named(name)
             .map_err(|e| IoError::Refused(e.to_string()))
     }
+
+    /// `num_rows` rows of a matrix from row `start` on.
+    fn rows(&self, p: &Parameter<f32>, start: usize, num_rows: usize) -> Matrix {
+        let part = |width: usize| (start * width, num_rows * width);
+        let Some(ternary) = p.ternary else {
+            let (at, len) = part(p.cols);
+            return Matrix::Dense(self.copy(p.values().part(at, len)));
+        };
+        let (trits, scales) = (part(p.cols), part(ternary.scales.len() / p.rows));
+        Matrix::Ternary(PackedMatrix::from_trits(
+            &self.copy(ternary.trits.part(trits.0, trits.1)),
+            &self.copy(ternary.scales.part(scales.0, scales.1)),
+            p.cols,
+            ternary.group_size,
+        ))
+    }
+
+    fn copy<T: Pod>(&self, buf: Buf<T>) -> Vec<T> {
+        let mut values = vec![T::zeroed(); buf.len()];
+        self.reader.copy_out(buf, &mut values);
+        values
+    }
 }
 
-impl<B: Backend<Real = f32>> TensorSource for LiveSource<'_, B> {
+impl<S: Reader> TensorSource for LiveSource<'_, S> {
     fn matrix(&self, name: &str) -> Result<Matrix, IoError> {
         let p = self.named(name)?;
-        Ok(match self.parameters.read_ternary(self.backend, p) {
-            Some(m) => Matrix::Ternary(m),
-            None => Matrix::Dense(self.parameters.read_values(self.backend, p)),
-        })
+        Ok(self.rows(p, 0, p.rows))
+    }
+
+    fn for_each_block(
+        &self,
+        parameter: &ParameterInfo,
+        each: &mut BlockSink<'_>,
+    ) -> Result<(), IoError> {
+        let p = self.named(&parameter.name)?;
+        let rows = (BLOCK_WEIGHTS / p.cols).max(1);
+        for start in (0..p.rows).step_by(rows) {
+            each(start, self.rows(p, start, rows.min(p.rows - start)))?;
+        }
+        Ok(())
     }
 
     fn norm(&self, name: &str) -> Result<Vec<f32>, IoError> {
-        let p = self.named(name)?;
-        Ok(self.parameters.read_values(self.backend, p))
+        Ok(self.copy(self.named(name)?.values()))
     }
 }
 
 /// Files that stay the same over a run.
-pub struct Constants<'a> {
+#[derive(Clone)]
+pub struct Constants {
     /// `config.json`
-    pub config_json: &'a str,
+    pub config_json: String,
     /// `tokenizer.json`
-    pub tokenizer_json: &'a [u8],
+    pub tokenizer_json: Arc<[u8]>,
     /// Number format; none for a dense model.
     pub ternary: Option<PackedHeader>,
 }
@@ -101,7 +150,10 @@ impl TrainState {
             version: STATE_VERSION,
             step: 0,
             updates: 0,
-            bad_steps: 0,
+            data_offset: 0,
+            guard: Guard::default(),
+            recent_skips: Vec::new(),
+            rewinds: Vec::new(),
             best: None,
             evaluations_since_best: 0,
             losses_since_eval: (0.0, 0),
@@ -111,31 +163,27 @@ impl TrainState {
     }
 }
 
-/// Writes `RUN/checkpoints/step-N` and returns it with the hash of the ternary weights
-/// that the last forward pass used.
-///
-/// # Errors
-/// What the operating system returns; nothing half-written stays behind.
-pub fn save<B: Backend<Real = f32>>(
-    run: &Path,
-    trainer: &Trainer<B>,
+/// A checkpoint that can be written while training goes on: it reads the live weights and
+/// moments, which nothing may change as long as it holds them.
+pub struct Snapshot<S> {
+    shared: S,
+    parameters: Parameters<f32>,
+    latents: Vec<Entry>,
+    moments: Vec<Entry>,
+    state: TrainState,
+    constants: Constants,
+}
+
+/// Takes hold of what a checkpoint of `trainer` consists of. The state is a copy, weights
+/// and moments are not: the trainer waits for the writer before it changes them.
+pub fn snapshot<B: Backend<Real = f32>>(
+    trainer: &mut Trainer<B>,
     state: &TrainState,
-    constants: &Constants<'_>,
-) -> Result<(PathBuf, Option<String>), TrainError> {
-    let parameters = &trainer.model.parameters;
-    let source = LiveSource {
-        backend: &trainer.backend,
-        parameters,
-    };
-    let mut dir = DirWriter::create(&run.join("checkpoints"), &checkpoint_name(trainer.step))?;
-    let mut hash = blake3::Hasher::new();
-    let latents: Vec<Entry> = parameters.list.iter().map(Entry::latent).collect();
-    dir.file("latents.safetensors", |out| {
-        write_tensors(out, &trainer.backend, &latents, |bytes| {
-            hash.update(bytes);
-        })
-    })?;
+    constants: Constants,
+) -> Snapshot<B::Shared> {
+    let parameters = trainer.model.parameters.clone();
     let optimizer = &trainer.optimizer;
+    let latents: Vec<Entry> = parameters.list.iter().map(Entry::latent).collect();
     let trained = parameters.list.iter().enumerate();
     let moments = trained.filter(|(_, p)| !p.frozen).flat_map(|(i, p)| {
         [
@@ -144,35 +192,93 @@ pub fn save<B: Backend<Real = f32>>(
         ]
     });
     let moments: Vec<Entry> = moments.collect();
-    dir.file("optimizer.safetensors", |out| {
-        write_tensors(out, &trainer.backend, &moments, |_| {})
-    })?;
-    let mut ternary_hash = None;
-    if let Some(header) = &constants.ternary {
-        dir.file("packed.safetensors", |out| {
-            ternary_hash = Some(write_packed(out, header, &source).map_err(io::Error::other)?);
-            Ok(())
-        })?;
+    let ternary = parameters.list.iter().filter_map(|p| p.ternary);
+    let extents: Vec<Extent> = latents
+        .iter()
+        .chain(&moments)
+        .map(|entry| entry.buf.into())
+        .chain(ternary.flat_map(|t| [t.trits.into(), t.scales.into()]))
+        .collect();
+    Snapshot {
+        shared: trainer.backend.share(&extents),
+        parameters,
+        latents,
+        moments,
+        state: state.clone(),
+        constants,
     }
-    let json =
-        serde_json::to_string_pretty(state).map_err(|e| TrainError::refused(e.to_string()))?;
-    dir.file("state.json", |out| out.write_all(json.as_bytes()))?;
-    dir.file("config.json", |out| {
-        out.write_all(constants.config_json.as_bytes())
-    })?;
-    dir.file("tokenizer.json", |out| {
-        out.write_all(constants.tokenizer_json)
-    })?;
-    let params_hash = hash.finalize().to_hex().to_string();
-    let extra = manifest_extra(state.step, &params_hash, ternary_hash.as_deref(), constants);
-    Ok((dir.commit(extra)?, ternary_hash))
+}
+
+impl<S: Reader> Snapshot<S> {
+    /// Writes `RUN/checkpoints/step-N` through `files` and returns it with the hash of the
+    /// ternary weights that the last forward pass used. `release` is called when weights
+    /// and moments are not needed any more, before anything is synced.
+    ///
+    /// # Errors
+    /// What the operating system returns; nothing half-written stays behind.
+    pub fn write(
+        self,
+        files: &Arc<dyn FileOps>,
+        run: &Path,
+        release: impl FnOnce(),
+    ) -> Result<(PathBuf, Option<String>), TrainError> {
+        let Self {
+            shared,
+            parameters,
+            latents,
+            moments,
+            state,
+            constants,
+        } = self;
+        let (parent, name) = (run.join("checkpoints"), checkpoint_name(state.step));
+        let mut dir = DirWriter::create_with(Arc::clone(files), &parent, &name)?;
+        let mut hash = blake3::Hasher::new();
+        dir.file("latents.safetensors", |out| {
+            write_tensors(out, &shared, &latents, |bytes| {
+                hash.update(bytes);
+            })
+        })?;
+        dir.file("optimizer.safetensors", |out| {
+            write_tensors(out, &shared, &moments, |_| {})
+        })?;
+        let mut ternary_hash = None;
+        if let Some(header) = &constants.ternary {
+            let source = LiveSource {
+                reader: &shared,
+                parameters: &parameters,
+            };
+            dir.file("packed.safetensors", |out| {
+                ternary_hash = Some(write_packed(out, header, &source).map_err(io::Error::other)?);
+                Ok(())
+            })?;
+        }
+        drop(shared);
+        release();
+        let json =
+            serde_json::to_string_pretty(&state).map_err(|e| TrainError::refused(e.to_string()))?;
+        dir.file("state.json", |out| out.write_all(json.as_bytes()))?;
+        dir.file("config.json", |out| {
+            out.write_all(constants.config_json.as_bytes())
+        })?;
+        dir.file("tokenizer.json", |out| {
+            out.write_all(&constants.tokenizer_json)
+        })?;
+        let params_hash = hash.finalize().to_hex().to_string();
+        let extra = manifest_extra(
+            state.step,
+            &params_hash,
+            ternary_hash.as_deref(),
+            &constants,
+        );
+        Ok((dir.commit(extra)?, ternary_hash))
+    }
 }
 
 fn manifest_extra(
     step: u64,
     params_hash: &str,
     ternary_hash: Option<&str>,
-    constants: &Constants<'_>,
+    constants: &Constants,
 ) -> serde_json::Value {
     let mut extra = serde_json::json!({ "step": step, "params_hash": params_hash });
     if let (Some(header), Some(hash)) = (&constants.ternary, ternary_hash) {
@@ -200,15 +306,16 @@ pub fn restore<B: Backend<Real = f32>>(
 ) -> Result<TrainState, TrainError> {
     let path = dir.join("state.json");
     let text = std::fs::read(&path).map_err(|e| IoError::file("read", &path, e))?;
-    let state: TrainState = serde_json::from_slice(&text)
+    let mut state: TrainState = serde_json::from_slice(&text)
         .map_err(|e| TrainError::refused(format!("{}: {e}", path.display())))?;
-    if state.version != STATE_VERSION {
+    if !(1..=STATE_VERSION).contains(&state.version) {
         return Err(TrainError::refused(format!(
-            "{}: version {} of the checkpoint format, this program reads {STATE_VERSION}",
+            "{}: version {} of the checkpoint format, this program reads 1 to {STATE_VERSION}",
             path.display(),
             state.version
         )));
     }
+    state.version = STATE_VERSION;
     check_data(&path, &state.data, data)?;
     let latents = TensorFile::open(&dir.join("latents.safetensors"))?;
     let moments = TensorFile::open(&dir.join("optimizer.safetensors"))?;
@@ -245,6 +352,8 @@ pub fn restore<B: Backend<Real = f32>>(
     }
     trainer.step = state.step;
     trainer.optimizer.updates = state.updates;
+    trainer.data_offset = state.data_offset;
+    trainer.guard.restore(&state.guard);
     trainer.project()?;
     Ok(state)
 }
@@ -294,9 +403,9 @@ impl Entry {
 }
 
 /// Writes tensors as f32 straight from the backend, a piece at a time.
-fn write_tensors<B: Backend<Real = f32>>(
+fn write_tensors<S: Reader>(
     out: &mut dyn Write,
-    backend: &B,
+    reader: &S,
     entries: &[Entry],
     mut hash: impl FnMut(&[u8]),
 ) -> io::Result<()> {
@@ -314,7 +423,7 @@ fn write_tensors<B: Backend<Real = f32>>(
     for entry in entries {
         for start in (0..entry.buf.len()).step_by(PIECE) {
             let n = PIECE.min(entry.buf.len() - start);
-            read_values(backend, entry.buf, start, &mut values[..n]);
+            read_values(reader, entry.buf, start, &mut values[..n]);
             // Little-endian on every machine that this builds for.
             let bytes: &[u8] = cast_slice(&values[..n]);
             hash(bytes);
@@ -325,17 +434,12 @@ fn write_tensors<B: Backend<Real = f32>>(
 }
 
 /// The values from `start` on.
-fn read_values<B: Backend<Real = f32>>(
-    backend: &B,
-    buf: StoredBuf<f32>,
-    start: usize,
-    out: &mut [f32],
-) {
+fn read_values<S: Reader>(reader: &S, buf: StoredBuf<f32>, start: usize, out: &mut [f32]) {
     match buf {
-        StoredBuf::Real(buf) => backend.read(buf.part(start, out.len()), out),
+        StoredBuf::Real(buf) => reader.copy_out(buf.part(start, out.len()), out),
         StoredBuf::Bf16(buf) => {
             let mut values = vec![bf16::ZERO; out.len()];
-            backend.read(buf.part(start, out.len()), &mut values);
+            reader.copy_out(buf.part(start, out.len()), &mut values);
             for (out, x) in out.iter_mut().zip(values) {
                 *out = x.to_f32();
             }

@@ -18,7 +18,8 @@ use setun_backend::Isa;
 use setun_formats::Tokenizer;
 use setun_infer::{Engine, EngineOptions, SamplerOptions, StopRules};
 use setun_io::{
-    ConvertOptions, Format, IoError, OpenModel, VerifyReport, convert, verify, write_atomic,
+    ConvertOptions, FileOps, Format, IoError, OpenModel, RealOps, VerifyReport, convert, verify,
+    write_atomic, write_atomic_with,
 };
 use std::path::{Path, PathBuf};
 
@@ -64,7 +65,7 @@ impl Finish {
         let metrics = metrics::read(&self.run, u64::MAX)?;
         self.record.results = FinalResults::from_timeline(&Timeline::new(&metrics));
         self.record.finished = Some(machine::now() as u64);
-        write_json(&self.run.join("run.json"), &self.record)?;
+        write_json(&RealOps, &self.run.join("run.json"), &self.record)?;
         let mut verification = None;
         if self.settings.model.ternary {
             observer.message("verifying every weight of the checkpoints and exports");
@@ -276,9 +277,13 @@ fn relative(path: &Path, base: &Path) -> String {
 }
 
 /// Writes a value as JSON, atomically.
-pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
+pub(crate) fn write_json(
+    files: &dyn FileOps,
+    path: &Path,
+    value: &impl Serialize,
+) -> Result<(), TrainError> {
     let text = serde_json::to_string_pretty(value);
     let text = text.map_err(|e| TrainError::refused(format!("{}: {e}", path.display())))?;
-    write_atomic(path, text.as_bytes())?;
+    write_atomic_with(files, path, text.as_bytes())?;
     Ok(())
 }

@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod data;
 pub mod evaluate;
 pub mod finish;
+pub mod guard;
 pub mod machine;
 pub mod metrics;
 pub mod optimizer;

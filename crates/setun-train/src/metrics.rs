@@ -12,6 +12,10 @@ use std::path::{Path, PathBuf};
 pub struct MetricsWriter {
     path: PathBuf,
     file: File,
+    /// Length of the file's whole lines.
+    whole_bytes: u64,
+    /// Lines that the file does not hold yet: a full disk does not end a run.
+    pending: String,
     events: Option<EventWriter>,
 }
 
@@ -59,19 +63,20 @@ impl MetricsWriter {
         Ok(Self {
             path,
             file,
+            whole_bytes: text.len() as u64,
+            pending: String::new(),
             events: events.transpose()?,
         })
     }
 
-    /// Appends one line.
+    /// Appends one line. Where the system refuses, the line waits for the next call.
     ///
     /// # Errors
-    /// What the operating system returns.
+    /// What the operating system returns about the event files.
     pub fn write(&mut self, metric: &Metric, now: f64) -> Result<(), TrainError> {
-        let line = metric.to_line();
-        self.file
-            .write_all(line.as_bytes())
-            .map_err(|e| IoError::file("write", &self.path, e))?;
+        self.pending.push_str(&metric.to_line());
+        // Reported by `sync`, if it lasts until the next checkpoint.
+        let _ = self.flush();
         let Some(events) = &mut self.events else {
             return Ok(());
         };
@@ -95,5 +100,57 @@ impl MetricsWriter {
             Metric::Event { .. } => {}
         }
         Ok(())
+    }
+
+    /// Makes every line durable.
+    ///
+    /// # Errors
+    /// What the operating system returns; the lines that are not in the file wait.
+    pub fn sync(&mut self) -> Result<(), TrainError> {
+        let synced = self.flush().and_then(|()| self.file.sync_data());
+        Ok(synced.map_err(|e| IoError::file("write", &self.path, e))?)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        if let Err(error) = self.file.write_all(self.pending.as_bytes()) {
+            // No half line may stay in front of the next one.
+            self.file.set_len(self.whole_bytes)?;
+            return Err(error);
+        }
+        self.whole_bytes += self.pending.len() as u64;
+        self.pending.clear();
+        Ok(())
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// `/dev/full` refuses every write as a full disk does.
+    #[test]
+    fn lines_wait_while_the_disk_is_full() {
+        let run = std::env::temp_dir().join(format!("setun-metrics-{}", std::process::id()));
+        std::fs::create_dir_all(&run).unwrap();
+        let event = |step| Metric::Event {
+            step,
+            message: "a line".to_owned(),
+        };
+        let mut writer = MetricsWriter::create(&run, &[event(1)], None).unwrap();
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let file = std::mem::replace(&mut writer.file, full);
+        writer.write(&event(2), 0.0).unwrap();
+        writer.write(&event(3), 0.0).unwrap();
+        let error = writer.sync().unwrap_err().to_string();
+        assert!(error.contains("metrics.jsonl"), "{error}");
+        assert_eq!(read(&run, 9).unwrap(), [event(1)]);
+        writer.file = file;
+        writer.write(&event(4), 0.0).unwrap();
+        writer.sync().unwrap();
+        assert_eq!(read(&run, 9).unwrap(), [1, 2, 3, 4].map(event));
+        std::fs::remove_dir_all(run).unwrap();
     }
 }

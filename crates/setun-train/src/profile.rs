@@ -6,7 +6,7 @@
 use serde::Serialize;
 use setun_backend::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Distillation,
-    LayerNorm, LayerNormBackward, NormRope, ProjectError, ProjectStats, RmsNorm, Segment,
+    Extent, LayerNorm, LayerNormBackward, NormRope, ProjectError, ProjectStats, RmsNorm, Segment,
     TernaryBuf, WeightBuf,
 };
 use setun_ternary::ScaleRule;
@@ -244,6 +244,7 @@ fn none() -> f64 {
 
 impl<B: Backend> Backend for Profiled<B> {
     type Real = B::Real;
+    type Shared = B::Shared;
 
     fn threads(&self) -> usize {
         self.inner.threads()
@@ -255,6 +256,10 @@ impl<B: Backend> Backend for Profiled<B> {
 
     fn write<T: bytemuck::Pod>(&mut self, buf: Buf<T>, values: &[T]) {
         self.inner.write(buf, values);
+    }
+
+    fn share(&mut self, extents: &[Extent]) -> B::Shared {
+        self.inner.share(extents)
     }
 
     fn zero<T: bytemuck::Pod>(&mut self, buf: Buf<T>) {

@@ -1,7 +1,7 @@
 //! A run from settings to report: the story of `setun train`.
 
 use crate::TrainError;
-use crate::checkpoint::{self, Constants, DataIdentity, TrainState};
+use crate::checkpoint::{self, DataIdentity, TrainState};
 use crate::evaluate::{Evaluation, Evaluator};
 use crate::finish::{self, Finished};
 use crate::machine;
@@ -19,16 +19,22 @@ use crate::settings::{SETTINGS_FILE, Settings};
 use crate::trainer::{Layout, StepOutcome, Trainer};
 use setun_backend::memory::{release_freed, return_large_blocks};
 use setun_backend::{Host, Isa};
-use setun_formats::{PackedHeader, Qwen3Config, TernaryInfo, Tokenizer};
+use setun_formats::{Qwen3Config, TernaryInfo, Tokenizer};
 use setun_infer::load_parameters;
 use setun_io::{
-    IoError, OpenModel, RunLock, Which, checkpoint_name, newest_valid_checkpoint, retire,
-    verify_manifest, write_atomic,
+    FileOps, IoError, OpenModel, RealOps, RunLock, Which, checkpoints, newest_valid_checkpoint,
+    write_atomic_with,
 };
 use setun_model::Form;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
+
+mod recovery;
+mod saving;
+
+use saving::PendingSave;
 
 /// Where progress goes: a terminal, a log, nowhere.
 pub trait Observer {
@@ -48,6 +54,21 @@ pub struct RunOptions<'a> {
     pub stop: &'a AtomicBool,
     /// Whether to measure the time of each operation of a step.
     pub profile: bool,
+    /// Operations under checkpoints and records: [`RealOps`], but for tests.
+    pub files: Arc<dyn FileOps>,
+}
+
+impl<'a> RunOptions<'a> {
+    /// A new run on the files of this machine.
+    pub fn new(isa: Isa, stop: &'a AtomicBool) -> Self {
+        Self {
+            isa,
+            resume: None,
+            stop,
+            profile: false,
+            files: Arc::new(RealOps),
+        }
+    }
 }
 
 /// How a run ended.
@@ -75,10 +96,15 @@ pub fn train(
     return_large_blocks();
     let run = run_directory(&settings, options.resume.is_some())?;
     let lock = options.resume.map(|_| RunLock::acquire(&run)).transpose()?;
+    // Stopped before its first checkpoint, a run begins anew.
+    let resumed = options.resume.is_some() && !checkpoints(&run)?.is_empty();
+    if options.resume.is_some() && !resumed {
+        observer.message("there is no checkpoint yet: the run begins anew");
+    }
     // A resumed run goes on from its own files; the model that it began with may be gone.
-    let init = match options.resume {
-        Some(run) => Some(OpenModel::open_with(run, Which::Newest)?),
-        None => open_init(&mut settings)?,
+    let init = match resumed {
+        true => Some(OpenModel::open_with(&run, Which::Newest)?),
+        false => open_init(&mut settings)?,
     };
     let teacher = open_teacher(&mut settings)?;
     let mut prepared = prepare::prepare(&settings, init.as_ref(), observer)?;
@@ -90,7 +116,7 @@ pub fn train(
         Some(lock) => lock,
         None => RunLock::acquire(&run)?,
     };
-    lock.remove_leftovers()?;
+    lock.remove_leftovers_with(options.files.as_ref())?;
     observer.message(&describe_data(&prepared));
     let baselines = prepare::baselines(&prepared)?;
     prepared.spill(&run)?;
@@ -101,15 +127,18 @@ pub fn train(
         prepared,
         run,
         teacher,
+        resumed,
     };
     let mut session = Session::start(begin, options, observer)?;
     session.record.baselines = baselines;
-    if options.resume.is_none() {
+    if !resumed {
         session.initialize(init.as_ref(), observer)?;
     }
-    let stopped = session.train(options.stop, observer)?;
+    let stopped = session.train(options.stop, observer);
+    // However it ended, nobody may write behind the lock.
+    session.join_saver();
     session.write_profile(observer)?;
-    if stopped {
+    if stopped? {
         return Ok(RunEnd::Stopped {
             step: session.trainer.step,
             run: session.run,
@@ -193,6 +222,7 @@ struct Beginning {
     prepared: Prepared,
     run: PathBuf,
     teacher: Option<OpenModel>,
+    resumed: bool,
 }
 
 /// A run in progress.
@@ -211,6 +241,9 @@ pub(crate) struct Session {
     metrics: MetricsWriter,
     state: TrainState,
     num_weights: u64,
+    files: Arc<dyn FileOps>,
+    failed_saves: u32,
+    pending: Option<PendingSave>,
 }
 
 impl Session {
@@ -225,6 +258,7 @@ impl Session {
             prepared,
             run,
             teacher: open_teacher,
+            resumed,
         } = begin;
         let threads = machine::threads(settings.run.threads);
         let spec = open_teacher.as_ref().map(|t| teacher_spec(t, &config));
@@ -249,15 +283,15 @@ impl Session {
         let parts = (model, optimizer, teacher);
         let mut trainer = Trainer::new(backend, parts, &settings, &prepared.batches);
         // Before anything is written, so that a refused resume changes nothing.
-        let (state, earlier) = match options.resume {
-            Some(_) => restore(
+        let (state, earlier) = match resumed {
+            true => restore(
                 &run,
                 &mut trainer,
                 &prepared.identity,
                 &mut record,
                 observer,
             )?,
-            None => (TrainState::new(prepared.identity), Vec::new()),
+            false => (TrainState::new(prepared.identity), Vec::new()),
         };
         let tensorboard = settings.log.tensorboard.then(machine::now);
         let matrices = config.parameters();
@@ -277,13 +311,23 @@ impl Session {
             isa: options.isa,
             threads,
             state,
+            files: Arc::clone(&options.files),
+            failed_saves: 0,
+            pending: None,
         };
-        let toml = session.settings.to_toml();
-        write_atomic(&session.run.join(SETTINGS_FILE), toml.as_bytes())?;
-        session.write_record()?;
-        // The end of the earlier session may have come between a checkpoint and this file.
-        session.write_best()?;
+        session.write_first_files()?;
         Ok(session)
+    }
+
+    /// Makes the directory a run, if there is room for its checkpoints.
+    fn write_first_files(&self) -> Result<(), TrainError> {
+        self.check_space()?;
+        let path = self.run.join(SETTINGS_FILE);
+        let toml = self.settings.to_toml();
+        write_atomic_with(self.files.as_ref(), &path, toml.as_bytes())?;
+        self.write_record()?;
+        // The end of the earlier session may have come between a checkpoint and this file.
+        self.write_best(self.state.best)
     }
 
     /// Sets the first weights: random, or those of another model.
@@ -355,22 +399,25 @@ impl Session {
             self.trainer.backend.begin_step();
             let outcome = self.trainer.step(&self.batches)?;
             self.trainer.backend.end_step();
-            self.record_step(&outcome, start.elapsed().as_secs_f64(), observer)?;
             let step = self.trainer.step;
+            self.poll_save(observer)?;
+            self.record_step(&outcome, start.elapsed().as_secs_f64(), observer)?;
+            if self.trainer.step != step {
+                // It went back: evaluation and checkpoint of that step are there already.
+                continue;
+            }
             let last = step == steps;
             let stopping = stop.load(Ordering::Relaxed) && !last;
-            let mut save = last || stopping || due(step, self.settings.checkpoint.every);
+            let mut improved = false;
+            let best = self.state.best;
             // A stop waits for an evaluation that is due: the resumed run starts behind it.
             if last || due(step, self.settings.eval.every) {
-                let improved = self.evaluate_and_judge(observer)?;
-                save |= improved;
-                if improved {
-                    self.save()?;
-                    self.write_best()?;
-                }
+                improved = self.evaluate_and_judge(observer)?;
             }
-            if save {
-                self.save()?;
+            if last || stopping {
+                self.save_now(observer)?;
+            } else if improved || due(step, self.settings.checkpoint.every) {
+                self.save(best, observer)?;
             }
             if stopping {
                 return Ok(true);
@@ -413,22 +460,12 @@ impl Session {
             self.state.losses_since_eval.1 += 1;
             self.state.flips_since_record.0 += outcome.projection.flips;
             self.state.flips_since_record.1 += 1;
-            self.state.bad_steps = 0;
             let interval = (train.steps / 50).max(1);
             if self.settings.model.ternary && (due(step, interval) || step == train.steps) {
                 self.record_ternary(outcome.projection.zeros)?;
             }
-            return Ok(());
         }
-        self.state.bad_steps += 1;
-        if self.state.bad_steps >= self.settings.train.max_bad_steps as u64 {
-            return Err(TrainError::refused(format!(
-                "{} bad steps in a row, the last at step {step}; nothing of them was kept: \
-                 lower train.lr, or look at the data, and start again from a checkpoint",
-                self.state.bad_steps
-            )));
-        }
-        Ok(())
+        self.judge_trouble(outcome, observer)
     }
 
     fn record_ternary(&mut self, zeros: u64) -> Result<(), TrainError> {
@@ -501,10 +538,11 @@ impl Session {
         Ok(better)
     }
 
-    fn write_best(&self) -> Result<(), TrainError> {
-        if let Some((step, loss)) = self.state.best {
+    fn write_best(&self, best: Option<(u64, f64)>) -> Result<(), TrainError> {
+        if let Some((step, loss)) = best {
             let json = serde_json::json!({ "step": step, "loss": loss });
-            write_atomic(&self.run.join("best.json"), json.to_string().as_bytes())?;
+            let path = self.run.join("best.json");
+            write_atomic_with(self.files.as_ref(), &path, json.to_string().as_bytes())?;
         }
         Ok(())
     }
@@ -528,42 +566,8 @@ impl Session {
         };
         self.metrics.write(&event, machine::now())?;
         self.record.early_stop = Some(EarlyStop { step, reason });
-        self.save()?;
+        self.save_now(observer)?;
         Ok(true)
-    }
-
-    /// Commits a checkpoint of the current step, unless a valid one is there, and retires
-    /// old ones.
-    fn save(&mut self) -> Result<(), TrainError> {
-        self.state.step = self.trainer.step;
-        self.state.updates = self.trainer.optimizer.updates;
-        let name = checkpoint_name(self.trainer.step);
-        let target = self.run.join("checkpoints").join(&name);
-        if target.exists() {
-            if verify_manifest(&target).is_ok() {
-                return Ok(());
-            }
-            // A damaged one that was skipped at resume: this session wrote these steps anew.
-            std::fs::remove_dir_all(&target).map_err(|e| IoError::file("remove", &target, e))?;
-        }
-        let config_json = self.config.to_json();
-        let constants = Constants {
-            config_json: &config_json,
-            tokenizer_json: self.tokenizer_json.as_bytes(),
-            ternary: self.ternary_info().map(|ternary| PackedHeader {
-                config: self.config.clone(),
-                ternary,
-            }),
-        };
-        let (_, hash) = checkpoint::save(&self.run, &self.trainer, &self.state, &constants)?;
-        if let Some(hash) = hash {
-            self.record.ternary_hashes.insert(name, hash);
-        }
-        self.write_record()?;
-        let best = self.state.best.map(|(step, _)| step);
-        let protected: Vec<u64> = best.into_iter().collect();
-        retire(&self.run, self.settings.checkpoint.keep.max(1), &protected)?;
-        Ok(())
     }
 
     pub fn ternary_info(&self) -> Option<TernaryInfo> {
@@ -579,13 +583,14 @@ impl Session {
             observer.message(line);
         }
         let path = self.run.join(PROFILE_FILE);
-        finish::write_json(&path, &profile)?;
+        finish::write_json(self.files.as_ref(), &path, &profile)?;
         observer.message(&format!("profile: {}", path.display()));
         Ok(())
     }
 
     fn write_record(&self) -> Result<(), TrainError> {
-        finish::write_json(&self.run.join("run.json"), &self.record)
+        let path = self.run.join("run.json");
+        finish::write_json(self.files.as_ref(), &path, &self.record)
     }
 
     /// Everything behind the last step.

@@ -2,6 +2,7 @@
 
 use crate::TrainError;
 use crate::data::{self, Batches};
+use crate::guard::{Guard, Skip};
 use crate::optimizer::{AdamWOptions, Optimizer};
 use crate::schedule::Schedule;
 use crate::settings::Settings;
@@ -9,6 +10,7 @@ use setun_backend::ops::IGNORE_TARGET;
 use setun_backend::{Backend, Category, HostWorkspace, Limits, Plan, ProjectStats, Segment};
 use setun_formats::Qwen3Config;
 use setun_model::{Form, ModelSpec, ParameterUse, Purpose, Qwen3, Scheme, Teacher, TrainShape};
+use std::sync::mpsc::Receiver;
 
 /// Bytes of logits that exist at a time when `train.head_chunk` is automatic.
 const LOGITS_BYTES: usize = 16 << 20;
@@ -122,25 +124,6 @@ fn limits<'a>(configs: impl Iterator<Item = &'a Qwen3Config>, group_size: usize)
     })
 }
 
-/// Why a step changed nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Skip {
-    /// The loss is NaN or infinite.
-    Loss,
-    /// The gradient norm is NaN or infinite.
-    GradientNorm,
-}
-
-impl Skip {
-    /// Text for the metrics.
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::Loss => "the loss is not finite",
-            Self::GradientNorm => "the gradient norm is not finite",
-        }
-    }
-}
-
 /// What a step did.
 #[derive(Clone, Copy, Debug)]
 pub struct StepOutcome {
@@ -174,6 +157,12 @@ pub struct Trainer<B: Backend<Real = f32>> {
     pub teacher: Option<Qwen3<f32>>,
     /// Steps that are finished, skipped ones included.
     pub step: u64,
+    /// Batches that were passed over: step `s` reads the batch `s + data_offset`.
+    pub data_offset: u64,
+    /// Judges steps before the optimizer does anything.
+    pub guard: Guard,
+    /// Open while a checkpoint is written from the live weights: the update waits for it.
+    saver: Option<Receiver<()>>,
     schedule: Schedule,
     options: StepOptions,
     batch: BatchBuffers,
@@ -187,6 +176,7 @@ struct StepOptions {
     grad_clip: f64,
     document_mask: bool,
     blend_steps: u64,
+    spike_sigma: f64,
     teacher_weight: f64,
     temperature: f64,
 }
@@ -258,6 +248,9 @@ impl<B: Backend<Real = f32>> Trainer<B> {
             optimizer,
             teacher,
             step: 0,
+            data_offset: 0,
+            guard: Guard::default(),
+            saver: None,
             schedule: Schedule::new(train),
             options: StepOptions {
                 seq_len: train.seq_len,
@@ -265,6 +258,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
                 grad_clip: train.grad_clip,
                 document_mask: settings.data.document_mask,
                 blend_steps: train.blend_steps,
+                spike_sigma: train.spike_sigma,
                 teacher_weight: settings.distill.weight,
                 temperature: settings.distill.temperature,
             },
@@ -285,16 +279,35 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         Ok(self.model.parameters.project(&mut self.backend)?)
     }
 
-    /// One step: batch, forward, loss, backward, guard, update, projection. A step whose
-    /// loss or gradient norm is not finite changes nothing but the step count: schedule
-    /// and data go on, the optimizer does not.
+    /// Makes the next update wait until the other end of `saver` is gone.
+    pub(crate) fn set_saver(&mut self, saver: Receiver<()>) {
+        self.saver = Some(saver);
+    }
+
+    /// Waits until nobody reads weights and moments any more.
+    pub(crate) fn wait_for_saver(&mut self) {
+        if let Some(saver) = self.saver.take() {
+            // Nothing is ever sent: it ends with the sender.
+            let _ = saver.recv();
+        }
+    }
+
+    /// Passes a step over: schedule and data go on, nothing else changes. This is what a
+    /// step that the guard refuses comes down to.
+    pub fn skip_step(&mut self) {
+        self.step += 1;
+    }
+
+    /// One step: batch, forward, loss, backward, guard, update, projection. A step that the
+    /// guard refuses changes nothing but the step count, as [`Trainer::skip_step`].
     ///
     /// # Errors
     /// Data that cannot be read; a scale that cannot be shipped.
     pub fn step(&mut self, batches: &Batches) -> Result<StepOutcome, TrainError> {
         let step = self.step;
-        let info = batches.fill(step, &mut self.batch.inputs, &mut self.batch.targets)?;
-        batches.segments(step, self.options.document_mask, &mut self.batch.ranges);
+        let batch = step + self.data_offset;
+        let info = batches.fill(batch, &mut self.batch.inputs, &mut self.batch.targets)?;
+        batches.segments(batch, self.options.document_mask, &mut self.batch.ranges);
         self.step_on_batch(info.epoch)
     }
 
@@ -328,10 +341,15 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         self.model.parameters.set_form(Form::Ternary);
         let grad_norm = Optimizer::gradient_norm(&mut self.backend, &self.model.parameters);
         let (lr, decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
-        let skipped = inspect(loss + divergence, grad_norm);
+        let sigma = self.options.spike_sigma;
+        let skipped = self
+            .guard
+            .inspect(loss + divergence, grad_norm, sigma)
+            .err();
         let scale = clip_scale(grad_norm, self.options.grad_clip);
         let mut projection = ProjectStats::default();
         if skipped.is_none() {
+            self.wait_for_saver();
             let parameters = &self.model.parameters;
             self.optimizer
                 .step(&mut self.backend, parameters, lr, decay, scale);
@@ -398,14 +416,6 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         }
         (total / num_targets, divergence / num_targets)
     }
-}
-
-/// The guard: looks at the numbers before the optimizer touches anything.
-fn inspect(loss: f64, grad_norm: f64) -> Option<Skip> {
-    if !loss.is_finite() {
-        return Some(Skip::Loss);
-    }
-    (!grad_norm.is_finite()).then_some(Skip::GradientNorm)
 }
 
 /// Factor that brings the norm down to `clip` (0: off), as PyTorch's `clip_grad_norm_`.

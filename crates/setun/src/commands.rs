@@ -49,10 +49,9 @@ pub fn train(args: TrainArgs, environment: &Environment) -> CommandResult {
     }
     let stop = stop_on_signal()?;
     let options = RunOptions {
-        isa,
         resume: args.resume.as_deref(),
-        stop: &stop,
         profile: args.profile,
+        ..RunOptions::new(isa, &stop)
     };
     let mut console = Console::new();
     let end = run::train(settings, &options, &mut console).map_err(unwrap_settings)?;

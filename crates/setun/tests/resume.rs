@@ -309,3 +309,86 @@ fn a_run_in_progress_cannot_be_resumed() {
     let holder = format!("process {}", first.id());
     refused.refused(1, &["in use by another trainer", &holder]);
 }
+
+/// The second request to stop does not wait for the step, and harms nothing.
+#[test]
+fn a_second_signal_ends_at_once() {
+    let scratch = Scratch::new("twice");
+    let corpus = scratch.corpus();
+    let flags = [
+        "--train.batch_size",
+        "128",
+        "--train.steps",
+        "8",
+        "--checkpoint.every",
+        "2",
+    ];
+    let expected = scratch.join("expected");
+    finish(&mut training(&expected, &corpus, &flags)).ok();
+    let run = scratch.join("run");
+    let mut training = training(&run, &corpus, &flags);
+    training.stdout(std::process::Stdio::null());
+    let mut child = training
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    support::wait_for_step(&mut child, &run, 3);
+    // Two kinds, because two of one kind may arrive as one.
+    let script = format!("kill -INT {0}; kill -TERM {0}", child.id());
+    let sent = std::process::Command::new("sh")
+        .args(["-c", &script])
+        .status();
+    assert!(sent.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(!checkpoint(&run, 8).exists());
+    finish(&mut resuming(&run)).ok();
+    assert_same_run(&run, &expected, 8);
+}
+
+/// A run that was killed before its first checkpoint is started again by a resume.
+#[test]
+fn a_run_without_a_checkpoint_begins_anew() {
+    let scratch = Scratch::new("anew");
+    let corpus = scratch.corpus();
+    let flags = ["--checkpoint.every", "0", "--eval.every", "0"];
+    let flags = [&flags[..], &["--train.batch_size", "16"]].concat();
+    let expected = scratch.join("expected");
+    finish(&mut training(&expected, &corpus, &flags)).ok();
+    let run = scratch.join("run");
+    let mut first = training(&run, &corpus, &flags);
+    interrupt(&mut first, &run, 5, Signal::Kill);
+    assert!(!run.join("checkpoints").exists());
+    let output = finish(&mut resuming(&run)).ok();
+    assert!(output.stderr.contains("begins anew"), "{output:?}");
+    assert_same_run(&run, &expected, STEPS);
+}
+
+/// As on a full disk, but with a limit on the size of files, which needs no rights: the
+/// run tries three times and stops, and nothing of what was there is lost.
+#[test]
+fn a_run_that_cannot_save_stops_and_loses_nothing() {
+    let scratch = Scratch::new("full");
+    let corpus = scratch.corpus();
+    let expected = straight(&scratch, &corpus, &[]);
+    let run = scratch.join("run");
+    let mut first = training(&run, &corpus, &SETTINGS);
+    interrupt(&mut first, &run, 5, Signal::Interrupt).ok();
+    let before = files(&run.join("checkpoints"));
+    // Half a kB each: metrics and records fit, weights do not.
+    let script = "trap '' XFSZ; ulimit -f 200; exec \"$0\" train --resume \"$1\"";
+    let mut limited = std::process::Command::new("sh");
+    limited.args(["-c", script, env!("CARGO_BIN_EXE_setun")]);
+    let output = finish(limited.arg(&run).env_remove("SETUN_ISA"));
+    let words = ["3 saves in a row", "latents.safetensors", "--resume"];
+    let output = output.refused(1, &words);
+    assert_eq!(output.stderr.matches("warning: ").count(), 3, "{output:?}");
+    assert_eq!(files(&run.join("checkpoints")), before);
+    setun(["verify", run.to_str().unwrap()]).ok();
+    finish(&mut resuming(&run)).ok();
+    let lines = metrics(&run);
+    let failures = lines
+        .iter()
+        .filter(|line| line.contains("could not be saved"));
+    assert_eq!(failures.count(), 0, "the steps were done again");
+    assert_same_run(&run, &expected, STEPS);
+}

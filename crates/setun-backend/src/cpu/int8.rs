@@ -95,6 +95,9 @@ pub fn int8_linear<R: Real>(
     scratch: &mut [u8],
 ) {
     assert_eq!(y.len(), shape.rows * shape.out);
+    if y.is_empty() {
+        return;
+    }
     let per_worker = scratch_len(shape.width, shape.group_size);
     let scratch = RowsMut::new(scratch, per_worker);
     let out = Rectangles {

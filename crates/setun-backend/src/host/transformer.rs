@@ -4,7 +4,7 @@ use super::*;
 use crate::cpu::multiversion;
 use crate::kernels::attention::{Saved, Store, View, dkdv_tile, dq_block, forward_block};
 use crate::kernels::{norm::Rotation, project::project_rows};
-use crate::memory::Lease;
+use crate::memory::{Extent, Lease, Shared};
 use crate::ops::*;
 use crate::real::sum_lanes;
 use bytemuck::Pod;
@@ -12,6 +12,7 @@ use setun_ternary::ScaleRule;
 
 impl<R: Real> Backend for Host<R> {
     type Real = R;
+    type Shared = Shared;
 
     fn threads(&self) -> usize {
         self.pool.threads()
@@ -23,6 +24,10 @@ impl<R: Real> Backend for Host<R> {
 
     fn write<T: Pod>(&mut self, buf: Buf<T>, values: &[T]) {
         self.arena.lease().write(buf).copy_from_slice(values);
+    }
+
+    fn share(&mut self, extents: &[Extent]) -> Shared {
+        self.arena.share(extents)
     }
 
     fn zero<T: Pod>(&mut self, buf: Buf<T>) {

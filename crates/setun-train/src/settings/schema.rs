@@ -206,8 +206,16 @@ settings! {
         grad_clip: f64 = 1.0,
         /// Whether activations are computed again in the backward pass, for less memory.
         recompute: bool = false,
-        /// Bad steps in a row (non-finite or exploding) after which the run stops.
+        /// Standard deviations above the mean of the last 128 accepted steps from which on a
+        /// loss or gradient norm is a spike, and its step is skipped; 0 for off.
+        spike_sigma: f64 = 6.0,
+        /// Skipped steps among twice as many after which the run goes back to an earlier
+        /// checkpoint and passes over the data since then.
         max_bad_steps: usize = 10,
+        /// How many steps before the trouble that checkpoint must be at least.
+        rewind_steps: u64 = 100,
+        /// How often a run may go back before it stops instead.
+        max_rewinds: u64 = 3,
         /// Rows of logits computed at a time; 0 for automatic.
         head_chunk: usize = 0,
         /// Parameters that stay as they are: parts of their names, such as `embed_tokens`,
@@ -245,6 +253,8 @@ settings! {
         every: u64 = 100,
         /// Newest checkpoints that are kept; the best one is kept besides.
         keep: usize = 2,
+        /// Checkpoints of every so many steps are kept for ever; 0 for none.
+        keep_every: u64 = 0,
     }
     /// Sample texts in the report.
     sample: SampleSettings {

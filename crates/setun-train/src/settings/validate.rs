@@ -150,6 +150,7 @@ fn validate_training(settings: &Settings) -> Checked {
     at_least_one("train.micro_batch_size", train.micro_batch_size)?;
     at_least_one("train.seq_len", train.seq_len)?;
     at_least_one("train.max_bad_steps", train.max_bad_steps)?;
+    not_negative("train.spike_sigma", train.spike_sigma)?;
     at_least_one("train.early_stop_patience", train.early_stop_patience)?;
     at_least_one("eval.batch_size", settings.eval.batch_size)?;
     at_least_one("checkpoint.keep", settings.checkpoint.keep)?;

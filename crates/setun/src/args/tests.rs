@@ -343,7 +343,10 @@ train: RECIPE.toml --init --resume --dry-run --profile
   --train.optimizer_state
   --train.grad_clip
   --train.recompute
+  --train.spike_sigma
   --train.max_bad_steps
+  --train.rewind_steps
+  --train.max_rewinds
   --train.head_chunk
   --train.freeze
   --train.blend_steps
@@ -356,6 +359,7 @@ train: RECIPE.toml --init --resume --dry-run --profile
   --eval.batch_size
   --checkpoint.every
   --checkpoint.keep
+  --checkpoint.keep_every
   --sample.prompts
   --sample.max_tokens
   --sample.temperature
