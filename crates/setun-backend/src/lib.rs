@@ -12,6 +12,7 @@
 //! The only crate of the workspace with `unsafe`; each use carries its argument.
 
 pub mod attention;
+pub mod cache;
 pub mod cpu;
 pub mod host;
 pub mod kernels;
@@ -19,12 +20,17 @@ pub mod memory;
 pub mod ops;
 pub mod philox;
 pub mod real;
+pub mod topk;
 
+pub use cache::{
+    CACHE_BLOCK, CacheBuf, CacheKind, CacheShape, CacheStore, CachedAttention, CachedSegment, ROOT,
+};
 pub use cpu::Isa;
 pub use host::{Host, HostWorkspace, Limits};
 pub use memory::{Arena, Buf, Category, Lease, Plan, PlanRow};
 pub use ops::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, CrossEntropy, Distillation,
-    NormRope, ProjectError, ProjectStats, RmsNorm, Segment, TernaryBuf, WeightBuf, WeightData,
+    NormRope, PackedBuf, ProjectError, ProjectStats, RmsNorm, Segment, TernaryBuf, WeightBuf,
+    WeightData,
 };
 pub use real::Real;

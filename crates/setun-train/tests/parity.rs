@@ -134,7 +134,7 @@ impl Case {
         run.model
             .write_batch(&mut run.backend, &inputs, &positions, &targets);
         run.model
-            .forward(&mut run.backend, inputs.len(), 0, &segments);
+            .forward(&mut run.backend, inputs.len(), &segments);
         segments
     }
 

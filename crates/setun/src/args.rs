@@ -1,5 +1,6 @@
 //! What the user asked for, as plain values.
 
+use setun_backend::CacheKind;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -23,6 +24,8 @@ pub enum Command {
     Verify(VerifyArgs),
     /// `setun generate`
     Generate(GenerateArgs),
+    /// `setun bench`
+    Bench(BenchArgs),
     /// `setun eval`
     Eval(EvalArgs),
     /// `setun tokenize`
@@ -71,8 +74,16 @@ pub struct GenerateArgs {
     pub model: PathBuf,
     /// Which checkpoint, if `model` is a run.
     pub checkpoint: CheckpointChoice,
-    /// Text to continue.
-    pub prompt: String,
+    /// Text to continue, unless there are `prompts`.
+    pub prompt: Option<String>,
+    /// File with a prompt on each line.
+    pub prompts: Option<PathBuf>,
+    /// Beams of a beam search; 0 samples.
+    pub beams: usize,
+    /// Exponent of the length in the score of a beam.
+    pub length_penalty: f64,
+    /// How keys and values are stored; `None` for exactly.
+    pub kv: Option<CacheKind>,
     /// Most tokens to generate.
     pub max_tokens: usize,
     /// Softmax temperature; 0 is greedy.
@@ -91,6 +102,66 @@ pub struct GenerateArgs {
     pub threads: usize,
     /// Whether to print tokens and speed.
     pub stats: bool,
+}
+
+/// Arguments of `setun bench`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BenchArgs {
+    /// What is measured.
+    pub what: Bench,
+    /// Model whose shape and weights are used; `None` for random weights.
+    pub model: Option<PathBuf>,
+    /// Number of threads; 0 for all cores.
+    pub threads: usize,
+    /// Tokens in the cache before what is timed, or of a prompt.
+    pub tokens: usize,
+    /// Rows of a step, or of logits.
+    pub batch: usize,
+    /// Entries to keep.
+    pub k: usize,
+    /// How keys and values are stored; `None` for exactly.
+    pub kv: Option<CacheKind>,
+    /// Timed runs of each figure.
+    pub repeats: usize,
+    /// Print JSON.
+    pub json: bool,
+}
+
+/// A benchmark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bench {
+    /// Steps of one new token for each sequence.
+    Decode,
+    /// A prompt.
+    Prefill,
+    /// Steps of several new tokens against a step of one.
+    VerifyWidth,
+    /// Softmax and top-k of given logits.
+    SoftmaxTopk,
+    /// Memory of the cache.
+    Kv,
+}
+
+impl Bench {
+    /// All benchmarks.
+    pub const ALL: [Self; 5] = [
+        Self::Decode,
+        Self::Prefill,
+        Self::VerifyWidth,
+        Self::SoftmaxTopk,
+        Self::Kv,
+    ];
+
+    /// Name as it is written on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Decode => "decode",
+            Self::Prefill => "prefill",
+            Self::VerifyWidth => "verify-width",
+            Self::SoftmaxTopk => "softmax-topk",
+            Self::Kv => "kv",
+        }
+    }
 }
 
 /// Arguments of `setun eval`.
@@ -255,6 +326,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
             json: matches.get_flag("json"),
         }),
         Some(("generate", matches)) => Command::Generate(generate(matches)),
+        Some(("bench", matches)) => Command::Bench(bench(matches)),
         Some(("eval", matches)) => Command::Eval(eval(matches)),
         Some(("tokenize", matches)) => Command::Tokenize(tokenize(matches)),
         Some(("tokenizer", matches)) => match matches.subcommand() {
@@ -319,7 +391,11 @@ fn generate(matches: &ArgMatches) -> GenerateArgs {
     GenerateArgs {
         model: value(matches, "model"),
         checkpoint: value(matches, "checkpoint"),
-        prompt: value(matches, "prompt"),
+        prompt: matches.get_one("prompt").cloned(),
+        prompts: matches.get_one("prompts").cloned(),
+        beams: value(matches, "beams"),
+        length_penalty: value(matches, "length-penalty"),
+        kv: matches.get_one("kv").copied(),
         max_tokens: value(matches, "max-tokens"),
         temperature: value(matches, "temperature"),
         top_k: value(matches, "top-k"),
@@ -329,6 +405,22 @@ fn generate(matches: &ArgMatches) -> GenerateArgs {
         seed: value(matches, "seed"),
         threads: value(matches, "threads"),
         stats: matches.get_flag("stats"),
+    }
+}
+
+fn bench(matches: &ArgMatches) -> BenchArgs {
+    let (name, matches) = matches.subcommand().unwrap_or(("", matches));
+    let what = Bench::ALL.into_iter().find(|b| b.name() == name);
+    BenchArgs {
+        what: what.unwrap_or(Bench::Decode),
+        model: matches.get_one("model").cloned(),
+        threads: value(matches, "threads"),
+        tokens: value(matches, "tokens"),
+        batch: value(matches, "batch"),
+        k: value(matches, "k"),
+        kv: matches.get_one("kv").copied(),
+        repeats: value(matches, "repeats"),
+        json: matches.get_flag("json"),
     }
 }
 

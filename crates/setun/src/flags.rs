@@ -3,6 +3,7 @@
 
 mod convert;
 
+use setun_backend::CacheKind;
 use setun_ternary::Numerics;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use setun_train::settings::schema::{self, Key};
 use setun_train::settings::value::SettingValue;
 use setun_train::settings::{Choice, ExportDtype, ExportFormat, SplitOn};
 
-use crate::args::CheckpointChoice;
+use crate::args::{Bench, CheckpointChoice};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -43,6 +44,7 @@ pub fn definition() -> Command {
             train(),
             verify(),
             generate(),
+            bench(),
             eval(),
             tokenize(),
             tokenizer(),
@@ -135,46 +137,29 @@ fn generate() -> Command {
             Arg::new("prompt")
                 .long("prompt")
                 .value_name("TEXT")
-                .required(true)
+                .required_unless_present("prompts")
+                .conflicts_with("prompts")
                 .help("Text to continue"),
-            checkpoint_flag(),
-            number("max-tokens", "N", "Most tokens to generate", "100"),
-            decimal(
-                "temperature",
-                not_negative,
-                "Softmax temperature; 0 is greedy",
-                "0.8",
-            ),
+            path_flag("prompts", "FILE")
+                .help("Continue every line of a file, together; prints JSON lines"),
             number(
-                "top-k",
-                "N",
-                "Likeliest tokens to choose from; 0 for all",
-                "40",
-            ),
-            decimal(
-                "top-p",
-                top_p,
-                "Total probability of the tokens to choose from",
-                "0.95",
-            ),
-            decimal(
-                "min-p",
-                below_one,
-                "Least probability, relative to the likeliest",
+                "beams",
+                "K",
+                "Search with K beams instead of sampling; 0: sample",
                 "0",
             ),
             decimal(
-                "repetition-penalty",
-                above_zero,
-                "Above 1 makes tokens that occurred less likely",
-                "1",
+                "length-penalty",
+                any_number,
+                "A beam's score is its log-probability / tokens^X",
+                "0.6",
             ),
-            Arg::new("seed")
-                .long("seed")
-                .value_name("N")
-                .value_parser(value_parser!(u64))
-                .default_value("1")
-                .help("Seed of the sampling; the same seed gives the same text"),
+            kv_flag(),
+            checkpoint_flag(),
+            number("max-tokens", "N", "Most tokens to generate", "100"),
+        ])
+        .args(sampling_flags())
+        .args([
             threads_flag(),
             switch("stats").help("Print tokens and speed to standard error"),
         ])
@@ -183,6 +168,89 @@ fn generate() -> Command {
              setun generate --model runs/quickstart --prompt \"The telephone is\"\n  \
              setun generate --model out --prompt \"Iron\" --temperature 0 --max-tokens 40 --stats",
         )
+}
+
+fn sampling_flags() -> [Arg; 6] {
+    [
+        decimal(
+            "temperature",
+            not_negative,
+            "Softmax temperature; 0 is greedy",
+            "0.8",
+        ),
+        number(
+            "top-k",
+            "N",
+            "Likeliest tokens to choose from; 0 for all",
+            "40",
+        ),
+        decimal(
+            "top-p",
+            top_p,
+            "Total probability of the tokens to choose from",
+            "0.95",
+        ),
+        decimal(
+            "min-p",
+            below_one,
+            "Least probability, relative to the likeliest",
+            "0",
+        ),
+        decimal(
+            "repetition-penalty",
+            above_zero,
+            "Above 1 makes tokens that occurred less likely",
+            "1",
+        ),
+        Arg::new("seed")
+            .long("seed")
+            .value_name("N")
+            .value_parser(value_parser!(u64))
+            .default_value("1")
+            .help("Seed of the sampling; the same seed gives the same text"),
+    ]
+}
+
+fn kv_flag() -> Arg {
+    Arg::new("kv")
+        .long("kv")
+        .value_name("KIND")
+        .value_parser(|text: &str| CacheKind::from_name(text).ok_or("it is bf16, f32 or int8"))
+        .help("How keys and values are stored: bf16, f32 or int8 [default: as exact as the model]")
+}
+
+fn bench() -> Command {
+    let about = |what: Bench| match what {
+        Bench::Decode => "One new token for each sequence: the speed of writing",
+        Bench::Prefill => "A prompt: the speed of reading",
+        Bench::VerifyWidth => "Steps of several tokens, against a step of one",
+        Bench::SoftmaxTopk => "Softmax and top-k of given logits",
+        Bench::Kv => "Memory of the cache of keys and values",
+    };
+    let one = |what: Bench| {
+        Command::new(what.name()).about(about(what)).args([
+            path_flag("model", "PATH")
+                .help("A run, a checkpoint or an export [default: 0.6B shape, random weights]"),
+            threads_flag(),
+            number(
+                "tokens",
+                "N",
+                "Tokens of the prompt, or in the cache before",
+                "512",
+            ),
+            length("batch", "Sequences, or rows of logits").default_value("1"),
+            length("k", "Entries to keep").default_value("64"),
+            kv_flag(),
+            length("repeats", "Timed runs of each figure").default_value("7"),
+            json_flag(),
+        ])
+    };
+    Command::new("bench")
+        .about("Speed and memory of this machine: medians, with the measured read bandwidth")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommands(Bench::ALL.map(one))
+        .after_help("Example:\n  setun bench decode --model runs/quickstart --threads 2 --json")
 }
 
 fn eval() -> Command {
@@ -523,6 +591,10 @@ fn below_one(text: &str) -> Result<f64, String> {
         |number| (0.0..1.0).contains(&number),
         "it is at least 0 and below 1",
     )
+}
+
+fn any_number(text: &str) -> Result<f64, String> {
+    checked(text, |_| true, "it is a number")
 }
 
 fn checked(text: &str, allowed: impl Fn(f64) -> bool, rule: &str) -> Result<f64, String> {

@@ -68,6 +68,7 @@ fn run(command: Command, environment: &Environment) -> CommandResult {
         Command::Train(args) => commands::train(args, environment),
         Command::Verify(args) => commands::verify(args, environment),
         Command::Generate(args) => commands::generate(args, environment),
+        Command::Bench(args) => commands::bench(args, environment),
         Command::Eval(args) => commands::eval(args, environment),
         Command::Tokenize(args) => commands::tokenize(args, environment),
         Command::TokenizerTrain(args) => commands::tokenizer_train(args, environment),

@@ -79,7 +79,10 @@ unsafe fn group_dots<const M: usize, const NV: usize>(
             // SAFETY: the caller's promise, for word `w`; loads need no alignment.
             let (words, q) = unsafe {
                 let words = codes.as_ptr().add(w * WORD_BYTES + 4 * LANES * v0);
-                (words.cast::<__m256i>(), q.as_ptr().add(w * 16 * M).cast::<i32>())
+                (
+                    words.cast::<__m256i>(),
+                    q.as_ptr().add(w * 16 * M).cast::<i32>(),
+                )
             };
             for v in 0..NV {
                 // SAFETY: as above.

@@ -32,7 +32,7 @@ pub(super) const WORD_BYTES: usize = 4 * PANEL;
 /// Most rows that share a pass over the weights.
 pub const MAX_ROWS: usize = 64;
 /// Rows whose sums are in registers together.
-pub(super) const MR: usize = 4;
+pub(crate) const MR: usize = 4;
 
 /// Sizes of a packed matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,13 +88,7 @@ pub fn scratch_len(width: usize, group_size: usize) -> usize {
 
 /// Lays out the panels `first..` that `to` holds: from rows of the packed file `[out,
 /// groups * ceil(group_size / 4)]` and their scales `[out, groups]`.
-pub fn pack_panels(
-    shape: PackedShape,
-    trits: &[u8],
-    scales: &[f16],
-    first: usize,
-    to: &mut [u8],
-) {
+pub fn pack_panels(shape: PackedShape, trits: &[u8], scales: &[f16], first: usize, to: &mut [u8]) {
     let (groups, group_bytes) = (shape.groups(), shape.group_size.div_ceil(4));
     let row_bytes = groups * group_bytes;
     for (p, panel) in to.chunks_exact_mut(shape.panel_bytes()).enumerate() {
@@ -178,7 +172,7 @@ fn block_rows(rows: usize) -> usize {
 }
 
 /// Lays out up to [`MAX_ROWS`] rows, [`MR`] at a time.
-struct InputRows<'s> {
+pub(crate) struct InputRows<'s> {
     shape: PackedShape,
     rows: usize,
     q: &'s mut [i8],
@@ -187,7 +181,7 @@ struct InputRows<'s> {
 }
 
 impl<'s> InputRows<'s> {
-    fn pack(
+    pub(crate) fn pack(
         shape: PackedShape,
         rows: usize,
         x: Int8Rows<'_>,
@@ -225,12 +219,38 @@ impl<'s> InputRows<'s> {
             self.sums[first * groups + g * m + i] = sum;
             self.scales[first * groups + g * m + i] = x.scales[from * groups + g];
             for values in group.chunks(WORD) {
-                for (k, &value) in values.iter().enumerate() {
-                    to[((word * 4 + k % 4) * m + i) * 4 + k / 4] = value;
+                let mut sixteen = [0i8; WORD];
+                sixteen[..values.len()].copy_from_slice(values);
+                for shift in 0..4 {
+                    let four = [0, 4, 8, 12].map(|j| sixteen[j + shift]);
+                    to[((word * 4 + shift) * m + i) * 4..][..4].copy_from_slice(&four);
                 }
                 word += 1;
             }
         }
+    }
+
+    /// The rows of the block that begins at row `first` times one panel.
+    pub(crate) fn panel(
+        &self,
+        isa: Isa,
+        shape: PackedShape,
+        weights: &[u8],
+        panel: usize,
+        first: usize,
+    ) -> [[f32; PANEL]; MR] {
+        let bytes = shape.panel_bytes();
+        let (m, block) = self.block(first);
+        let mut y = [[0.0f32; PANEL]; MR];
+        multiply(
+            isa,
+            shape,
+            &weights[panel * bytes..(panel + 1) * bytes],
+            m,
+            block,
+            &mut y,
+        );
+        y
     }
 
     /// The block that begins at row `first`, and its number of rows in memory.
@@ -304,11 +324,8 @@ fn for_panels(
     pool.run(shape.panels().div_ceil(step), &|task, _| {
         let panels = task * step..shape.panels().min((task + 1) * step);
         for p in panels {
-            let panel = &w[p * shape.panel_bytes()..(p + 1) * shape.panel_bytes()];
             for first in (0..inputs.rows).step_by(MR) {
-                let (m, block) = inputs.block(first);
-                let mut y = [[0.0f32; PANEL]; MR];
-                multiply(isa, shape, panel, m, block, &mut y);
+                let y = inputs.panel(isa, shape, w, p, first);
                 for (i, y) in y.iter().enumerate().take(inputs.rows - first) {
                     put(first + i, p * PANEL, y);
                 }
@@ -395,7 +412,9 @@ mod tests {
             };
             let random = Philox::new(7, (out * 1_000_003 + width * 1009 + group_size) as u64);
             let number = |i: usize| random.block(i as u64)[0];
-            let trits: Vec<i8> = (0..out * width).map(|i| (number(i) % 3) as i8 - 1).collect();
+            let trits: Vec<i8> = (0..out * width)
+                .map(|i| (number(i) % 3) as i8 - 1)
+                .collect();
             let groups = shape.groups();
             let weight_scales: Vec<f32> = (0..out * groups)
                 .map(|i| f32::from(half::bf16::from_f32(number(i + 9) as f32 * 1e-11)))
@@ -443,9 +462,21 @@ mod tests {
                         q: &self.q,
                         scales: &self.scales,
                     };
-                    packed_linear(&pool, isa, self.shape, x, &self.packed, &mut y, &mut scratch);
+                    packed_linear(
+                        &pool,
+                        isa,
+                        self.shape,
+                        x,
+                        &self.packed,
+                        &mut y,
+                        &mut scratch,
+                    );
                     let bits: Vec<u32> = y.iter().map(|y| y.to_bits()).collect();
-                    assert!(bits == self.expected, "{:?} {isa:?}, {rows} rows", self.shape);
+                    assert!(
+                        bits == self.expected,
+                        "{:?} {isa:?}, {rows} rows",
+                        self.shape
+                    );
                 }
             }
         }
@@ -497,7 +528,9 @@ mod tests {
     #[test]
     fn a_row_comes_back_from_the_panels() {
         let (out, width) = (70, 100);
-        let trits: Vec<i8> = (0..out * width).map(|i| (i * 7 % 11 % 3) as i8 - 1).collect();
+        let trits: Vec<i8> = (0..out * width)
+            .map(|i| (i * 7 % 11 % 3) as i8 - 1)
+            .collect();
         let shape = PackedShape {
             out,
             width,
