@@ -134,7 +134,10 @@ fn the_seed_decides_the_text() {
     let lines = batch(&[]);
     let first = format!("The telephone{}", lines[0]["text"].as_str().unwrap());
     assert_eq!(first + "\n", generate(&run, "7", "0"));
-    assert_eq!((lines.len(), &lines[1]["prompt"]), (2, &Value::from("Iron")));
+    assert_eq!(
+        (lines.len(), &lines[1]["prompt"]),
+        (2, &Value::from("Iron"))
+    );
     let beams = batch(&["--beams", "3"]);
     let score = |i: usize| beams[i]["score"].as_f64().unwrap();
     assert!(beams.len() == 6 && score(0) >= score(1) && score(3) >= score(4));
