@@ -59,7 +59,7 @@ impl Shaping {
         }
         if self.temperature != 1.0 {
             for x in tile.iter_mut() {
-                *x = *x / self.temperature;
+                *x /= self.temperature;
             }
         }
     }
