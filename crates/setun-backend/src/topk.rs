@@ -242,11 +242,11 @@ fn collect(rows: usize, sums: &[TileSum], best: Vec<Mutex<Vec<Best>>>, kept: &mu
 
 multiversion! {
     /// The sum of a tile, whose best entries are kept.
-    fn look_at[][](first: usize, tile: &[f32], best: &mut Best) -> TileSum = look_at_kernel;
+    fn look_at[][](first: usize, tile: &mut [f32], best: &mut Best) -> TileSum = look_at_kernel;
 }
 
 #[inline(always)]
-fn look_at_kernel(first: usize, tile: &[f32], best: &mut Best) -> TileSum {
+fn look_at_kernel(first: usize, tile: &mut [f32], best: &mut Best) -> TileSum {
     best.add(first, tile);
     TileSum::of(tile)
 }

@@ -75,11 +75,15 @@ pub struct TileSum {
 }
 
 impl TileSum {
-    /// Of the values of a tile.
+    /// Of the values of a tile, which become their exponentials: a loop of its own for
+    /// those, because compilers vectorise it.
     #[inline(always)]
-    pub fn of(tile: &[f32]) -> Self {
-        let max = crate::kernels::loss::row_max(tile);
-        let sum = sum_indexed(tile.len(), |i| Real::exp(tile[i] - max));
+    pub fn of(tile: &mut [f32]) -> Self {
+        let max = crate::kernels::loss::row_max(&*tile);
+        for x in tile.iter_mut() {
+            *x = Real::exp(*x - max);
+        }
+        let sum = sum_indexed(tile.len(), |i| tile[i]);
         Self { max, sum }
     }
 }
