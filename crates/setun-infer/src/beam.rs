@@ -282,6 +282,9 @@ pub struct BeamRequest {
     pub max_tokens: usize,
 }
 
+/// Tokens with their log-probabilities, likeliest first.
+type LogProbabilities = Vec<(u32, f64)>;
+
 /// A request on its way, with the sequence of each unfinished beam of its pool.
 struct Active {
     index: usize,
@@ -375,7 +378,7 @@ impl Engine {
         &mut self,
         requests: &[BeamRequest],
         active: &[Active],
-    ) -> Result<Vec<Vec<Vec<(u32, f64)>>>, EngineError> {
+    ) -> Result<Vec<Vec<LogProbabilities>>, EngineError> {
         let mut beams = Vec::new();
         let mut k = 1;
         for (a, active) in active.iter().enumerate() {

@@ -289,10 +289,10 @@ impl KvTables {
     fn register(&mut self, table: &mut Table) {
         self.uses += 1;
         let full = table.tokens.as_chunks::<CACHE_BLOCK>().0;
-        for i in table.entries.len()..full.len() {
+        for (i, tokens) in full.iter().enumerate().skip(table.entries.len()) {
             let parent = table.entries.last().copied().unwrap_or(NO_ENTRY);
             let block = table.blocks[i];
-            let id = match self.index.get(&(parent, full[i])) {
+            let id = match self.index.get(&(parent, *tokens)) {
                 Some(&id) => {
                     let entry = self.entries.get_mut(&id).expect("an indexed entry");
                     entry.last_use = self.uses;
@@ -301,7 +301,7 @@ impl KvTables {
                     self.release(block);
                     id
                 }
-                None => self.insert(parent, full[i], block),
+                None => self.insert(parent, *tokens, block),
             };
             table.entries.push(id);
         }
