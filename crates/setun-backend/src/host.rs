@@ -1,10 +1,11 @@
 //! The backend of the machine's own processor: kernels over the threads of a [`Pool`].
 
+mod cache;
 mod layer_norm;
 mod products;
 mod transformer;
 
-use crate::cpu::{Isa, Pool, RowParts, RowsMut, gemm, int8, multiversion};
+use crate::cpu::{Isa, Pool, RowParts, RowsMut, gemm, int8, multiversion, packed};
 use crate::kernels::rounding::ActRows;
 use crate::kernels::{attention, elementwise, loss, norm, optimizer, rounding};
 use crate::memory::{Arena, Buf, Category, Plan};
@@ -46,7 +47,8 @@ impl<R: Real> HostWorkspace<R> {
         let sums = 2 * limits.head_dim * TILE;
         let attention = attention::scratch_len(limits.head_dim, TILE) + sums;
         let real_len = gemm::SCRATCH.max(attention).max(2 * limits.width);
-        let int8_len = int8::scratch_len(limits.width, limits.group_size);
+        let int8_len = int8::scratch_len(limits.width, limits.group_size)
+            .max(packed::scratch_len(limits.width, limits.group_size));
         let workspace = Category::Workspace;
         Self {
             threads,

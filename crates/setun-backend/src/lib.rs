@@ -12,6 +12,7 @@
 //! The only crate of the workspace with `unsafe`; each use carries its argument.
 
 pub mod attention;
+pub mod cache;
 pub mod cpu;
 pub mod host;
 pub mod kernels;
@@ -20,13 +21,17 @@ pub mod memory;
 pub mod ops;
 pub mod philox;
 pub mod real;
+pub mod topk;
 
+pub use cache::{
+    CACHE_BLOCK, CacheBuf, CacheKind, CacheShape, CacheStore, CachedAttention, CachedSegment, ROOT,
+};
 pub use cpu::Isa;
 pub use host::{Host, HostWorkspace, Limits};
 pub use memory::{Arena, Buf, Category, Extent, Lease, Plan, PlanRow, Shared};
 pub use ops::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, CrossEntropy, Distillation,
-    LayerNorm, LayerNormBackward, NormRope, ProjectError, ProjectStats, Reader, RmsNorm, Segment,
-    StoredBuf, TernaryBuf, WeightBuf, WeightData,
+    LayerNorm, LayerNormBackward, NormRope, PackedBuf, ProjectError, ProjectStats, Reader, RmsNorm,
+    Segment, StoredBuf, TernaryBuf, WeightBuf, WeightData,
 };
 pub use real::Real;

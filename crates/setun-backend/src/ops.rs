@@ -4,11 +4,13 @@
 //! stream `+=`. Rows are tokens. A weight has shape `[out, in]`. What an operation
 //! computes is fixed to the bit by DESIGN 3.1 to 3.4; how is the backend's affair.
 
+use crate::cache::{CacheBuf, CacheStore, CachedAttention};
 use crate::memory::{Buf, Extent, Shared};
 use crate::real::Real;
+use crate::topk::{Kept, TopK};
 use bytemuck::Pod;
 use half::bf16;
-use setun_ternary::{ScaleError, ScaleRule};
+use setun_ternary::{PackedMatrix, ScaleError, ScaleRule};
 
 /// Ternary weights in a backend: what the forward pass multiplies with.
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +19,16 @@ pub struct TernaryBuf {
     pub trits: Buf<i8>,
     /// f32 `[out, groups]`, bf16 values that f16 holds.
     pub scales: Buf<f32>,
+    /// Weights that share a scale.
+    pub group_size: usize,
+}
+
+/// Ternary weights that stay packed, for inference in numerics `int8`. A device lays them
+/// out as its products read them.
+#[derive(Clone, Copy, Debug)]
+pub struct PackedBuf {
+    /// The device's own layout, [`Backend::packed_len`] bytes.
+    pub bytes: Buf<u8>,
     /// Weights that share a scale.
     pub group_size: usize,
 }
@@ -39,6 +51,8 @@ pub enum WeightData<R> {
     Dense(Buf<R>),
     /// `s * t`.
     Ternary(TernaryBuf),
+    /// `s * t`, packed; meets int8 activations only.
+    Packed(PackedBuf),
 }
 
 /// Activations as they enter products, `[rows, width]`; its variant is the numerics mode.
@@ -413,6 +427,11 @@ pub trait Backend {
         to: TernaryBuf,
     ) -> Result<ProjectStats, ProjectError>;
 
+    /// Bytes of a packed matrix `[out, in]`.
+    fn packed_len(out: usize, inp: usize, group_size: usize) -> usize;
+    /// Lays out a matrix whose codes are valid.
+    fn write_packed(&mut self, to: PackedBuf, matrix: &PackedMatrix);
+
     /// `y[r] = weight[ids[r]]`, unrounded.
     fn embedding(&mut self, ids: Buf<u32>, weight: WeightBuf<Self::Real>, y: Buf<Self::Real>);
     /// `dweight[ids[r]] += dy[r]`, over ascending r.
@@ -451,6 +470,16 @@ pub trait Backend {
 
     /// `y[r, n] = sum_k x[r, k] * w[n, k]`.
     fn linear(&mut self, x: ActBuf<Self::Real>, w: WeightBuf<Self::Real>, y: Buf<Self::Real>);
+    /// The best entries and the sums of `linear(x, w)` by row, without its result where
+    /// the device can do so; `logits` `[rows, out]` is scratch.
+    fn linear_topk(
+        &mut self,
+        x: ActBuf<Self::Real>,
+        w: WeightBuf<Self::Real>,
+        logits: Buf<Self::Real>,
+        wanted: TopK<'_>,
+        kept: &mut Kept,
+    );
     /// `dx[r, k] (+)= sum_n dy[r, n] * w[n, k]`.
     fn linear_dx(
         &mut self,
@@ -472,7 +501,14 @@ pub trait Backend {
 
     /// Attention, tile by tile with the online softmax; keeps `out` and `lse`.
     fn attention(&mut self, op: Attention<'_, Self::Real>);
-    /// Its gradients, recomputed tile by tile.
+    /// Writes new keys and values to slots of a cache.
+    fn cache_store(&mut self, op: CacheStore<'_, Self::Real>);
+    /// Copies slots `(from, to)` of a cache, in this order.
+    fn cache_move(&mut self, cache: CacheBuf, moves: &[(u32, u32)]);
+    /// Attention to a cache: the same bits as [`attention`](Self::attention) over the same
+    /// keys, for a cache that stores them exactly.
+    fn cached_attention(&mut self, op: CachedAttention<'_, Self::Real>);
+    /// Gradients of [`attention`](Self::attention), recomputed tile by tile.
     fn attention_backward(&mut self, op: AttentionBackward<'_, Self::Real>);
 
     /// `y = silu(gate) * up`, rounded.

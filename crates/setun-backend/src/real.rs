@@ -115,6 +115,12 @@ impl Real for f32 {
         libm::log(f64::from(self)) as f32
     }
 
+    // What is stored has quiet NaNs already, so the bits can be taken as they are.
+    #[inline(always)]
+    fn from_bf16(x: bf16) -> Self {
+        f32::from_bits(u32::from(x.to_bits()) << 16)
+    }
+
     #[inline(always)]
     fn to_bf16(self) -> bf16 {
         bf16::from_bits(bf16_bits(self) as u16)

@@ -1,18 +1,25 @@
-//! One sequence against a cache of keys and values.
+//! Sequences against a cache of keys and values.
 //!
 //! Prefill and decode call the same forward pass as training does, with the past in the
-//! cache, so the logits of a token do not depend on how many came with it.
+//! cache, so the logits of a token do not depend on what is computed beside it: on the
+//! other sequences of a step, on the size of the chunks of a prompt, on how much of it was
+//! found in the cache, or on the threads.
 
-use crate::sampler::{Sampler, SamplerError, SamplerOptions, uniform_at};
-use crate::stop::{FinishReason, StopRules};
-use setun_backend::{Backend, Host, HostWorkspace, Isa, Limits, Plan, Segment};
+use crate::kv::{KvError, KvTables, Sequence};
+use crate::sampler::SamplerError;
+use setun_backend::topk::{Candidate, Kept, Shaping, TopK, Total};
+use setun_backend::{
+    Backend, CACHE_BLOCK, CacheKind, CachedSegment, Host, HostWorkspace, Isa, Limits, Plan,
+};
 use setun_io::{IoError, Matrix, OpenModel};
-use setun_model::{ModelSpec, Parameters, Purpose, Qwen3, Scheme, SetError};
+use setun_model::{
+    CachedRows, DecodeShape, ModelSpec, ParameterUse, Parameters, Purpose, Qwen3, Scheme, SetError,
+};
 use setun_ternary::Numerics;
 use thiserror::Error;
 
-/// Tokens of a prompt that are processed at a time.
-const PREFILL_ROWS: usize = 64;
+/// Rows of logits that exist at a time.
+const HEAD_ROWS: usize = 64;
 
 /// Why a model does not run.
 #[derive(Debug, Error)]
@@ -26,6 +33,23 @@ pub enum EngineError {
     /// A sampling option, or logits that are no numbers.
     #[error(transparent)]
     Sampler(#[from] SamplerError),
+    /// The cache has no room, or not the sequence.
+    #[error(transparent)]
+    Kv(#[from] KvError),
+    /// A tree does not fit into one call.
+    #[error("a tree of {found} tokens does not fit into a step of {max_rows} rows")]
+    TreeTooLarge {
+        /// Tokens of the tree.
+        found: usize,
+        /// Most rows of a call.
+        max_rows: usize,
+    },
+    /// A row of a tree that does not come after its parent.
+    #[error("row {0} of a tree names a parent that does not come before it")]
+    BadTree(usize),
+    /// A sequence that a step names twice.
+    #[error("two chunks of a step go on the same sequence; join them")]
+    Repeated,
     /// A prompt without tokens.
     #[error("the prompt has no tokens; give some text")]
     EmptyPrompt,
@@ -55,7 +79,7 @@ pub enum EngineError {
 /// How an [`Engine`] runs.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineOptions {
-    /// Positions of the cache; the model's own limit at most.
+    /// Most positions of a sequence; the model's own limit at most.
     pub context: usize,
     /// Threads; results do not depend on them.
     pub threads: usize,
@@ -63,6 +87,29 @@ pub struct EngineOptions {
     pub isa: Isa,
     /// Other numerics than the model's record says.
     pub numerics: Option<Numerics>,
+    /// How keys and values are stored; by default exactly as attention reads them: f32 in
+    /// numerics f32, else bf16.
+    pub cache: Option<CacheKind>,
+    /// Tokens of the cache, over all sequences; by default `context`.
+    pub cache_tokens: Option<usize>,
+    /// Most tokens that a call of the model takes; longer steps are cut. Results do not
+    /// depend on it.
+    pub max_rows: usize,
+}
+
+impl EngineOptions {
+    /// Room for one sequence of `context` positions.
+    pub fn new(context: usize, threads: usize, isa: Isa) -> Self {
+        Self {
+            context,
+            threads,
+            isa,
+            numerics: None,
+            cache: None,
+            cache_tokens: None,
+            max_rows: 256,
+        }
+    }
 }
 
 /// What a model on disk computes. Dense models without another wish run in f32.
@@ -107,31 +154,147 @@ pub fn load_parameters<B: Backend<Real = f32>>(
     Ok(())
 }
 
-/// A model with one sequence in its cache.
+/// Tokens of one sequence in a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunk<'a> {
+    /// The sequence that they go on.
+    pub sequence: Sequence,
+    /// At least one token.
+    pub tokens: &'a [u32],
+    /// None: a chain, which the sequence then holds. Else a tree: the parent of each
+    /// token, an earlier token of the chunk or [`ROOT`](setun_backend::ROOT). A tree is
+    /// pending until [`Engine::commit`] keeps one of its paths; any other step with the
+    /// sequence forgets it.
+    pub parents: Option<&'a [u32]>,
+    /// Which logits are wanted.
+    pub logits: Wanted,
+}
+
+/// Which tokens of a [`Chunk`] have their logits computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// None.
+    Nothing,
+    /// Those behind the last token.
+    Last,
+    /// Those behind every token.
+    All,
+}
+
+/// Takes the index of a chunk, the index of a token in it, and the logits behind it.
+pub type OnLogits<'a> = dyn FnMut(usize, usize, &mut [f32]) + 'a;
+
+/// Takes the index of a chunk, the index of a token in it, the best entries of the logits
+/// behind it, best first, and the sum of all their exponentials.
+pub type OnTopK<'a> = dyn FnMut(usize, usize, &[Candidate], Total) + 'a;
+
+/// What logits go through before their best entries are kept.
+#[derive(Clone, Debug, Default)]
+pub struct Shaped {
+    /// Penalties and temperature.
+    pub shaping: Shaping,
+    /// Tokens that occurred, ascending, each with how often.
+    pub occurred: Vec<(u32, u32)>,
+}
+
+impl Shaped {
+    /// With the tokens of `history` as those that occurred.
+    pub fn new(shaping: Shaping, history: &[u32]) -> Self {
+        let mut sorted = history.to_vec();
+        sorted.sort_unstable();
+        let runs = sorted.chunk_by(|a, b| a == b);
+        Self {
+            shaping,
+            occurred: runs.map(|run| (run[0], run.len() as u32)).collect(),
+        }
+    }
+}
+
+/// What a step does with the logits that are wanted.
+enum Output<'a, 'b> {
+    Logits(&'a mut OnLogits<'b>),
+    TopK {
+        k: usize,
+        shaped: &'a [Shaped],
+        on_top: &'a mut OnTopK<'b>,
+    },
+}
+
+/// A model with its cache.
+///
+/// ```no_run
+/// use setun_backend::Isa;
+/// use setun_infer::{Chunk, Engine, EngineOptions, Wanted};
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let model = setun_io::OpenModel::open("out".as_ref())?;
+/// let mut engine = Engine::load(&model, EngineOptions::new(512, 2, Isa::detect()))?;
+/// let sequence = engine.start(&[1, 2, 3]);
+/// let chunk = Chunk {
+///     sequence,
+///     tokens: &[1, 2, 3][engine.len(sequence)?..],
+///     parents: None,
+///     logits: Wanted::Last,
+/// };
+/// engine.step(&[chunk], &mut |_, _, logits| println!("{:?}", logits.len()))?;
+/// # Ok(())
+/// # }
+/// ```
 pub struct Engine {
     backend: Host<f32>,
     model: Qwen3<f32>,
     context: usize,
-    past: usize,
+    tables: KvTables,
+    /// The tree of each sequence that waits for its commit.
+    pending: Vec<Pending>,
+    /// Most rows of logits at a time.
+    head_rows: usize,
+    /// Scratch: rows of logits, where they are asked for.
     logits: Vec<f32>,
+    kept: Kept,
+    batch: Batch,
 }
 
-/// What was generated.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Generation {
-    /// The new tokens; an end token is not among them.
-    pub tokens: Vec<u32>,
-    /// Why it ended.
-    pub reason: FinishReason,
+struct Pending {
+    sequence: Sequence,
+    tokens: Vec<u32>,
+    parents: Vec<u32>,
+}
+
+/// Rows of a call.
+#[derive(Default)]
+struct Batch {
+    ids: Vec<u32>,
+    positions: Vec<u32>,
+    slots: Vec<u32>,
+    moves: Vec<(u32, u32)>,
+    /// Chunk, its first token, number of tokens.
+    pieces: Vec<(usize, usize, usize)>,
+}
+
+impl Batch {
+    fn clear(&mut self) {
+        self.ids.clear();
+        self.positions.clear();
+        self.slots.clear();
+        self.pieces.clear();
+    }
 }
 
 impl Engine {
-    /// Loads a model.
+    /// Loads a model. In numerics int8 its weights stay packed.
     ///
     /// # Errors
     /// What the files refuse; int8 numerics for a dense model.
     pub fn load(model: &OpenModel, options: EngineOptions) -> Result<Self, EngineError> {
         let spec = spec_of(model, options.numerics)?;
+        let mut engine = Self::reserve(spec, options);
+        load_parameters(model, &engine.model.parameters, &mut engine.backend)?;
+        Ok(engine)
+    }
+
+    /// An engine whose weights are all zero, for [`Parameters::set_ternary`] and
+    /// [`Parameters::set_values`] by way of [`parts`](Self::parts).
+    pub fn reserve(spec: ModelSpec, options: EngineOptions) -> Self {
         let c = &spec.config;
         let context = options.context.clamp(1, c.max_position_embeddings);
         let limits = Limits {
@@ -142,162 +305,356 @@ impl Engine {
             head_dim: c.head_dim,
             group_size: spec.scheme.map_or(128, |s| s.group_size),
         };
-        let vocab_size = c.vocab_size;
+        let kind = match spec.numerics {
+            Numerics::F32 => CacheKind::F32,
+            Numerics::Bf16 | Numerics::Int8 => CacheKind::Bf16,
+        };
+        let rows = options.max_rows.max(1);
+        let shape = DecodeShape {
+            rows,
+            positions: context,
+            cache: options.cache.unwrap_or(kind),
+            num_blocks: options
+                .cache_tokens
+                .unwrap_or(context)
+                .div_ceil(CACHE_BLOCK),
+            head_chunk: rows.min(HEAD_ROWS),
+        };
+        let packed = spec.scheme.is_some() && spec.numerics == Numerics::Int8;
+        let parameters = ParameterUse {
+            packed: packed.then_some(Host::<f32>::packed_len),
+            ..ParameterUse::default()
+        };
         let mut plan = Plan::new();
         let workspace = HostWorkspace::reserve(&mut plan, options.threads, limits);
-        let rows = PREFILL_ROWS.min(context);
-        let qwen3 = Qwen3::reserve(
-            &mut plan,
-            spec,
-            Purpose::Infer {
-                rows,
-                context,
-                head_chunk: 1,
-            },
-        );
+        let model = Qwen3::reserve_with(&mut plan, spec, Purpose::Decode(shape), parameters);
         let mut backend = Host::new(&plan, workspace, options.isa);
-        qwen3.prepare(&mut backend);
-        load_parameters(model, &qwen3.parameters, &mut backend)?;
-        Ok(Self {
+        model.prepare(&mut backend);
+        Self {
             backend,
-            model: qwen3,
+            model,
             context,
-            past: 0,
-            logits: vec![0.0; vocab_size],
-        })
+            tables: KvTables::new(shape.num_blocks),
+            pending: Vec::new(),
+            head_rows: shape.head_chunk,
+            logits: Vec::new(),
+            kept: Kept::default(),
+            batch: Batch::default(),
+        }
     }
 
-    /// Positions of the cache.
+    /// Parameters and the backend that holds them.
+    pub fn parts(&mut self) -> (&Parameters<f32>, &mut Host<f32>) {
+        (&self.model.parameters, &mut self.backend)
+    }
+
+    /// Most positions of a sequence.
     pub fn context(&self) -> usize {
         self.context
     }
 
-    /// Tokens in the cache.
-    pub fn past(&self) -> usize {
-        self.past
+    /// What the model computes.
+    pub fn spec(&self) -> &ModelSpec {
+        self.model.spec()
     }
 
-    /// Forgets the sequence.
-    pub fn reset(&mut self) {
-        self.past = 0;
+    /// Blocks and tables of the cache.
+    pub fn tables(&self) -> &KvTables {
+        &self.tables
     }
 
-    /// Appends tokens to the sequence; [`logits`](Self::logits) are then those behind the
-    /// last one.
+    /// A new sequence, which holds what the cache has of the beginning of `prompt`; see
+    /// [`KvTables::create_with_prefix`]. The tokens behind [`len`](Self::len) are to be
+    /// computed.
+    pub fn start(&mut self, prompt: &[u32]) -> Sequence {
+        self.tables.create_with_prefix(prompt)
+    }
+
+    /// Tokens of a sequence.
     ///
     /// # Errors
-    /// No tokens, too many, or one outside of the vocabulary.
-    pub fn feed(&mut self, tokens: &[u32]) -> Result<(), EngineError> {
-        self.run(tokens, |_, _| {}, false)
+    /// A sequence that is not in the cache.
+    pub fn len(&self, sequence: Sequence) -> Result<usize, EngineError> {
+        Ok(self.tables.tokens(sequence)?.len())
     }
 
-    /// As [`feed`](Self::feed), with the logits behind every token.
+    /// A copy of a sequence; blocks are shared until one of them writes.
     ///
     /// # Errors
-    /// As [`feed`](Self::feed).
-    pub fn feed_each(
-        &mut self,
-        tokens: &[u32],
-        each: impl FnMut(usize, &[f32]),
-    ) -> Result<(), EngineError> {
-        self.run(tokens, each, true)
+    /// A sequence that is not in the cache.
+    pub fn fork(&mut self, sequence: Sequence) -> Result<Sequence, EngineError> {
+        Ok(self.tables.fork(sequence)?)
     }
 
-    fn run(
+    /// Forgets the tokens of a sequence behind the first `len`.
+    ///
+    /// # Errors
+    /// A sequence that is not in the cache.
+    pub fn truncate(&mut self, sequence: Sequence, len: usize) -> Result<(), EngineError> {
+        self.pending.retain(|p| p.sequence != sequence);
+        Ok(self.tables.truncate(sequence, len)?)
+    }
+
+    /// Gives the memory of a sequence back.
+    ///
+    /// # Errors
+    /// A sequence that is not in the cache.
+    pub fn free(&mut self, sequence: Sequence) -> Result<(), EngineError> {
+        self.pending.retain(|p| p.sequence != sequence);
+        Ok(self.tables.free(sequence)?)
+    }
+
+    /// Keeps the tokens `path` of the tree that is pending for `sequence`, from the root
+    /// on, and forgets the others.
+    ///
+    /// # Errors
+    /// A path that is not one of the tree; a sequence without a tree.
+    pub fn commit(&mut self, sequence: Sequence, path: &[usize]) -> Result<(), EngineError> {
+        let at = self.pending.iter().position(|p| p.sequence == sequence);
+        let tree = self.pending.swap_remove(at.ok_or(KvError::Unknown)?);
+        let rows = (tree.tokens.as_slice(), tree.parents.as_slice());
+        self.batch.moves.clear();
+        self.tables
+            .commit(sequence, rows, path, &mut self.batch.moves)?;
+        self.model.move_cached(&mut self.backend, &self.batch.moves);
+        Ok(())
+    }
+
+    /// Adds the tokens of all chunks to their sequences, no two of which are alike, and
+    /// hands over the logits that are wanted, in the order of chunks and tokens.
+    ///
+    /// # Errors
+    /// No tokens, too many, one outside of the vocabulary, a bad tree: nothing has
+    /// happened. A full cache: chunks before the one that found it full are done.
+    pub fn step(
         &mut self,
-        tokens: &[u32],
-        mut each: impl FnMut(usize, &[f32]),
-        all: bool,
+        chunks: &[Chunk<'_>],
+        on_logits: &mut OnLogits<'_>,
     ) -> Result<(), EngineError> {
-        let vocab_size = self.logits.len();
-        if tokens.is_empty() {
+        self.step_into(chunks, &mut Output::Logits(on_logits))
+    }
+
+    /// As [`step`](Self::step), with the `k` best entries of the logits of each token in
+    /// place of all of them: where the weights are packed, logits are never written. The
+    /// logits of chunk `i` go through `shaped[i]` first, or nothing where that is missing.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_topk(
+        &mut self,
+        chunks: &[Chunk<'_>],
+        k: usize,
+        shaped: &[Shaped],
+        on_top: &mut OnTopK<'_>,
+    ) -> Result<(), EngineError> {
+        let k = k.max(1);
+        self.step_into(chunks, &mut Output::TopK { k, shaped, on_top })
+    }
+
+    fn step_into(
+        &mut self,
+        chunks: &[Chunk<'_>],
+        output: &mut Output<'_, '_>,
+    ) -> Result<(), EngineError> {
+        for (i, chunk) in chunks.iter().enumerate() {
+            self.check(chunk)?;
+            if chunks[..i].iter().any(|c| c.sequence == chunk.sequence) {
+                return Err(EngineError::Repeated);
+            }
+        }
+        self.pending
+            .retain(|p| chunks.iter().all(|c| c.sequence != p.sequence));
+        let max_rows = self.model.max_rows();
+        let (mut index, mut done) = (0, 0);
+        while index < chunks.len() {
+            self.batch.clear();
+            while index < chunks.len() {
+                let chunk = &chunks[index];
+                let room = max_rows - self.batch.ids.len();
+                let left = chunk.tokens.len() - done;
+                let whole = chunk.parents.is_some();
+                let n = if whole && left > room {
+                    0
+                } else {
+                    left.min(room)
+                };
+                if n == 0 {
+                    break;
+                }
+                self.add(index, chunk, done, n)?;
+                done += n;
+                if done == chunk.tokens.len() {
+                    (index, done) = (index + 1, 0);
+                }
+            }
+            self.run(chunks)?;
+            self.hand_over(chunks, output);
+        }
+        Ok(())
+    }
+
+    fn check(&self, chunk: &Chunk<'_>) -> Result<(), EngineError> {
+        let vocab_size = self.spec().config.vocab_size;
+        let found = chunk.tokens.len();
+        if found == 0 {
             return Err(EngineError::EmptyPrompt);
         }
-        if self.past + tokens.len() > self.context {
-            let found = self.past + tokens.len();
+        let all = self.len(chunk.sequence)? + found;
+        if all > self.context {
+            let context = self.context;
             return Err(EngineError::TooLong {
-                found,
-                context: self.context,
+                found: all,
+                context,
             });
         }
-        if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab_size) {
+        let bad = chunk.tokens.iter().find(|&&t| t as usize >= vocab_size);
+        if let Some(&token) = bad {
             return Err(EngineError::BadToken { token, vocab_size });
         }
-        let mut done = 0;
-        for chunk in tokens.chunks(self.model.max_rows()) {
-            let mut positions = [0u32; PREFILL_ROWS];
-            for (i, position) in positions.iter_mut().enumerate() {
-                *position = (self.past + i) as u32;
-            }
-            let (rows, past) = (chunk.len(), self.past);
-            self.model
-                .write_batch(&mut self.backend, chunk, &positions[..rows], &[]);
-            let segment = Segment {
-                q_start: 0,
-                q_len: rows,
-                kv_start: 0,
-                kv_len: past + rows,
-            };
-            self.model
-                .forward(&mut self.backend, rows, past, &[segment]);
-            self.past += rows;
-            done += rows;
-            for row in 0..rows {
-                let index = done - rows + row;
-                if all || index + 1 == tokens.len() {
-                    self.model
-                        .read_logits(&mut self.backend, row, &mut self.logits);
-                    each(index, &self.logits);
+        let Some(parents) = chunk.parents else {
+            return Ok(());
+        };
+        let max_rows = self.model.max_rows();
+        if found > max_rows {
+            return Err(EngineError::TreeTooLarge { found, max_rows });
+        }
+        let late = |(i, &p): (usize, &u32)| p != setun_backend::ROOT && p as usize >= i;
+        let bad = parents.iter().enumerate().position(late);
+        match bad.or((parents.len() != found).then_some(parents.len().min(found))) {
+            Some(row) => Err(EngineError::BadTree(row)),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds `n` tokens of a chunk to the batch.
+    fn add(
+        &mut self,
+        index: usize,
+        chunk: &Chunk<'_>,
+        first: usize,
+        n: usize,
+    ) -> Result<(), EngineError> {
+        self.batch.moves.clear();
+        self.tables
+            .reserve(chunk.sequence, n, &mut self.batch.moves)?;
+        self.model.move_cached(&mut self.backend, &self.batch.moves);
+        let past = self.len(chunk.sequence)?;
+        let tree = CachedSegment {
+            q_start: 0,
+            q_len: n,
+            past,
+            blocks: &[],
+            parents: chunk.parents,
+        };
+        for i in 0..n {
+            self.batch.ids.push(chunk.tokens[first + i]);
+            self.batch.positions.push((past + tree.depth(i)) as u32);
+            let slot = self.tables.slot(chunk.sequence, past + i)?;
+            self.batch.slots.push(slot);
+        }
+        self.batch.pieces.push((index, first, n));
+        Ok(())
+    }
+
+    /// Runs the batch through the model and counts its tokens to their sequences.
+    fn run(&mut self, chunks: &[Chunk<'_>]) -> Result<(), EngineError> {
+        let batch = &self.batch;
+        let mut segments = Vec::with_capacity(batch.pieces.len());
+        let mut q_start = 0;
+        for &(index, _, n) in &batch.pieces {
+            let chunk = &chunks[index];
+            segments.push(CachedSegment {
+                q_start,
+                q_len: n,
+                past: self.tables.tokens(chunk.sequence)?.len(),
+                blocks: self.tables.blocks(chunk.sequence)?,
+                parents: chunk.parents,
+            });
+            q_start += n;
+        }
+        self.model
+            .write_batch(&mut self.backend, &batch.ids, &batch.positions, &[]);
+        let rows = CachedRows {
+            slots: &batch.slots,
+            segments: &segments,
+        };
+        self.model.forward_cached(&mut self.backend, rows);
+        for &(index, first, n) in &self.batch.pieces {
+            let chunk = &chunks[index];
+            match chunk.parents {
+                None => {
+                    let tokens = &chunk.tokens[first..first + n];
+                    self.tables.advance(chunk.sequence, tokens)?;
                 }
+                Some(parents) => self.pending.push(Pending {
+                    sequence: chunk.sequence,
+                    tokens: chunk.tokens.to_vec(),
+                    parents: parents.to_vec(),
+                }),
             }
         }
         Ok(())
     }
 
-    /// Logits behind the last token.
-    pub fn logits(&self) -> &[f32] {
-        &self.logits
+    /// Computes the logits that are wanted of the batch, neighbouring rows together.
+    fn hand_over(&mut self, chunks: &[Chunk<'_>], output: &mut Output<'_, '_>) {
+        let mut wanted = Vec::new();
+        let mut row = 0;
+        for &(index, first, n) in &self.batch.pieces {
+            let last = chunks[index].tokens.len() - 1;
+            for token in first..first + n {
+                let is_wanted = match chunks[index].logits {
+                    Wanted::Nothing => false,
+                    Wanted::Last => token == last,
+                    Wanted::All => true,
+                };
+                if is_wanted {
+                    wanted.push((row, index, token));
+                }
+                row += 1;
+            }
+        }
+        let mut done = 0;
+        while done < wanted.len() {
+            let start = wanted[done].0;
+            let run = wanted[done..].iter().zip(start..);
+            let run = run.take_while(|((row, _, _), at)| row == at);
+            let n = run.count().min(self.head_rows);
+            self.head(&wanted[done..done + n], output);
+            done += n;
+        }
     }
 
-    /// Continues `prompt`: the same seed, request and options give the same tokens.
-    /// `on_token` sees each token as it comes.
-    ///
-    /// # Errors
-    /// What [`feed`](Self::feed) and the sampler refuse.
-    pub fn generate(
-        &mut self,
-        prompt: &[u32],
-        options: SamplerOptions,
-        stop: &StopRules,
-        (seed, request): (u64, u64),
-        mut on_token: impl FnMut(u32),
-    ) -> Result<Generation, EngineError> {
-        let mut sampler = Sampler::new(options, self.logits.len())?;
-        self.reset();
-        self.feed(prompt)?;
-        let mut history = prompt.to_vec();
-        loop {
-            let generated = &history[prompt.len()..];
-            if let Some(reason) = stop.finish_reason(generated, prompt.len(), self.context) {
-                let mut tokens = generated.to_vec();
-                if matches!(reason, FinishReason::EndToken(_)) {
-                    tokens.pop();
+    /// The head over neighbouring rows: (row, chunk, token).
+    fn head(&mut self, rows: &[(usize, usize, usize)], output: &mut Output<'_, '_>) {
+        let vocab_size = self.spec().config.vocab_size;
+        let start = rows[0].0;
+        match output {
+            Output::Logits(on_logits) => {
+                self.logits.resize(self.head_rows * vocab_size, 0.0);
+                let logits = &mut self.logits[..rows.len() * vocab_size];
+                self.model.read_logit_rows(&mut self.backend, start, logits);
+                for (&(_, index, token), logits) in rows.iter().zip(logits.chunks_mut(vocab_size)) {
+                    on_logits(index, token, logits);
                 }
-                return Ok(Generation { tokens, reason });
             }
-            let uniform = uniform_at(seed, request, history.len() as u64);
-            let token = sampler.sample(&mut self.logits, &history, uniform)?;
-            history.push(token);
-            if !stop.end_tokens.contains(&token) {
-                on_token(token);
-                if generated_len(&history, prompt) < stop.max_tokens && self.past < self.context {
-                    self.feed(&[token])?;
+            Output::TopK { k, shaped, on_top } => {
+                let of_rows = rows.iter().filter_map(|(_, index, _)| shaped.get(*index));
+                let (shaping, occurred): (Vec<_>, Vec<_>) =
+                    of_rows.map(|s| (s.shaping, s.occurred.clone())).unzip();
+                let wanted = TopK {
+                    k: *k,
+                    shaping: &shaping,
+                    occurred: &occurred,
+                };
+                let at = (start, rows.len());
+                self.model
+                    .topk_rows(&mut self.backend, at, wanted, &mut self.kept);
+                let each = self.kept.candidates.iter().zip(&self.kept.totals);
+                for (&(_, index, token), (candidates, &total)) in rows.iter().zip(each) {
+                    on_top(index, token, candidates, total);
                 }
             }
         }
     }
-}
-
-fn generated_len(history: &[u32], prompt: &[u32]) -> usize {
-    history.len() - prompt.len()
 }

@@ -2,7 +2,7 @@
 
 use crate::qwen3::ModelSpec;
 use half::bf16;
-use setun_backend::{ActBuf, AttnBuf, Buf, Category, Plan, Real};
+use setun_backend::{ActBuf, AttnBuf, Buf, CacheBuf, CacheKind, CacheShape, Category, Plan, Real};
 use setun_ternary::{Numerics, groups_per_row};
 
 /// What a model is laid out for.
@@ -10,15 +10,32 @@ use setun_ternary::{Numerics, groups_per_row};
 pub enum Purpose {
     /// Forward and backward over whole windows.
     Train(TrainShape),
-    /// Forward over new tokens against a cache of keys and values.
+    /// Forward over whole windows.
     Infer {
         /// Most new tokens of a call.
         rows: usize,
-        /// Most positions in the cache.
+        /// Most positions of a window.
         context: usize,
         /// Rows of logits that exist at a time.
         head_chunk: usize,
     },
+    /// Forward over new tokens of any number of sequences, against a cache in blocks.
+    Decode(DecodeShape),
+}
+
+/// Sizes of decoding.
+#[derive(Clone, Copy, Debug)]
+pub struct DecodeShape {
+    /// Most new tokens of a call.
+    pub rows: usize,
+    /// Most positions of a sequence.
+    pub positions: usize,
+    /// How keys and values are stored.
+    pub cache: CacheKind,
+    /// Blocks of the cache.
+    pub num_blocks: usize,
+    /// Rows of logits that exist at a time.
+    pub head_chunk: usize,
 }
 
 /// Sizes of a training.
@@ -55,9 +72,9 @@ pub(crate) struct LayerBuffers<R> {
     pub inv_k: Buf<R>,
     /// Queries `[t, h, e]`.
     pub q: AttnBuf<R>,
-    /// Keys: `[t, k, e]`, or the cache `[context, k, e]`.
+    /// Keys `[t, k, e]`.
     pub k: AttnBuf<R>,
-    /// Values: `[t, k, e]`, or the cache `[context, k, e]`.
+    /// Values `[t, k, e]`.
     pub v: AttnBuf<R>,
     /// Attention output `[t, h, e]`.
     pub attn: Buf<R>,
@@ -121,6 +138,8 @@ pub(crate) struct Buffers<R> {
     pub shared: bool,
     /// One for each layer; the same one where layers share.
     pub layers: Vec<LayerBuffers<R>>,
+    /// In decoding, one for each layer.
+    pub caches: Vec<CacheBuf>,
     /// Values before rounding `[t, k, e]`.
     pub v_pre: Buf<R>,
     /// `[t]`
@@ -171,27 +190,21 @@ impl Allocator<'_> {
         }
     }
 
-    fn attn<R: Real>(&mut self, category: Category, name: &str, len: usize) -> AttnBuf<R> {
+    fn attn<R: Real>(&mut self, name: &str, width: usize) -> AttnBuf<R> {
+        let len = self.rows * width;
         match self.numerics {
-            Numerics::F32 => AttnBuf::Real(self.plan.alloc(category, name, len)),
-            Numerics::Bf16 | Numerics::Int8 => AttnBuf::Bf16(self.plan.alloc(category, name, len)),
+            Numerics::F32 => AttnBuf::Real(self.real(name, width)),
+            Numerics::Bf16 | Numerics::Int8 => {
+                AttnBuf::Bf16(self.plan.alloc(Category::Activations, name, len))
+            }
         }
     }
 
-    fn layer<R: Real>(
-        &mut self,
-        l: &str,
-        spec: &ModelSpec,
-        cache: Option<usize>,
-    ) -> LayerBuffers<R> {
+    fn layer<R: Real>(&mut self, l: &str, spec: &ModelSpec) -> LayerBuffers<R> {
         let c = &spec.config;
         let (h, k) = (c.num_attention_heads, c.num_key_value_heads);
         let (qw, kw) = (h * c.head_dim, k * c.head_dim);
         let (d, f) = (c.hidden_size, c.intermediate_size);
-        let (kv_category, kv_rows) = match cache {
-            Some(context) => (Category::KvCache, context),
-            None => (Category::Activations, self.rows),
-        };
         let name = |what: &str| format!("{l}.{what}");
         LayerBuffers {
             x_mid: self.real(&name("x_mid"), d),
@@ -202,9 +215,9 @@ impl Allocator<'_> {
             k_pre: self.real(&name("k_pre"), kw),
             inv_q: self.real(&name("inv_q"), h),
             inv_k: self.real(&name("inv_k"), k),
-            q: self.attn(Category::Activations, &name("q"), self.rows * qw),
-            k: self.attn(kv_category, &name("k"), kv_rows * kw),
-            v: self.attn(kv_category, &name("v"), kv_rows * kw),
+            q: self.attn(&name("q"), qw),
+            k: self.attn(&name("k"), kw),
+            v: self.attn(&name("v"), kw),
             attn: self.real(&name("attn"), qw),
             lse: self.real(&name("lse"), h),
             act_o: self.act(&name("act_o"), qw),
@@ -219,14 +232,16 @@ impl Allocator<'_> {
 impl<R: Real> Buffers<R> {
     pub fn reserve(plan: &mut Plan, spec: &ModelSpec, purpose: Purpose) -> Self {
         let c = &spec.config;
-        let (rows, positions_len, shared, head_chunk, cache) = match purpose {
-            Purpose::Train(s) => (s.rows, s.positions, s.recompute, s.head_chunk, None),
+        let (rows, positions_len, shared, head_chunk) = match purpose {
+            Purpose::Train(s) => (s.rows, s.positions, s.recompute, s.head_chunk),
             Purpose::Infer {
                 rows,
                 context,
                 head_chunk,
-            } => (rows, context, true, head_chunk, Some(context)),
+            } => (rows, context, true, head_chunk),
+            Purpose::Decode(s) => (s.rows, s.positions, true, s.head_chunk),
         };
+        let train = matches!(purpose, Purpose::Train(_));
         let group_size = spec.scheme.map_or(1, |s| s.group_size);
         let table = positions_len * c.head_dim / 2;
         let (cos, sin) = (
@@ -243,16 +258,13 @@ impl<R: Real> Buffers<R> {
         let ids = a.plan.alloc(Category::Activations, "ids", rows);
         let targets = a.plan.alloc(Category::Activations, "targets", rows);
         let positions = a.plan.alloc(Category::Activations, "positions", rows);
-        let residuals = if cache.is_some() {
-            2
-        } else {
-            c.num_hidden_layers + 1
-        };
+        let residuals = if train { c.num_hidden_layers + 1 } else { 2 };
         let x: Vec<_> = (0..residuals)
             .map(|l| a.real(&format!("layers.{l}.x"), c.hidden_size))
             .collect();
-        let layers = layer_buffers(&mut a, spec, shared, cache);
-        let backward = matches!(purpose, Purpose::Train(_)).then(|| backward_buffers(&mut a, spec));
+        let layers = layer_buffers(&mut a, spec, shared);
+        let caches = caches(a.plan, spec, purpose);
+        let backward = train.then(|| backward_buffers(&mut a, spec));
         Self {
             rows,
             head_chunk,
@@ -265,6 +277,7 @@ impl<R: Real> Buffers<R> {
             x,
             shared,
             layers,
+            caches,
             v_pre: a.real("v_pre", c.num_key_value_heads * c.head_dim),
             inv_final: a.real("inv_final", 1),
             act_head: a.act("act_head", c.hidden_size),
@@ -276,29 +289,35 @@ impl<R: Real> Buffers<R> {
     }
 }
 
-/// Buffers of each layer. Layers that share keep their own caches.
+/// Buffers of each layer; the same ones where layers share.
 fn layer_buffers<R: Real>(
     a: &mut Allocator<'_>,
     spec: &ModelSpec,
     shared: bool,
-    cache: Option<usize>,
 ) -> Vec<LayerBuffers<R>> {
-    let c = &spec.config;
-    if !shared {
-        return (0..c.num_hidden_layers)
-            .map(|l| a.layer(&format!("layers.{l}"), spec, cache))
-            .collect();
+    let num_layers = spec.config.num_hidden_layers;
+    if shared {
+        return vec![a.layer("layers.shared", spec); num_layers];
     }
-    let first = a.layer("layers.shared", spec, cache);
-    let mut layers = vec![first; c.num_hidden_layers];
-    if let Some(context) = cache {
-        let len = context * c.num_key_value_heads * c.head_dim;
-        for (l, layer) in layers.iter_mut().enumerate().skip(1) {
-            layer.k = a.attn(Category::KvCache, &format!("layers.{l}.k"), len);
-            layer.v = a.attn(Category::KvCache, &format!("layers.{l}.v"), len);
-        }
-    }
+    let names = (0..num_layers).map(|l| format!("layers.{l}"));
+    names.map(|name| a.layer(&name, spec)).collect()
+}
+
+/// The cache of each layer, in decoding.
+fn caches(plan: &mut Plan, spec: &ModelSpec, purpose: Purpose) -> Vec<CacheBuf> {
+    let Purpose::Decode(decode) = purpose else {
+        return Vec::new();
+    };
+    let shape = CacheShape {
+        kind: decode.cache,
+        num_blocks: decode.num_blocks,
+        num_kv_heads: spec.config.num_key_value_heads,
+        head_dim: spec.config.head_dim,
+    };
+    let layers = 0..spec.config.num_hidden_layers;
     layers
+        .map(|l| shape.reserve(plan, &format!("layers.{l}")))
+        .collect()
 }
 
 fn backward_buffers<R: Real>(a: &mut Allocator<'_>, spec: &ModelSpec) -> BackwardBuffers<R> {

@@ -13,9 +13,9 @@ mod parameters;
 mod qwen3;
 mod rope;
 
-pub use buffers::{Purpose, TrainShape};
+pub use buffers::{DecodeShape, Purpose, TrainShape};
 pub use parameters::{
     Form, Parameter, ParameterUse, Parameters, ProjectFailure, Scheme, SetError, is_frozen,
 };
-pub use qwen3::{ModelSpec, Qwen3, Teacher};
+pub use qwen3::{CachedRows, ModelSpec, Qwen3, Teacher};
 pub use rope::{RopeTable, inverse_frequencies};

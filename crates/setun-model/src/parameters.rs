@@ -1,7 +1,7 @@
 //! The parameters of a model in a backend: latent weights, gradients, projections.
 
 use setun_backend::{
-    Backend, Buf, Category, Plan, ProjectStats, Real, TernaryBuf, WeightBuf, WeightData,
+    Backend, Buf, Category, PackedBuf, Plan, ProjectStats, Real, TernaryBuf, WeightBuf, WeightData,
 };
 use setun_formats::Qwen3Config;
 use setun_ternary::reconstruct_latents;
@@ -36,6 +36,9 @@ pub struct ParameterUse<'a> {
     pub train: bool,
     /// Whether matrices have a buffer for [`Form::Blend`].
     pub blend: bool,
+    /// Matrices stay packed: bytes of one `[out, in]` with groups of a size, as
+    /// [`Backend::packed_len`] says. Only decoding in numerics int8 can use them.
+    pub packed: Option<fn(usize, usize, usize) -> usize>,
     /// Parameters that stay as they are: parts of their names, see [`is_frozen`].
     pub freeze: &'a [String],
 }
@@ -67,6 +70,8 @@ pub struct Parameter<R> {
     pub grad: Option<Buf<R>>,
     /// Projection: what the forward pass multiplies with.
     pub ternary: Option<TernaryBuf>,
+    /// Projection that stays packed: what the forward pass multiplies with in decoding.
+    pub packed: Option<PackedBuf>,
     /// Values on their way from the latents to the projection.
     pub blend: Option<Buf<R>>,
     /// What the forward pass multiplies with now.
@@ -88,6 +93,13 @@ impl<R> Parameter<R> {
             Form::Latent => self.latent,
             Form::Blend => self.blend,
         };
+        if let Some(packed) = self.packed {
+            return WeightBuf {
+                out: self.rows,
+                inp: self.cols,
+                data: WeightData::Packed(packed),
+            };
+        }
         let data = match (dense, self.ternary, self.latent) {
             (Some(values), _, _) => WeightData::Dense(values),
             (None, Some(ternary), _) => WeightData::Ternary(ternary),
@@ -188,7 +200,17 @@ impl<R: Real> Parameters<R> {
             let is_matrix = info.is_matrix();
             let cols = *info.shape.last().unwrap_or(&1);
             let rows = info.numel() / cols;
-            let ternary = scheme.filter(|_| is_matrix).map(|scheme| {
+            let packed = scheme.filter(|_| is_matrix).zip(purpose.packed);
+            let packed = packed.map(|(scheme, packed_len)| PackedBuf {
+                bytes: plan.alloc(
+                    Category::Parameters,
+                    format!("{}.packed", info.name),
+                    packed_len(rows, cols, scheme.group_size),
+                ),
+                group_size: scheme.group_size,
+            });
+            let trits = scheme.filter(|_| is_matrix && packed.is_none());
+            let ternary = trits.map(|scheme| {
                 let group_size = scheme.group_size;
                 let scales = rows * groups_per_row(cols, group_size);
                 TernaryBuf {
@@ -206,7 +228,7 @@ impl<R: Real> Parameters<R> {
                 }
             });
             let frozen = is_frozen(&info.name, purpose.freeze);
-            let latent = (purpose.train || ternary.is_none())
+            let latent = (purpose.train || (ternary.is_none() && packed.is_none()))
                 .then(|| plan.alloc(Category::Parameters, info.name.clone(), rows * cols));
             let blend = (purpose.blend && ternary.is_some()).then(|| {
                 let name = format!("{} blend", info.name);
@@ -223,6 +245,7 @@ impl<R: Real> Parameters<R> {
                 latent,
                 grad,
                 ternary,
+                packed,
                 blend,
                 form: Form::default(),
                 frozen,
@@ -326,6 +349,17 @@ impl<R: Real> Parameters<R> {
     ) -> Result<(), SetError> {
         let p = self.named(name)?;
         let given = (matrix.rows, matrix.cols, matrix.group_size);
+        if let Some(to) = p.packed
+            && given == (p.rows, p.cols, to.group_size)
+        {
+            matrix.check().map_err(|(row, source)| SetError::Packed {
+                name: name.to_owned(),
+                row,
+                source,
+            })?;
+            b.write_packed(to, matrix);
+            return Ok(());
+        }
         let buf = p
             .ternary
             .filter(|t| given == (p.rows, p.cols, t.group_size));
@@ -391,11 +425,9 @@ impl<R: Real> Parameters<R> {
 }
 
 fn form_error<R>(p: &Parameter<R>, given: &str) -> SetError {
-    let model = match p.ternary {
-        Some(t) => format!(
-            "ternary {}x{} in groups of {}",
-            p.rows, p.cols, t.group_size
-        ),
+    let group_size = p.ternary.map(|t| t.group_size);
+    let model = match group_size.or(p.packed.map(|t| t.group_size)) {
+        Some(group_size) => format!("ternary {}x{} in groups of {group_size}", p.rows, p.cols),
         None => format!("dense {}x{}", p.rows, p.cols),
     };
     SetError::Form {

@@ -8,9 +8,10 @@
 use crate::buffers::{Buffers, LayerBuffers, Purpose};
 use crate::parameters::{Parameter, ParameterUse, Parameters, Scheme};
 use crate::rope::RopeTable;
+use setun_backend::topk::{Kept, TopK};
 use setun_backend::{
-    ActBuf, Attention, AttentionBackward, Backend, Buf, CrossEntropy, Distillation, NormRope, Plan,
-    Real, RmsNorm, Segment,
+    ActBuf, Attention, AttentionBackward, Backend, Buf, CacheStore, CachedAttention, CachedSegment,
+    CrossEntropy, Distillation, NormRope, Plan, Real, RmsNorm, Segment,
 };
 use setun_formats::Qwen3Config;
 use setun_ternary::Numerics;
@@ -64,9 +65,25 @@ pub struct Teacher<'a, R: Real> {
 struct Call<'a> {
     /// Rows in use.
     rows: usize,
-    /// Row of the keys and values at which the new ones begin.
-    kv_start: usize,
-    segments: &'a [Segment],
+    keys: Keys<'a>,
+}
+
+/// What the rows of a call attend to.
+#[derive(Clone, Copy)]
+enum Keys<'a> {
+    /// The call's own rows.
+    Own(&'a [Segment]),
+    /// A cache, to which the rows are added first.
+    Cached(CachedRows<'a>),
+}
+
+/// Rows of a call that has a cache.
+#[derive(Clone, Copy, Debug)]
+pub struct CachedRows<'a> {
+    /// Slot of the cache for each row.
+    pub slots: &'a [u32],
+    /// Sequences.
+    pub segments: &'a [CachedSegment<'a>],
 }
 
 fn rows_of<R>(buf: Buf<R>, rows: usize, width: usize) -> Buf<R> {
@@ -145,19 +162,29 @@ impl<R: Real> Qwen3<R> {
     }
 
     /// Forward pass of the batch in the buffers: `rows` tokens, attention within
-    /// `segments`. `kv_start` is the row of the cache behind the past (0 in training).
-    pub fn forward<B: Backend<Real = R>>(
-        &self,
-        b: &mut B,
-        rows: usize,
-        kv_start: usize,
-        segments: &[Segment],
-    ) {
-        let call = Call {
-            rows,
-            kv_start,
-            segments,
-        };
+    /// `segments`.
+    pub fn forward<B: Backend<Real = R>>(&self, b: &mut B, rows: usize, segments: &[Segment]) {
+        let keys = Keys::Own(segments);
+        self.run(b, Call { rows, keys });
+    }
+
+    /// As [`forward`](Self::forward), of a model laid out for decoding: the tokens are
+    /// added to the cache and attend to what their sequences have there.
+    pub fn forward_cached<B: Backend<Real = R>>(&self, b: &mut B, cached: CachedRows<'_>) {
+        let keys = Keys::Cached(cached);
+        let rows = cached.slots.len();
+        self.run(b, Call { rows, keys });
+    }
+
+    /// Copies slots `(from, to)` of the cache, in every layer, in this order.
+    pub fn move_cached<B: Backend<Real = R>>(&self, b: &mut B, moves: &[(u32, u32)]) {
+        for &cache in &self.buffers.caches {
+            b.cache_move(cache, moves);
+        }
+    }
+
+    fn run<B: Backend<Real = R>>(&self, b: &mut B, call: Call<'_>) {
+        let rows = call.rows;
         let d = self.spec.config.hidden_size;
         let embedding = self.parameters.list[0].weight();
         let first = rows_of(self.residual(0), rows, d);
@@ -185,14 +212,8 @@ impl<R: Real> Qwen3<R> {
     ) {
         self.head(b, rows, gradient_scale, teacher);
         if gradient_scale.is_some() {
-            self.backward(
-                b,
-                Call {
-                    rows,
-                    kv_start: 0,
-                    segments,
-                },
-            );
+            let keys = Keys::Own(segments);
+            self.backward(b, Call { rows, keys });
         }
     }
 
@@ -217,6 +238,30 @@ impl<R: Real> Qwen3<R> {
         let logits = rows_of(self.buffers.logits, n, head.out);
         b.linear(self.buffers.act_head.rows(start, n, head.inp), head, logits);
         logits
+    }
+
+    /// Logits of rows `start..` of the last forward pass, `[rows, v]`, a chunk at a time.
+    pub fn read_logit_rows<B: Backend<Real = R>>(&self, b: &mut B, start: usize, logits: &mut [R]) {
+        let (v, chunk) = (self.head_parameter().rows, self.buffers.head_chunk);
+        for (i, logits) in logits.chunks_mut(v * chunk).enumerate() {
+            let from = self.chunk_of_logits(b, start + i * chunk, logits.len() / v);
+            b.read(from, logits);
+        }
+    }
+
+    /// The best entries of the logits of rows `start..start + n` of the last forward pass,
+    /// with the sums of their exponentials; at most `head_chunk` rows.
+    pub fn topk_rows<B: Backend<Real = R>>(
+        &self,
+        b: &mut B,
+        (start, n): (usize, usize),
+        wanted: TopK<'_>,
+        kept: &mut Kept,
+    ) {
+        let head = self.head_parameter().weight();
+        let x = self.buffers.act_head.rows(start, n, head.inp);
+        let logits = rows_of(self.buffers.logits, n, head.out);
+        b.linear_topk(x, head, logits, wanted, kept);
     }
 
     /// Logits `[1, v]` of row `row` of the last forward pass.
@@ -303,19 +348,53 @@ impl<R: Real> Qwen3<R> {
         }
     }
 
-    fn attention<'a>(&self, s: &LayerBuffers<R>, call: Call<'a>) -> Attention<'a, R> {
+    fn attention<'a>(
+        &self,
+        s: &LayerBuffers<R>,
+        rows: usize,
+        segments: &'a [Segment],
+    ) -> Attention<'a, R> {
         let c = &self.spec.config;
         let width = c.num_attention_heads * c.head_dim;
         Attention {
-            q: s.q.rows(0, call.rows, width),
+            q: s.q.rows(0, rows, width),
             k: s.k,
             v: s.v,
-            out: rows_of(s.attn, call.rows, width),
-            lse: rows_of(s.lse, call.rows, c.num_attention_heads),
-            segments: call.segments,
+            out: rows_of(s.attn, rows, width),
+            lse: rows_of(s.lse, rows, c.num_attention_heads),
+            segments,
             num_heads: c.num_attention_heads,
             num_kv_heads: c.num_key_value_heads,
             head_dim: c.head_dim,
+        }
+    }
+
+    /// Attention of a call's queries, behind norm and RoPE, to the call's keys.
+    fn attend<B: Backend<Real = R>>(&self, b: &mut B, l: usize, call: Call<'_>) {
+        let c = &self.spec.config;
+        let s = &self.buffers.layers[l];
+        let (qw, kw) = (
+            c.num_attention_heads * c.head_dim,
+            c.num_key_value_heads * c.head_dim,
+        );
+        match call.keys {
+            Keys::Own(segments) => b.attention(self.attention(s, call.rows, segments)),
+            Keys::Cached(cached) => {
+                let cache = self.buffers.caches[l];
+                b.cache_store(CacheStore {
+                    k: s.k.rows(0, call.rows, kw),
+                    v: s.v.rows(0, call.rows, kw),
+                    slots: cached.slots,
+                    cache,
+                });
+                b.cached_attention(CachedAttention {
+                    q: s.q.rows(0, call.rows, qw),
+                    out: rows_of(s.attn, call.rows, qw),
+                    cache,
+                    segments: cached.segments,
+                    num_heads: c.num_attention_heads,
+                });
+            }
         }
     }
 
@@ -341,12 +420,9 @@ impl<R: Real> Qwen3<R> {
         let v_pre = rows_of(self.buffers.v_pre, rows, kw);
         b.linear(act_qkv, weight(V_PROJ), v_pre);
         b.norm_rope(self.head_norm(l, false, rows), s.q.rows(0, rows, qw));
-        b.norm_rope(
-            self.head_norm(l, true, rows),
-            s.k.rows(call.kv_start, rows, kw),
-        );
-        b.round_attention(v_pre, s.v.rows(call.kv_start, rows, kw));
-        b.attention(self.attention(s, call));
+        b.norm_rope(self.head_norm(l, true, rows), s.k.rows(0, rows, kw));
+        b.round_attention(v_pre, s.v.rows(0, rows, kw));
+        self.attend(b, l, call);
         let act_o = s.act_o.rows(0, rows, qw);
         b.round_activation(rows_of(s.attn, rows, qw), qw, act_o);
         let x_mid = rows_of(s.x_mid, rows, d);
@@ -485,8 +561,11 @@ impl<R: Real> Qwen3<R> {
         let (dk, dv) = (rows_of(g.dk, rows, kw), rows_of(g.dv, rows, kw));
         weight_gradient(b, p(O_PROJ), dx, s.act_o.rows(0, rows, qw));
         b.linear_dx(dx, p(O_PROJ).weight(), dattn, self.exact(), false);
+        let Keys::Own(segments) = call.keys else {
+            unreachable!("a backward pass has no cache")
+        };
         b.attention_backward(AttentionBackward {
-            forward: self.attention(s, call),
+            forward: self.attention(s, rows, segments),
             dout: dattn,
             delta: rows_of(g.delta, rows, c.num_attention_heads),
             dq,

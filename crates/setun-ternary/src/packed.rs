@@ -124,6 +124,28 @@ impl PackedMatrix {
         }
     }
 
+    /// Checks that every code is a trit's and all padding is zero, without unpacking.
+    ///
+    /// # Errors
+    /// The first bad row, and what [`unpack_row`] says about it.
+    pub fn check(&self) -> Result<(), (usize, PackError)> {
+        let stride = self.group_size.div_ceil(4);
+        let used = self.cols - (self.groups() - 1) * self.group_size;
+        for row in 0..self.rows {
+            let bytes = self.row_bytes(row);
+            // Code 3 has both bits set. What is behind the last weight is zero.
+            let bad = bytes.iter().fold(0, |bad, b| bad | (b & b >> 1 & 0x55));
+            let last = &bytes[bytes.len() - stride..];
+            let padded = (used..4 * stride).any(|i| last[i / 4] >> (2 * (i % 4)) & 3 != 0);
+            let inner = !self.group_size.is_multiple_of(4);
+            if bad != 0 || padded || inner {
+                let mut trits = vec![0i8; self.cols];
+                self.unpack_row(row, &mut trits).map_err(|e| (row, e))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Groups of a row.
     pub fn groups(&self) -> usize {
         groups_per_row(self.cols, self.group_size)
@@ -238,6 +260,23 @@ mod tests {
             unpack_row(&bytes, 5, &mut out),
             Err(PackError::BadPadding { group: 0 })
         );
+    }
+
+    #[test]
+    fn the_check_finds_what_unpacking_finds() {
+        for (cols, group_size) in [(6, 5), (70, 32), (64, 64)] {
+            let latents: Vec<f32> = (0..3 * cols).map(|i| (i % 7) as f32 - 3.0).collect();
+            let good = PackedMatrix::from_latents(&latents, cols, group_size, ScaleRule::Mean);
+            let good = good.unwrap();
+            assert_eq!(good.check(), Ok(()));
+            for bit in 0..8 * good.trits.len() {
+                let mut bad = good.clone();
+                bad.trits[bit / 8] ^= 1 << (bit % 8);
+                let mut out = vec![0; cols];
+                let first = (0..3).find_map(|r| bad.unpack_row(r, &mut out).err().map(|e| (r, e)));
+                assert_eq!(bad.check().err(), first);
+            }
+        }
     }
 
     #[test]

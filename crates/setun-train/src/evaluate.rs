@@ -93,7 +93,7 @@ impl Evaluator {
                 &batch.positions[..n],
                 &batch.targets[..n],
             );
-            model.forward(backend, n, 0, &batch.segments);
+            model.forward(backend, n, &batch.segments);
             model.loss_and_backward(backend, n, &batch.segments, None, None);
             model.read_losses(backend, &mut batch.losses[..n]);
             // One by one: partial sums would depend on the batch size.
@@ -202,7 +202,7 @@ impl Evaluator {
                 &batch.positions[..n],
                 &batch.targets[..n],
             );
-            model.forward(backend, n, 0, &batch.segments);
+            model.forward(backend, n, &batch.segments);
             for row in 0..n {
                 model.read_logits(backend, row, &mut row_logits);
                 out.values.extend_from_slice(&row_logits);

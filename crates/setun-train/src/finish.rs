@@ -16,7 +16,7 @@ use crate::settings::Settings;
 use serde::Serialize;
 use setun_backend::Isa;
 use setun_formats::Tokenizer;
-use setun_infer::{Engine, EngineOptions, SamplerOptions, StopRules};
+use setun_infer::{Engine, EngineOptions, Request, SamplerOptions, StopRules};
 use setun_io::{
     ConvertOptions, FileOps, Format, IoError, OpenModel, RealOps, VerifyReport, convert, verify,
     write_atomic, write_atomic_with,
@@ -111,12 +111,7 @@ impl Finish {
             return Ok(Vec::new());
         }
         let context = s.prompt_tokens + s.max_tokens;
-        let options = EngineOptions {
-            context,
-            threads: self.threads,
-            isa: self.isa,
-            numerics: None,
-        };
+        let options = EngineOptions::new(context, self.threads, self.isa);
         let mut engine = Engine::load(model, options)?;
         let sampler = SamplerOptions {
             temperature: s.temperature as f32,
@@ -137,8 +132,13 @@ impl Finish {
         );
         let mut samples = Vec::new();
         for (request, prompt) in prompts.iter().enumerate() {
-            let seed = (self.settings.run.seed, request as u64);
-            let out = engine.generate(prompt, sampler, &stop, seed, |_| {})?;
+            let request = Request {
+                prompt: prompt.clone(),
+                sampler,
+                stop: stop.clone(),
+                seed: (self.settings.run.seed, request as u64),
+            };
+            let out = engine.generate(&request, |_| {})?;
             let text = self.tokenizer.decode(&out.tokens);
             let prompt = self.tokenizer.decode(prompt);
             let training = training.iter().map(String::as_str);

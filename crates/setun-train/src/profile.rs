@@ -4,12 +4,13 @@
 //! an operation; switched on, two readings of the clock. It changes no result.
 
 use serde::Serialize;
+use setun_backend::topk::{Kept, TopK};
 use setun_backend::{
-    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Distillation,
-    Extent, LayerNorm, LayerNormBackward, NormRope, ProjectError, ProjectStats, RmsNorm, Segment,
-    TernaryBuf, WeightBuf,
+    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CacheBuf, CacheStore,
+    CachedAttention, CrossEntropy, Distillation, Extent, LayerNorm, LayerNormBackward, NormRope,
+    PackedBuf, ProjectError, ProjectStats, RmsNorm, Segment, TernaryBuf, WeightBuf,
 };
-use setun_ternary::ScaleRule;
+use setun_ternary::{PackedMatrix, ScaleRule};
 use std::fmt;
 use std::time::Instant;
 
@@ -260,6 +261,38 @@ impl<B: Backend> Backend for Profiled<B> {
 
     fn share(&mut self, extents: &[Extent]) -> B::Shared {
         self.inner.share(extents)
+    }
+
+    // Decoding has no part in a training step.
+    fn packed_len(out: usize, inp: usize, group_size: usize) -> usize {
+        B::packed_len(out, inp, group_size)
+    }
+
+    fn write_packed(&mut self, to: PackedBuf, matrix: &PackedMatrix) {
+        self.inner.write_packed(to, matrix);
+    }
+
+    fn linear_topk(
+        &mut self,
+        x: ActBuf<B::Real>,
+        w: WeightBuf<B::Real>,
+        logits: Buf<B::Real>,
+        wanted: TopK<'_>,
+        kept: &mut Kept,
+    ) {
+        self.inner.linear_topk(x, w, logits, wanted, kept);
+    }
+
+    fn cache_store(&mut self, op: CacheStore<'_, B::Real>) {
+        self.inner.cache_store(op);
+    }
+
+    fn cache_move(&mut self, cache: CacheBuf, moves: &[(u32, u32)]) {
+        self.inner.cache_move(cache, moves);
+    }
+
+    fn cached_attention(&mut self, op: CachedAttention<'_, B::Real>) {
+        self.inner.cached_attention(op);
     }
 
     fn zero<T: bytemuck::Pod>(&mut self, buf: Buf<T>) {

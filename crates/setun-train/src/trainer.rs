@@ -67,6 +67,7 @@ impl Layout {
         let parameters = ParameterUse {
             train: true,
             blend: train.blend_steps > 0,
+            packed: None,
             freeze: &train.freeze,
         };
         let model = Qwen3::reserve_with(&mut plan, spec, Purpose::Train(shape), parameters);
@@ -393,11 +394,11 @@ impl<B: Backend<Real = f32>> Trainer<B> {
             let b = &mut self.backend;
             self.model
                 .write_batch(b, inputs, &batch.positions[..n], targets);
-            self.model.forward(b, n, 0, &batch.segments);
+            self.model.forward(b, n, &batch.segments);
             let scale = Some(1.0 / num_targets);
             let teacher = self.teacher.as_ref().map(|model| {
                 model.write_batch(b, inputs, &batch.positions[..n], &[]);
-                model.forward(b, n, 0, &batch.segments);
+                model.forward(b, n, &batch.segments);
                 Teacher {
                     model,
                     weight: self.options.teacher_weight,

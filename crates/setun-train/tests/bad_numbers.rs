@@ -9,8 +9,9 @@ use setun_backend::ops::{
     LayerNormBackward, NormRope, RmsNorm, TernaryBuf, WeightBuf,
 };
 use setun_backend::ops::{ProjectError, ProjectStats};
-use setun_backend::{Backend, Buf, Host};
-use setun_ternary::ScaleRule;
+use setun_backend::topk::{Kept, TopK};
+use setun_backend::{Backend, Buf, CacheBuf, CacheStore, CachedAttention, Host, PackedBuf};
+use setun_ternary::{PackedMatrix, ScaleRule};
 use setun_train::trainer::Trainer;
 use tiny::{Random, Scratch, State};
 
@@ -131,6 +132,38 @@ impl Backend for Poisoned {
     fn layer_norm_backward(&mut self, op: LayerNormBackward<f32>) {
         self.host.layer_norm_backward(op);
     }
+    // Decoding has no part in a training step.
+    fn packed_len(out: usize, inp: usize, group_size: usize) -> usize {
+        Host::<f32>::packed_len(out, inp, group_size)
+    }
+
+    fn write_packed(&mut self, to: PackedBuf, matrix: &PackedMatrix) {
+        self.host.write_packed(to, matrix);
+    }
+
+    fn linear_topk(
+        &mut self,
+        x: ActBuf<f32>,
+        w: WeightBuf<f32>,
+        logits: Buf<f32>,
+        wanted: TopK<'_>,
+        kept: &mut Kept,
+    ) {
+        self.host.linear_topk(x, w, logits, wanted, kept);
+    }
+
+    fn cache_store(&mut self, op: CacheStore<'_, f32>) {
+        self.host.cache_store(op);
+    }
+
+    fn cache_move(&mut self, cache: CacheBuf, moves: &[(u32, u32)]) {
+        self.host.cache_move(cache, moves);
+    }
+
+    fn cached_attention(&mut self, op: CachedAttention<'_, f32>) {
+        self.host.cached_attention(op);
+    }
+
     fn sum_squares(&mut self, x: Buf<f32>) -> f64 {
         self.host.sum_squares(x)
     }

@@ -135,8 +135,7 @@ impl Case {
         }
         run.model
             .write_batch(&mut run.backend, &inputs, &positions, &targets);
-        run.model
-            .forward(&mut run.backend, inputs.len(), 0, &segments);
+        run.model.forward(&mut run.backend, inputs.len(), &segments);
         segments
     }
 

@@ -1,5 +1,6 @@
 //! What the user asked for, as plain values.
 
+use setun_backend::CacheKind;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -15,7 +16,7 @@ use crate::flags;
 
 mod bench;
 
-pub use bench::{BenchArgs, Benchmark, Shape};
+pub use bench::{BenchArgs, Benchmark, Decoding, DecodingArgs, Shape};
 
 /// A command with its arguments.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,8 +77,16 @@ pub struct GenerateArgs {
     pub model: PathBuf,
     /// Which checkpoint, if `model` is a run.
     pub checkpoint: CheckpointChoice,
-    /// Text to continue.
-    pub prompt: String,
+    /// Text to continue, unless there are `prompts`.
+    pub prompt: Option<String>,
+    /// File with a prompt on each line.
+    pub prompts: Option<PathBuf>,
+    /// Beams of a beam search; 0 samples.
+    pub beams: usize,
+    /// Exponent of the length in the score of a beam.
+    pub length_penalty: f64,
+    /// How keys and values are stored; `None` for exactly.
+    pub kv: Option<CacheKind>,
     /// Most tokens to generate.
     pub max_tokens: usize,
     /// Softmax temperature; 0 is greedy.
@@ -305,7 +314,11 @@ fn generate(matches: &ArgMatches) -> GenerateArgs {
     GenerateArgs {
         model: value(matches, "model"),
         checkpoint: value(matches, "checkpoint"),
-        prompt: value(matches, "prompt"),
+        prompt: matches.get_one("prompt").cloned(),
+        prompts: matches.get_one("prompts").cloned(),
+        beams: value(matches, "beams"),
+        length_penalty: value(matches, "length-penalty"),
+        kv: matches.get_one("kv").copied(),
         max_tokens: value(matches, "max-tokens"),
         temperature: value(matches, "temperature"),
         top_k: value(matches, "top-k"),

@@ -1,15 +1,14 @@
 //! What each command does: open, call the library, print.
 
 use crate::args::{
-    CheckpointChoice, EvalArgs, GenerateArgs, ReportArgs, TokenizeArgs, TokenizerShowArgs,
-    TokenizerSource, TokenizerTrainArgs, TrainArgs, VerifyArgs,
+    CheckpointChoice, EvalArgs, ReportArgs, TokenizeArgs, TokenizerShowArgs, TokenizerSource,
+    TokenizerTrainArgs, TrainArgs, VerifyArgs,
 };
 use crate::console::{self, Console};
 use crate::environment::Environment;
 use crate::{CommandResult, Outcome, WrongUsage};
 use setun_backend::Isa;
 use setun_formats::Tokenizer;
-use setun_infer::{Engine, EngineOptions, FinishReason, SamplerOptions, StopRules};
 use setun_io::{OpenModel, Which, write_atomic};
 use setun_train::data::{TokenSet, load_documents};
 use setun_train::report::Report;
@@ -18,11 +17,9 @@ use setun_train::settings::Settings;
 use setun_train::{evaluate, finish, machine, run};
 use std::cell::RefCell;
 use std::error::Error;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 /// As `println!`, but what cannot be printed is an error of the function and no panic.
 macro_rules! say {
@@ -33,9 +30,11 @@ macro_rules! say {
 
 mod bench;
 mod convert;
+mod generate;
 
 pub use bench::bench;
 pub use convert::{convert, inspect};
+pub use generate::generate;
 
 /// `setun train`
 pub fn train(args: TrainArgs, environment: &Environment) -> CommandResult {
@@ -179,58 +178,6 @@ pub fn verify(args: VerifyArgs, _: &Environment) -> CommandResult {
     } else {
         Outcome::CheckFailed
     })
-}
-
-/// `setun generate`
-pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult {
-    let sampler = SamplerOptions {
-        temperature: args.temperature as f32,
-        top_k: args.top_k,
-        top_p: args.top_p as f32,
-        min_p: args.min_p as f32,
-        repetition_penalty: args.repetition_penalty as f32,
-    };
-    sampler.validate()?;
-    let model = open(&args.model, args.checkpoint)?;
-    let tokenizer = tokenizer_of(&model)?;
-    let prompt = tokenizer.encode_with_special(&args.prompt)?;
-    let context = (prompt.len() + args.max_tokens).min(model.config().max_position_embeddings);
-    let options = EngineOptions {
-        context,
-        threads: machine::threads(args.threads),
-        isa: isa(environment)?,
-        numerics: None,
-    };
-    let mut engine = Engine::load(&model, options)?;
-    let end_tokens = model.config().eos_token_ids.clone();
-    let stop = StopRules {
-        end_tokens,
-        max_tokens: args.max_tokens,
-    };
-    console::print(format_args!("{}", args.prompt))?;
-    let mut stream = tokenizer.stream();
-    let mut out = std::io::stdout();
-    let start = Instant::now();
-    let generation = engine.generate(&prompt, sampler, &stop, (args.seed, 0), |token| {
-        if let Some(text) = stream.push(token) {
-            // A closed pipe ends the output, not the program's answer.
-            let _ = write!(out, "{text}").and_then(|()| out.flush());
-        }
-    })?;
-    say!("{}", stream.finish().unwrap_or_default());
-    if generation.reason == FinishReason::ContextFull {
-        console::tell(format_args!("the context of {context} tokens is full"));
-    }
-    if args.stats {
-        let seconds = start.elapsed().as_secs_f64();
-        let tokens = generation.tokens.len();
-        console::tell(format_args!(
-            "{} prompt tokens, {tokens} new tokens, {:.1} tokens/s",
-            prompt.len(),
-            tokens as f64 / seconds
-        ));
-    }
-    Ok(Outcome::Success)
 }
 
 /// `setun eval`

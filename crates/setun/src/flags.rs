@@ -4,6 +4,7 @@
 mod bench;
 mod convert;
 
+use setun_backend::CacheKind;
 use setun_ternary::Numerics;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -141,46 +142,29 @@ fn generate() -> Command {
             Arg::new("prompt")
                 .long("prompt")
                 .value_name("TEXT")
-                .required(true)
+                .required_unless_present("prompts")
+                .conflicts_with("prompts")
                 .help("Text to continue"),
-            checkpoint_flag(),
-            number("max-tokens", "N", "Most tokens to generate", "100"),
-            decimal(
-                "temperature",
-                not_negative,
-                "Softmax temperature; 0 is greedy",
-                "0.8",
-            ),
+            path_flag("prompts", "FILE")
+                .help("Continue every line of a file, together; prints JSON lines"),
             number(
-                "top-k",
-                "N",
-                "Likeliest tokens to choose from; 0 for all",
-                "40",
-            ),
-            decimal(
-                "top-p",
-                top_p,
-                "Total probability of the tokens to choose from",
-                "0.95",
-            ),
-            decimal(
-                "min-p",
-                below_one,
-                "Least probability, relative to the likeliest",
+                "beams",
+                "K",
+                "Search with K beams instead of sampling; 0: sample",
                 "0",
             ),
             decimal(
-                "repetition-penalty",
-                above_zero,
-                "Above 1 makes tokens that occurred less likely",
-                "1",
+                "length-penalty",
+                any_number,
+                "A beam's score is its log-probability / tokens^X",
+                "0.6",
             ),
-            Arg::new("seed")
-                .long("seed")
-                .value_name("N")
-                .value_parser(value_parser!(u64))
-                .default_value("1")
-                .help("Seed of the sampling; the same seed gives the same text"),
+            kv_flag(),
+            checkpoint_flag(),
+            number("max-tokens", "N", "Most tokens to generate", "100"),
+        ])
+        .args(sampling_flags())
+        .args([
             threads_flag(),
             switch("stats").help("Print tokens and speed to standard error"),
         ])
@@ -189,6 +173,55 @@ fn generate() -> Command {
              setun generate --model runs/quickstart --prompt \"The telephone is\"\n  \
              setun generate --model out --prompt \"Iron\" --temperature 0 --max-tokens 40 --stats",
         )
+}
+
+fn sampling_flags() -> [Arg; 6] {
+    [
+        decimal(
+            "temperature",
+            not_negative,
+            "Softmax temperature; 0 is greedy",
+            "0.8",
+        ),
+        number(
+            "top-k",
+            "N",
+            "Likeliest tokens to choose from; 0 for all",
+            "40",
+        ),
+        decimal(
+            "top-p",
+            top_p,
+            "Total probability of the tokens to choose from",
+            "0.95",
+        ),
+        decimal(
+            "min-p",
+            below_one,
+            "Least probability, relative to the likeliest",
+            "0",
+        ),
+        decimal(
+            "repetition-penalty",
+            above_zero,
+            "Above 1 makes tokens that occurred less likely",
+            "1",
+        ),
+        Arg::new("seed")
+            .long("seed")
+            .value_name("N")
+            .value_parser(value_parser!(u64))
+            .default_value("1")
+            .help("Seed of the sampling; the same seed gives the same text"),
+    ]
+}
+
+fn kv_flag() -> Arg {
+    Arg::new("kv")
+        .long("kv")
+        .value_name("KIND")
+        .value_parser(|text: &str| CacheKind::from_name(text).ok_or("it is bf16, f32 or int8"))
+        .help("How keys and values are stored: bf16, f32 or int8 [default: as exact as the model]")
 }
 
 fn eval() -> Command {
@@ -497,6 +530,10 @@ fn below_one(text: &str) -> Result<f64, String> {
         |number| (0.0..1.0).contains(&number),
         "it is at least 0 and below 1",
     )
+}
+
+fn any_number(text: &str) -> Result<f64, String> {
+    checked(text, |_| true, "it is a number")
 }
 
 fn checked(text: &str, allowed: impl Fn(f64) -> bool, rule: &str) -> Result<f64, String> {

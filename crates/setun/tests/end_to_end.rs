@@ -122,6 +122,25 @@ fn the_seed_decides_the_text() {
     assert_eq!(generate(&run.join("export/packed"), "7", "1"), text);
     assert_eq!(generate(&run.join("export/hf"), "7", "1"), text);
     assert_eq!(generate(&run, "7", "0"), generate(&run, "8", "0"));
+    let file = scratch.write("prompts.txt", "The telephone\nIron\n".to_owned());
+    let batch = |flags: &[&str]| {
+        let mut generate = command([OsStr::new("generate"), "--model".as_ref(), run.as_ref()]);
+        generate.args([OsStr::new("--prompts"), file.as_ref()]);
+        generate.args(["--max-tokens", "24", "--temperature", "0"]);
+        let lines = finish(generate.args(flags)).ok().stdout;
+        let parse = |line: &str| serde_json::from_str(line).unwrap();
+        lines.lines().map(parse).collect::<Vec<Value>>()
+    };
+    let lines = batch(&[]);
+    let first = format!("The telephone{}", lines[0]["text"].as_str().unwrap());
+    assert_eq!(first + "\n", generate(&run, "7", "0"));
+    assert_eq!(
+        (lines.len(), &lines[1]["prompt"]),
+        (2, &Value::from("Iron"))
+    );
+    let beams = batch(&["--beams", "3"]);
+    let score = |i: usize| beams[i]["score"].as_f64().unwrap();
+    assert!(beams.len() == 6 && score(0) >= score(1) && score(3) >= score(4));
 }
 
 /// `setun eval` on `text`; returns the JSON that it prints and the logits file.

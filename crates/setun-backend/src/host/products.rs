@@ -1,13 +1,18 @@
 //! Linear layers of [`Host`]: forward, and both backward products.
 
 use super::Host;
+use super::transformer::packed_shape;
+use crate::cpu::RowsMut;
 use crate::cpu::gemm::{Gemm, gemm};
 use crate::cpu::int8::{Int8Rows, Int8Shape, TernaryRows, int8_linear};
 use crate::cpu::operand::{Operand, Values};
+use crate::cpu::packed::{InputRows, MAX_ROWS, pack_panels, packed_linear};
 use crate::kernels::product::Order;
 use crate::memory::{Buf, Lease};
-use crate::ops::{ActBuf, WeightBuf, WeightData};
+use crate::ops::{ActBuf, PackedBuf, WeightBuf, WeightData};
 use crate::real::Real;
+use crate::topk::{Kept, Source, TopK, run};
+use setun_ternary::PackedMatrix;
 
 /// A weight matrix as products see it.
 fn weights<'a, R: Real>(lease: &mut Lease<'a>, w: WeightBuf<R>, order: Order) -> Values<'a, R> {
@@ -18,6 +23,7 @@ fn weights<'a, R: Real>(lease: &mut Lease<'a>, w: WeightBuf<R>, order: Order) ->
             scales: lease.read(w.scales),
             group_size: w.group_size,
         },
+        WeightData::Packed(_) => panic!("packed weights meet int8 activations only"),
     }
 }
 
@@ -54,6 +60,9 @@ fn rounded<R>(x: &[R], order: Order) -> Values<'_, R> {
 
 impl<R: Real> Host<R> {
     pub(super) fn linear_op(&mut self, x: ActBuf<R>, w: WeightBuf<R>, y: Buf<R>) {
+        if let WeightData::Packed(packed) = w.data {
+            return self.packed_linear_op(x, (w.out, w.inp), packed, y);
+        }
         let rows = y.len() / w.out;
         let order = order_of(x);
         let mut lease = self.arena.lease();
@@ -109,6 +118,76 @@ impl<R: Real> Host<R> {
         };
         let scratch = lease.write(self.workspace.real);
         gemm(&self.pool, self.isa, shape, a, b, y, scratch);
+    }
+
+    fn packed_linear_op(
+        &mut self,
+        x: ActBuf<R>,
+        (out, inp): (usize, usize),
+        w: PackedBuf,
+        y: Buf<R>,
+    ) {
+        let ActBuf::Int8 {
+            q,
+            scales,
+            group_size,
+        } = x
+        else {
+            panic!("packed weights meet int8 activations only")
+        };
+        assert_eq!(
+            group_size, w.group_size,
+            "activations and weights share their groups"
+        );
+        let mut lease = self.arena.lease();
+        let (q, scales) = (lease.read(q), lease.read(scales));
+        let (bytes, y) = (lease.read(w.bytes), lease.write(y));
+        let scratch = lease.write(self.workspace.int8);
+        let x = Int8Rows { q, scales };
+        let shape = packed_shape(out, inp, group_size);
+        packed_linear(&self.pool, self.isa, shape, x, bytes, y, scratch);
+    }
+
+    pub(super) fn linear_topk_op(
+        &mut self,
+        x: ActBuf<R>,
+        w: WeightBuf<R>,
+        logits: Buf<R>,
+        wanted: TopK<'_>,
+        kept: &mut Kept,
+    ) {
+        let rows = logits.len() / w.out;
+        if let (WeightData::Packed(packed), ActBuf::Int8 { q, scales, .. }) = (w.data, x)
+            && rows <= MAX_ROWS
+        {
+            let mut lease = self.arena.lease();
+            let (q, scales) = (lease.read(q), lease.read(scales));
+            let weights = lease.read(packed.bytes);
+            let scratch = lease.write(self.workspace.int8);
+            let shape = packed_shape(w.out, w.inp, packed.group_size);
+            let inputs = InputRows::pack(shape, rows, Int8Rows { q, scales }, 0, scratch);
+            let source = Source::Head {
+                shape,
+                weights,
+                inputs: &inputs,
+            };
+            run(&self.pool, self.isa, (rows, w.out), source, wanted, kept);
+            return;
+        }
+        self.linear_op(x, w, logits);
+        let logits: Vec<f32> = self.arena.read(logits).iter().map(|x| x.to_f32()).collect();
+        let source = Source::Logits(&logits);
+        run(&self.pool, self.isa, (rows, w.out), source, wanted, kept);
+    }
+
+    pub(super) fn write_packed_op(&mut self, to: PackedBuf, matrix: &PackedMatrix) {
+        let shape = packed_shape(matrix.rows, matrix.cols, matrix.group_size);
+        assert_eq!(to.bytes.len(), shape.bytes());
+        let mut lease = self.arena.lease();
+        let panels = RowsMut::new(lease.write(to.bytes), shape.panel_bytes());
+        self.pool.by_rows(shape.panels(), 8, panels, |panels, to| {
+            pack_panels(shape, &matrix.trits, &matrix.scales, panels.start, to);
+        });
     }
 
     pub(super) fn linear_dx_op(

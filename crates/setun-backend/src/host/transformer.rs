@@ -1,14 +1,17 @@
 //! The operations of [`Host`]: leases, a split over threads, a kernel.
 
 use super::*;
+use crate::cache::{CacheBuf, CacheStore, CachedAttention};
 use crate::cpu::multiversion;
+use crate::cpu::packed::{self, PackedShape};
 use crate::kernels::attention::{Saved, Store, View, dkdv_tile, dq_block, forward_block};
 use crate::kernels::{norm::Rotation, project::project_rows};
 use crate::memory::{Extent, Lease, Shared};
 use crate::ops::*;
 use crate::real::sum_lanes;
+use crate::topk::{Kept, TopK};
 use bytemuck::Pod;
-use setun_ternary::ScaleRule;
+use setun_ternary::{PackedMatrix, ScaleRule};
 
 impl<R: Real> Backend for Host<R> {
     type Real = R;
@@ -90,6 +93,14 @@ impl<R: Real> Backend for Host<R> {
         }
     }
 
+    fn packed_len(out: usize, inp: usize, group_size: usize) -> usize {
+        packed_shape(out, inp, group_size).bytes()
+    }
+
+    fn write_packed(&mut self, to: PackedBuf, matrix: &PackedMatrix) {
+        self.write_packed_op(to, matrix);
+    }
+
     fn embedding(&mut self, ids: Buf<u32>, weight: WeightBuf<R>, y: Buf<R>) {
         let width = weight.inp;
         let mut lease = self.arena.lease();
@@ -112,6 +123,15 @@ impl<R: Real> Backend for Host<R> {
                         let trits = &trits[id as usize * width..][..width];
                         let scales = &scales[id as usize * groups..][..groups];
                         dequantize_row(self.isa, trits, scales, w.group_size, y);
+                    }
+                });
+            }
+            WeightData::Packed(w) => {
+                let shape = packed_shape(weight.out, width, w.group_size);
+                let bytes = lease.read(w.bytes);
+                self.pool.by_rows(ids.len(), GRAIN, y, |rows, y| {
+                    for (y, &id) in y.chunks_mut(width).zip(&ids[rows]) {
+                        packed::dequantize_row(shape, bytes, id as usize, y);
                     }
                 });
             }
@@ -259,6 +279,17 @@ impl<R: Real> Backend for Host<R> {
         self.linear_op(x, w, y);
     }
 
+    fn linear_topk(
+        &mut self,
+        x: ActBuf<R>,
+        w: WeightBuf<R>,
+        logits: Buf<R>,
+        wanted: TopK<'_>,
+        kept: &mut Kept,
+    ) {
+        self.linear_topk_op(x, w, logits, wanted, kept);
+    }
+
     fn linear_dx(
         &mut self,
         dy: Buf<R>,
@@ -293,6 +324,18 @@ impl<R: Real> Backend for Host<R> {
             }
             _ => panic!("queries, keys and values must be stored alike"),
         }
+    }
+
+    fn cache_store(&mut self, op: CacheStore<'_, R>) {
+        self.cache_store_op(op);
+    }
+
+    fn cache_move(&mut self, cache: CacheBuf, moves: &[(u32, u32)]) {
+        self.cache_move_op(cache, moves);
+    }
+
+    fn cached_attention(&mut self, op: CachedAttention<'_, R>) {
+        self.cached_attention_op(op);
     }
 
     fn attention_backward(&mut self, op: AttentionBackward<'_, R>) {
@@ -474,6 +517,14 @@ impl<R: Real> Backend for Host<R> {
 /// Values of a norm whose gradients are taken before the next ones are read: 2 MiB of f32,
 /// which a shared cache holds and beside which a barrier costs nothing.
 const NORM_VALUES: usize = 1 << 19;
+
+pub(super) fn packed_shape(out: usize, width: usize, group_size: usize) -> PackedShape {
+    PackedShape {
+        out,
+        width,
+        group_size,
+    }
+}
 
 /// Values of a task in operations without rows.
 const RUN: usize = 16 * 1024;

@@ -134,9 +134,9 @@ impl<S> View<'_, S> {
 }
 
 /// A tile of keys or values: its values and the least exponent among them.
-struct Panel<'a, R> {
-    values: &'a [R],
-    min_exponent: i32,
+pub(super) struct Panel<'a, R> {
+    pub(super) values: &'a [R],
+    pub(super) min_exponent: i32,
 }
 
 /// Copies rows `start..start + n` of one head to `[n, head_dim]`, rounded.
@@ -180,7 +180,7 @@ fn turned<'a, R: Real>(
 
 /// `acc += x * panel`, flushing denormals only where they can occur.
 #[inline(always)]
-fn multiply<R: Real, S: Store<R>>(
+pub(super) fn multiply<R: Real, S: Store<R>>(
     isa: Isa,
     x: &[R],
     panel: &Panel<'_, R>,
@@ -311,9 +311,17 @@ pub fn forward_block<R: Real, S: Store<R>>(
     }
 }
 
+#[inline(always)]
+pub(super) fn load_row<R: Real, S: Store<R>>(from: &[S], at: usize, to: &mut [R]) {
+    let from = &from[at..at + to.len()];
+    for (to, &x) in to.iter_mut().zip(from) {
+        *to = x.load();
+    }
+}
+
 /// Scales the scores of lanes `first..end` and masks the others.
 #[inline(always)]
-fn mask<R: Real>(scores: &mut [R], scale: R, first: usize, end: usize) {
+pub(super) fn mask<R: Real>(scores: &mut [R], scale: R, first: usize, end: usize) {
     for s in scores.iter_mut() {
         *s = *s * scale;
     }
@@ -325,7 +333,12 @@ fn mask<R: Real>(scores: &mut [R], scale: R, first: usize, end: usize) {
 /// Folds one tile of masked scores into the running maximum and denominator, shrinks the
 /// output to it, and leaves the probabilities that are to be multiplied with the values.
 #[inline(always)]
-fn online_softmax<R: Real, S: Store<R>>(scores: &mut [R], max: &mut R, sum: &mut R, acc: &mut [R]) {
+pub(super) fn online_softmax<R: Real, S: Store<R>>(
+    scores: &mut [R],
+    max: &mut R,
+    sum: &mut R,
+    acc: &mut [R],
+) {
     let new_max = (*max).maximum(row_max(scores));
     if new_max == R::NEG_INFINITY {
         return;

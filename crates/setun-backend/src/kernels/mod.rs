@@ -6,6 +6,7 @@
 //! semantics of Rust's floating point make all copies equal to the bit.
 
 pub mod attention;
+pub mod cache;
 pub mod elementwise;
 pub mod layer_norm;
 pub mod loss;
@@ -14,3 +15,4 @@ pub mod optimizer;
 pub mod product;
 pub mod project;
 pub mod rounding;
+pub mod topk;

@@ -2,6 +2,8 @@
 
 use super::{optional, value};
 use clap::ArgMatches;
+use setun_backend::CacheKind;
+use std::path::PathBuf;
 
 /// Arguments of `setun bench`.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,6 +57,62 @@ pub enum Benchmark {
         /// Whether to print the time of each operation.
         profile: bool,
     },
+    /// Generating text, and what it needs.
+    Decoding(DecodingArgs),
+}
+
+/// Arguments of the benchmarks of decoding.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DecodingArgs {
+    /// What is measured.
+    pub what: Decoding,
+    /// Model whose shape and weights are used; `None` for random weights.
+    pub model: Option<PathBuf>,
+    /// Tokens in the cache before what is timed, or of a prompt.
+    pub tokens: usize,
+    /// Rows of a step, or of logits.
+    pub batch: usize,
+    /// Entries to keep.
+    pub k: usize,
+    /// How keys and values are stored; `None` for exactly.
+    pub kv: Option<CacheKind>,
+}
+
+/// A benchmark of decoding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decoding {
+    /// Steps of one new token for each sequence.
+    Decode,
+    /// A prompt.
+    Prefill,
+    /// Steps of several new tokens against a step of one.
+    VerifyWidth,
+    /// Softmax and top-k of given logits.
+    SoftmaxTopk,
+    /// Memory of the cache.
+    Kv,
+}
+
+impl Decoding {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Decode,
+        Self::Prefill,
+        Self::VerifyWidth,
+        Self::SoftmaxTopk,
+        Self::Kv,
+    ];
+
+    /// Name as it is written on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Decode => "decode",
+            Self::Prefill => "prefill",
+            Self::VerifyWidth => "verify-width",
+            Self::SoftmaxTopk => "softmax-topk",
+            Self::Kv => "kv",
+        }
+    }
 }
 
 /// Shapes of models that are measured; each has a recipe of that name.
@@ -115,7 +173,14 @@ pub(super) fn bench(matches: &ArgMatches) -> Option<BenchArgs> {
             seq_len: optional(matches, "seq-len"),
             profile: matches.get_flag("profile"),
         },
-        _ => return None,
+        name => Benchmark::Decoding(DecodingArgs {
+            what: Decoding::ALL.into_iter().find(|what| what.name() == name)?,
+            model: optional(matches, "model"),
+            tokens: value(matches, "tokens"),
+            batch: value(matches, "batch"),
+            k: value(matches, "k"),
+            kv: optional(matches, "kv"),
+        }),
     };
     Some(BenchArgs {
         benchmark,

@@ -1,12 +1,13 @@
 //! `setun bench`: rates, the machine's own limits in the same run, and their ratio.
 
 mod attention;
+mod decode;
 mod machine;
 mod matmul;
 mod norm;
 mod train;
 
-use crate::args::{BenchArgs, Benchmark};
+use crate::args::{BenchArgs, Benchmark, Decoding};
 use crate::environment::Environment;
 use crate::{CommandResult, Outcome};
 use serde_json::{Value, json};
@@ -157,6 +158,12 @@ pub fn bench(args: BenchArgs, environment: &Environment) -> CommandResult {
         threads: setun_train::machine::threads(args.threads),
         repeat: args.repeat,
     };
+    if let Benchmark::Decoding(decoding) = &args.benchmark
+        && decoding.what == Decoding::Kv
+    {
+        decode::print_memory(decoding, args.json)?;
+        return Ok(Outcome::Success);
+    }
     let figures = run(&bench, &args.benchmark)?;
     if args.json {
         let machine = setun_train::machine::describe(bench.isa, bench.threads);
@@ -194,5 +201,6 @@ fn run(bench: &Bench, benchmark: &Benchmark) -> Result<Vec<Figure>, Box<dyn Erro
             seq_len,
             profile,
         } => train::run(bench, *shape, (*batch_size, *seq_len), *profile)?,
+        Benchmark::Decoding(args) => decode::run(bench, args)?,
     })
 }

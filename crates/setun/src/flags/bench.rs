@@ -1,7 +1,7 @@
 //! `setun bench`.
 
-use super::{json_flag, length, threads_flag};
-use crate::args::Shape;
+use super::{json_flag, kv_flag, length, number, path_flag, threads_flag};
+use crate::args::{Decoding, Shape};
 use clap::{Arg, Command};
 
 const HELP: &str = "\
@@ -12,7 +12,8 @@ Examples:
   setun bench peak
   setun bench matmul --shape path-b --threads 1
   setun bench attention --seq 4096 --head-dim 128
-  setun bench train --shape path-b --json";
+  setun bench train --shape path-b --json
+  setun bench decode --model runs/quickstart --threads 2";
 
 pub(super) fn bench() -> Command {
     Command::new("bench")
@@ -45,6 +46,26 @@ pub(super) fn bench() -> Command {
                 super::switch("profile").help("Also print the time of each operation"),
             ]),
         ])
+        .subcommands(Decoding::ALL.map(decoding))
+}
+
+fn decoding(what: Decoding) -> Command {
+    let about = match what {
+        Decoding::Decode => "One new token for each sequence: the speed of writing",
+        Decoding::Prefill => "A prompt: the speed of reading",
+        Decoding::VerifyWidth => "Steps of several tokens, against a step of one",
+        Decoding::SoftmaxTopk => "Softmax and top-k of given logits",
+        Decoding::Kv => "Memory of the cache of keys and values",
+    };
+    let tokens = "Tokens of the prompt, or in the cache before";
+    benchmark(what.name(), about).args([
+        path_flag("model", "PATH")
+            .help("A run, a checkpoint or an export [default: 0.6B shape, random weights]"),
+        number("tokens", "N", tokens, "512"),
+        length("batch", "Sequences, or rows of logits").default_value("1"),
+        length("k", "Entries to keep").default_value("64"),
+        kv_flag(),
+    ])
 }
 
 fn benchmark(name: &'static str, about: &'static str) -> Command {

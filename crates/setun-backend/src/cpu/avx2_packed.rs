@@ -1,0 +1,135 @@
+//! AVX2: products with packed ternary weights, decoded in registers.
+
+use super::packed::{MR, PANEL, PackedInputs, PackedShape, SCALE_BYTES, WORD_BYTES};
+use std::arch::x86_64::*;
+
+/// Outputs in a vector.
+const LANES: usize = 8;
+/// Words whose sums fit into an i16. A byte product is at most `8 * 127` where the code
+/// keeps its place two bits up; two are added by `maddubs`, and a word adds two of those:
+/// `4 * 8 * 127 * 8 = 32512`.
+const WORDS_OF_A_PART: usize = 8;
+
+/// The panel's outputs times `M` rows, `NV` vectors of outputs at a time.
+///
+/// Codes 0 and 2 of each byte's nibbles come as they are; codes 1 and 3 stay two bits up,
+/// in sums of their own that are shifted down once per part: exact, since each is a
+/// multiple of four.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn multiply<const M: usize, const NV: usize>(
+    shape: PackedShape,
+    panel: &[u8],
+    x: PackedInputs<'_>,
+    y: &mut [[f32; PANEL]; MR],
+) {
+    let groups = shape.groups();
+    assert!(M <= MR && panel.len() >= shape.panel_bytes());
+    assert!(x.q.len() >= shape.words() * 16 * M);
+    assert!(x.sums.len() >= groups * M && x.scales.len() >= groups * M);
+    for v0 in (0..PANEL / LANES).step_by(NV) {
+        let mut sums = [[_mm256_setzero_ps(); NV]; M];
+        let (mut group, mut q) = (panel, x.q);
+        for g in 0..groups {
+            let words = shape.words_of(g);
+            // SAFETY: the assertions above hold for all groups together, and each step
+            // moves both slices on by what its group has.
+            let dots = unsafe { group_dots::<M, NV>(&group[SCALE_BYTES..], v0, words, q) };
+            for v in 0..NV {
+                let scale = scales(&group[2 * LANES * (v0 + v)..]);
+                for m in 0..M {
+                    let sum = _mm256_set1_epi32(x.sums[g * M + m]);
+                    let dot = _mm256_cvtepi32_ps(_mm256_sub_epi32(dots[m][v], sum));
+                    let factor = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[g * M + m]));
+                    sums[m][v] = _mm256_fmadd_ps(factor, dot, sums[m][v]);
+                }
+            }
+            group = &group[SCALE_BYTES + words * WORD_BYTES..];
+            q = &q[words * 16 * M..];
+        }
+        for (y, sums) in y.iter_mut().zip(&sums) {
+            for (v, sum) in sums.iter().enumerate() {
+                let to = &mut y[(v0 + v) * LANES..(v0 + v + 1) * LANES];
+                // SAFETY: eight values are there; the store needs no alignment.
+                unsafe { _mm256_storeu_ps(to.as_mut_ptr(), *sum) };
+            }
+        }
+    }
+}
+
+/// Exact dots of one group's codes with the values.
+///
+/// # Safety
+/// `codes` holds `words` times [`WORD_BYTES`] bytes, `q` `words` times `16 M` values, and
+/// `v0 + NV` vectors of outputs are at most [`PANEL`].
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn group_dots<const M: usize, const NV: usize>(
+    codes: &[u8],
+    v0: usize,
+    words: usize,
+    q: &[i8],
+) -> [[__m256i; NV]; M] {
+    debug_assert!(codes.len() >= words * WORD_BYTES && q.len() >= words * 16 * M);
+    let (ones, zero) = (_mm256_set1_epi16(1), _mm256_setzero_si256());
+    let (low_mask, high_mask) = (_mm256_set1_epi8(0b11), _mm256_set1_epi8(0b1100));
+    let mut dots = [[zero; NV]; M];
+    for start in (0..words).step_by(WORDS_OF_A_PART) {
+        let (mut low, mut high) = ([[zero; NV]; M], [[zero; NV]; M]);
+        for w in start..words.min(start + WORDS_OF_A_PART) {
+            // SAFETY: the caller's promise, for word `w`; loads need no alignment.
+            let (words, q) = unsafe {
+                let words = codes.as_ptr().add(w * WORD_BYTES + 4 * LANES * v0);
+                (
+                    words.cast::<__m256i>(),
+                    q.as_ptr().add(w * 16 * M).cast::<i32>(),
+                )
+            };
+            for v in 0..NV {
+                // SAFETY: as above.
+                let word = unsafe { _mm256_loadu_si256(words.add(v)) };
+                let upper = _mm256_srli_epi16::<4>(word);
+                let c0 = _mm256_and_si256(word, low_mask);
+                let c1 = _mm256_and_si256(word, high_mask);
+                let c2 = _mm256_and_si256(upper, low_mask);
+                let c3 = _mm256_and_si256(upper, high_mask);
+                for m in 0..M {
+                    // SAFETY: as above: four values for each shift and row.
+                    let x = |shift: usize| unsafe {
+                        _mm256_set1_epi32(q.add(shift * M + m).read_unaligned())
+                    };
+                    let products = _mm256_maddubs_epi16(c0, x(0));
+                    low[m][v] = _mm256_add_epi16(low[m][v], products);
+                    let products = _mm256_maddubs_epi16(c1, x(1));
+                    high[m][v] = _mm256_add_epi16(high[m][v], products);
+                    let products = _mm256_maddubs_epi16(c2, x(2));
+                    low[m][v] = _mm256_add_epi16(low[m][v], products);
+                    let products = _mm256_maddubs_epi16(c3, x(3));
+                    high[m][v] = _mm256_add_epi16(high[m][v], products);
+                }
+            }
+        }
+        for m in 0..M {
+            for v in 0..NV {
+                let sum = _mm256_add_epi16(low[m][v], _mm256_srai_epi16::<2>(high[m][v]));
+                dots[m][v] = _mm256_add_epi32(dots[m][v], _mm256_madd_epi16(sum, ones));
+            }
+        }
+    }
+    dots
+}
+
+/// Eight f16 as f32, exactly: the exponent's bias is made up for by a product with a power
+/// of two, which also makes denormals right.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn scales(bytes: &[u8]) -> __m256 {
+    assert!(bytes.len() >= 2 * LANES);
+    // SAFETY: sixteen bytes are there; the load needs no alignment.
+    let halves = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
+    let wide = _mm256_cvtepu16_epi32(halves);
+    let magnitude = _mm256_slli_epi32::<13>(_mm256_and_si256(wide, _mm256_set1_epi32(0x7fff)));
+    let sign = _mm256_slli_epi32::<16>(_mm256_and_si256(wide, _mm256_set1_epi32(0x8000)));
+    let bias = _mm256_set1_ps(f32::from_bits((112 + 127) << 23));
+    let value = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), bias);
+    _mm256_or_ps(value, _mm256_castsi256_ps(sign))
+}

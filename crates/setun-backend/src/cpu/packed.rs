@@ -1,0 +1,550 @@
+//! int8 x ternary products (DESIGN 3.3) on weights that stay packed, two bits each.
+//!
+//! # Layout
+//! Outputs lie in panels of [`PANEL`]; the last panel is filled up with zeros. A panel holds,
+//! for each group of the reduction, the f16 scales of its outputs and then words of 16
+//! codes `t + 1`: `[word][output]`, each word four consecutive bytes of the packed file
+//! (`setun-ternary`, low bits first). So making it from a file moves words and computes
+//! nothing, one row of weights streams through memory once, and a vector of words holds
+//! different outputs in its lanes.
+//!
+//! Code `s` of byte `j` of a word is that of input `4 j + s`. One shift and one mask give
+//! the codes `s` of a whole vector, which meet the inputs `{s, 4 + s, 8 + s, 12 + s}`;
+//! inputs are laid out in that order once per call, for all outputs.
+//!
+//! Integer sums are exact, so their order is free; the combine over groups is one FMA chain
+//! over ascending groups, as [`int8_dot`](crate::kernels::product::int8_dot) defines it.
+
+use crate::cpu::int8::Int8Rows;
+use crate::cpu::{Isa, Pool};
+use crate::real::Real;
+use half::f16;
+use setun_ternary::groups_per_row;
+
+/// Outputs of a panel.
+pub const PANEL: usize = 32;
+/// Codes of a word.
+const WORD: usize = 16;
+/// Bytes of the scales of a group.
+pub(super) const SCALE_BYTES: usize = 2 * PANEL;
+/// Bytes of the words with the same inputs.
+pub(super) const WORD_BYTES: usize = 4 * PANEL;
+/// Most rows that share a pass over the weights.
+pub const MAX_ROWS: usize = 64;
+/// Rows whose sums are in registers together.
+pub(crate) const MR: usize = 4;
+
+/// Sizes of a packed matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackedShape {
+    /// Outputs.
+    pub out: usize,
+    /// Length of the reduction.
+    pub width: usize,
+    /// Values that share a scale.
+    pub group_size: usize,
+}
+
+impl PackedShape {
+    /// Groups of a row.
+    pub fn groups(self) -> usize {
+        groups_per_row(self.width, self.group_size)
+    }
+
+    /// Words of an output in group `g`.
+    pub(super) fn words_of(self, g: usize) -> usize {
+        let values = self.group_size.min(self.width - g * self.group_size);
+        values.div_ceil(WORD)
+    }
+
+    /// Words of an output.
+    pub(super) fn words(self) -> usize {
+        let groups = self.groups();
+        (groups - 1) * self.group_size.div_ceil(WORD) + self.words_of(groups - 1)
+    }
+
+    /// Panels.
+    pub fn panels(self) -> usize {
+        self.out.div_ceil(PANEL)
+    }
+
+    /// Bytes of a panel.
+    pub fn panel_bytes(self) -> usize {
+        self.groups() * SCALE_BYTES + self.words() * WORD_BYTES
+    }
+
+    /// Bytes of the matrix.
+    pub fn bytes(self) -> usize {
+        self.panels() * self.panel_bytes()
+    }
+}
+
+/// Bytes of scratch for inputs of `width` values.
+pub fn scratch_len(width: usize, group_size: usize) -> usize {
+    let groups = groups_per_row(width, group_size);
+    let words = width / WORD + groups;
+    MAX_ROWS * (words * WORD + 8 * groups)
+}
+
+/// Lays out the panels `first..` that `to` holds: from rows of the packed file `[out,
+/// groups * ceil(group_size / 4)]` and their scales `[out, groups]`.
+pub fn pack_panels(shape: PackedShape, trits: &[u8], scales: &[f16], first: usize, to: &mut [u8]) {
+    let (groups, group_bytes) = (shape.groups(), shape.group_size.div_ceil(4));
+    let row_bytes = groups * group_bytes;
+    for (p, panel) in to.chunks_exact_mut(shape.panel_bytes()).enumerate() {
+        let n0 = (first + p) * PANEL;
+        let n = PANEL.min(shape.out - n0);
+        if n < PANEL {
+            panel.fill(0);
+        }
+        let mut rest = panel;
+        for g in 0..groups {
+            let words = shape.words_of(g);
+            let (part, tail) = rest.split_at_mut(SCALE_BYTES + words * WORD_BYTES);
+            rest = tail;
+            let (heads, codes) = part.split_at_mut(SCALE_BYTES);
+            for lane in 0..n {
+                let scale = scales[(n0 + lane) * groups + g].to_le_bytes();
+                heads[2 * lane..2 * lane + 2].copy_from_slice(&scale);
+                let row = &trits[(n0 + lane) * row_bytes + g * group_bytes..][..group_bytes];
+                pack_lane(row, lane, words, codes);
+            }
+        }
+    }
+}
+
+/// Spreads the bytes of one group of one output over its words.
+#[inline(always)]
+fn pack_lane(row: &[u8], lane: usize, words: usize, codes: &mut [u8]) {
+    for (w, to) in codes.chunks_exact_mut(WORD_BYTES).take(words).enumerate() {
+        let to = &mut to[4 * lane..4 * lane + 4];
+        let from = &row[4 * w..row.len().min(4 * w + 4)];
+        match <[u8; 4]>::try_from(from) {
+            Ok(word) => to.copy_from_slice(&word),
+            Err(_) => {
+                to.fill(0);
+                to[..from.len()].copy_from_slice(from);
+            }
+        }
+    }
+}
+
+/// Effective weights `s * t` of output `row`, exact.
+pub fn dequantize_row<R: Real>(shape: PackedShape, packed: &[u8], row: usize, to: &mut [R]) {
+    let panel = &packed[row / PANEL * shape.panel_bytes()..][..shape.panel_bytes()];
+    let lane = row % PANEL;
+    let mut rest = panel;
+    for (g, to) in to.chunks_mut(shape.group_size).enumerate() {
+        let (part, tail) = rest.split_at(SCALE_BYTES + shape.words_of(g) * WORD_BYTES);
+        rest = tail;
+        let scale = R::from_f32(scale_of(part, lane));
+        for (i, to) in to.iter_mut().enumerate() {
+            *to = scale * R::from_f32((code_of(&part[SCALE_BYTES..], lane, i) - 1) as f32);
+        }
+    }
+}
+
+#[inline(always)]
+fn scale_of(group: &[u8], lane: usize) -> f32 {
+    f16::from_le_bytes([group[2 * lane], group[2 * lane + 1]]).to_f32()
+}
+
+#[inline(always)]
+fn code_of(codes: &[u8], lane: usize, i: usize) -> i32 {
+    let byte = codes[i / WORD * WORD_BYTES + 4 * lane + i % WORD / 4];
+    i32::from(byte >> (2 * (i % 4)) & 3)
+}
+
+/// Rows of activations in the order in which the words ask for them.
+#[derive(Clone, Copy)]
+pub(super) struct PackedInputs<'a> {
+    /// `[words][4 shifts][rows][4]`
+    pub(super) q: &'a [i8],
+    /// Sums of the values `[groups][rows]`.
+    pub(super) sums: &'a [i32],
+    /// Scales `[groups][rows]`.
+    pub(super) scales: &'a [f32],
+}
+
+/// Rows of a block: the kernel for three is that for four.
+fn block_rows(rows: usize) -> usize {
+    if rows == 3 { MR } else { rows.min(MR) }
+}
+
+/// Lays out up to [`MAX_ROWS`] rows, [`MR`] at a time.
+pub(crate) struct InputRows<'s> {
+    shape: PackedShape,
+    rows: usize,
+    q: &'s mut [i8],
+    sums: &'s mut [i32],
+    scales: &'s mut [f32],
+}
+
+impl<'s> InputRows<'s> {
+    pub(crate) fn pack(
+        shape: PackedShape,
+        rows: usize,
+        x: Int8Rows<'_>,
+        first: usize,
+        scratch: &'s mut [u8],
+    ) -> Self {
+        let (groups, words) = (shape.groups(), shape.words());
+        let (sums, rest) = scratch.split_at_mut(4 * MAX_ROWS * groups);
+        let (scales, rest) = rest.split_at_mut(4 * MAX_ROWS * groups);
+        let q = &mut rest[..rows.next_multiple_of(MR) * words * WORD];
+        let mut inputs = Self {
+            shape,
+            rows,
+            q: bytemuck::cast_slice_mut(q),
+            sums: bytemuck::cast_slice_mut(sums),
+            scales: bytemuck::cast_slice_mut(scales),
+        };
+        inputs.q.fill(0);
+        for r in 0..rows {
+            inputs.pack_row(x, first + r, r);
+        }
+        inputs
+    }
+
+    fn pack_row(&mut self, x: Int8Rows<'_>, from: usize, r: usize) {
+        let (width, group_size) = (self.shape.width, self.shape.group_size);
+        let (groups, words) = (self.shape.groups(), self.shape.words());
+        let first = r / MR * MR;
+        let (m, i) = (block_rows(self.rows - first), r - first);
+        let to = &mut self.q[first * words * WORD..];
+        let row = &x.q[from * width..(from + 1) * width];
+        let mut word = 0;
+        for (g, group) in row.chunks(group_size).enumerate() {
+            let sum: i32 = group.iter().map(|&q| i32::from(q)).sum();
+            self.sums[first * groups + g * m + i] = sum;
+            self.scales[first * groups + g * m + i] = x.scales[from * groups + g];
+            for values in group.chunks(WORD) {
+                let mut sixteen = [0i8; WORD];
+                sixteen[..values.len()].copy_from_slice(values);
+                for shift in 0..4 {
+                    let four = [0, 4, 8, 12].map(|j| sixteen[j + shift]);
+                    to[((word * 4 + shift) * m + i) * 4..][..4].copy_from_slice(&four);
+                }
+                word += 1;
+            }
+        }
+    }
+
+    /// The rows of the block that begins at row `first` times one panel.
+    pub(crate) fn panel(
+        &self,
+        isa: Isa,
+        shape: PackedShape,
+        weights: &[u8],
+        panel: usize,
+        first: usize,
+    ) -> [[f32; PANEL]; MR] {
+        let bytes = shape.panel_bytes();
+        let (m, block) = self.block(first);
+        let mut y = [[0.0f32; PANEL]; MR];
+        multiply(
+            isa,
+            shape,
+            &weights[panel * bytes..(panel + 1) * bytes],
+            m,
+            block,
+            &mut y,
+        );
+        y
+    }
+
+    /// The block that begins at row `first`, and its number of rows in memory.
+    fn block(&self, first: usize) -> (usize, PackedInputs<'_>) {
+        let (groups, words) = (self.shape.groups(), self.shape.words());
+        let m = block_rows(self.rows - first);
+        let inputs = PackedInputs {
+            q: &self.q[first * words * WORD..][..m * words * WORD],
+            sums: &self.sums[first * groups..][..m * groups],
+            scales: &self.scales[first * groups..][..m * groups],
+        };
+        (m, inputs)
+    }
+}
+
+struct Columns<R> {
+    start: *mut R,
+    len: usize,
+}
+
+// SAFETY: tasks write disjoint columns only.
+unsafe impl<R: Send> Sync for Columns<R> {}
+
+/// `y[r, n] = x[r] * w[n]` for any number of rows, the same bits for each as
+/// [`int8_linear`](crate::cpu::int8::int8_linear) gives. `scratch` has [`scratch_len`] bytes.
+pub fn packed_linear<R: Real>(
+    pool: &Pool,
+    isa: Isa,
+    shape: PackedShape,
+    x: Int8Rows<'_>,
+    w: &[u8],
+    y: &mut [R],
+    scratch: &mut [u8],
+) {
+    let rows = y.len() / shape.out;
+    assert_eq!(y.len(), rows * shape.out);
+    assert_eq!(w.len(), shape.bytes());
+    let out = Columns {
+        start: y.as_mut_ptr(),
+        len: y.len(),
+    };
+    let out = &out;
+    for first in (0..rows).step_by(MAX_ROWS) {
+        let inputs = InputRows::pack(shape, MAX_ROWS.min(rows - first), x, first, scratch);
+        for_panels(pool, isa, shape, &inputs, w, &|row, n0, values| {
+            let n = PANEL.min(shape.out - n0);
+            let at = (first + row) * shape.out + n0;
+            assert!(at + n <= out.len);
+            // SAFETY: inside `y` by the assertion; a panel's columns belong to one task.
+            let y = unsafe { std::slice::from_raw_parts_mut(out.start.add(at), n) };
+            for (y, &v) in y.iter_mut().zip(values) {
+                *y = R::from_f32(v);
+            }
+        });
+    }
+}
+
+/// Takes a row, the first output of a panel, and the values of its outputs.
+type PutPanel<'a> = dyn Fn(usize, usize, &[f32; PANEL]) + Sync + 'a;
+
+fn for_panels(
+    pool: &Pool,
+    isa: Isa,
+    shape: PackedShape,
+    inputs: &InputRows<'_>,
+    w: &[u8],
+    put: &PutPanel<'_>,
+) {
+    // Some tasks for each thread, so that a slow one does not hold up the others.
+    let step = shape.panels().div_ceil(4 * pool.threads());
+    pool.run(shape.panels().div_ceil(step), &|task, _| {
+        let panels = task * step..shape.panels().min((task + 1) * step);
+        for p in panels {
+            for first in (0..inputs.rows).step_by(MR) {
+                let y = inputs.panel(isa, shape, w, p, first);
+                for (i, y) in y.iter().enumerate().take(inputs.rows - first) {
+                    put(first + i, p * PANEL, y);
+                }
+            }
+        }
+    });
+}
+
+/// One panel times one block of `m` rows.
+fn multiply(
+    isa: Isa,
+    shape: PackedShape,
+    panel: &[u8],
+    m: usize,
+    x: PackedInputs<'_>,
+    y: &mut [[f32; PANEL]; MR],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx2 {
+        use super::avx2_packed::multiply;
+        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
+        unsafe {
+            match m {
+                1 => multiply::<1, 4>(shape, panel, x, y),
+                2 => multiply::<2, 2>(shape, panel, x, y),
+                _ => multiply::<MR, 1>(shape, panel, x, y),
+            }
+        }
+        return;
+    }
+    let _ = isa;
+    multiply_plain(shape, panel, m, x, y);
+}
+
+fn multiply_plain(
+    shape: PackedShape,
+    panel: &[u8],
+    m: usize,
+    x: PackedInputs<'_>,
+    y: &mut [[f32; PANEL]; MR],
+) {
+    let (mut rest, mut word) = (panel, 0);
+    for g in 0..shape.groups() {
+        let words = shape.words_of(g);
+        let (part, tail) = rest.split_at(SCALE_BYTES + words * WORD_BYTES);
+        rest = tail;
+        for (i, y) in y.iter_mut().enumerate().take(m) {
+            for (lane, y) in y.iter_mut().enumerate() {
+                let mut dot = 0;
+                for k in 0..words * WORD {
+                    let q = x.q[(((word + k / WORD) * 4 + k % 4) * m + i) * 4 + k % WORD / 4];
+                    dot += code_of(&part[SCALE_BYTES..], lane, k) * i32::from(q);
+                }
+                let factor = scale_of(part, lane) * x.scales[g * m + i];
+                *y = f32::mul_add(factor, (dot - x.sums[g * m + i]) as f32, *y);
+            }
+        }
+        word += words;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::product::int8_dot;
+    use crate::philox::Philox;
+    use setun_ternary::PackedMatrix;
+
+    /// Random weights and activations of a shape, with the product by definition.
+    struct Case {
+        shape: PackedShape,
+        packed: Vec<u8>,
+        q: Vec<i8>,
+        scales: Vec<f32>,
+        expected: Vec<u32>,
+    }
+
+    impl Case {
+        fn new(out: usize, width: usize, group_size: usize, rows: usize) -> Self {
+            let shape = PackedShape {
+                out,
+                width,
+                group_size,
+            };
+            let random = Philox::new(7, (out * 1_000_003 + width * 1009 + group_size) as u64);
+            let number = |i: usize| random.block(i as u64)[0];
+            let trits: Vec<i8> = (0..out * width)
+                .map(|i| (number(i) % 3) as i8 - 1)
+                .collect();
+            let groups = shape.groups();
+            let weight_scales: Vec<f32> = (0..out * groups)
+                .map(|i| f32::from(half::bf16::from_f32(number(i + 9) as f32 * 1e-11)))
+                .collect();
+            let matrix = PackedMatrix::from_trits(&trits, &weight_scales, width, group_size);
+            let mut packed = vec![0xffu8; shape.bytes()];
+            pack_panels(shape, &matrix.trits, &matrix.scales, 0, &mut packed);
+            let q: Vec<i8> = (0..rows * width)
+                .map(|i| (number(i + 5) % 255) as u8 as i8)
+                .map(|q| q.max(-127))
+                .collect();
+            let scales: Vec<f32> = (0..rows * groups)
+                .map(|i| number(i + 3) as f32 * 3e-12)
+                .collect();
+            let mut expected = Vec::new();
+            for r in 0..rows {
+                for n in 0..out {
+                    let s: Vec<f32> = matrix.row_scales(n).iter().map(|s| s.to_f32()).collect();
+                    let y: f32 = int8_dot(
+                        &q[r * width..(r + 1) * width],
+                        &scales[r * groups..(r + 1) * groups],
+                        &trits[n * width..(n + 1) * width],
+                        &s,
+                        group_size,
+                    );
+                    expected.push(y.to_bits());
+                }
+            }
+            Self {
+                shape,
+                packed,
+                q,
+                scales,
+                expected,
+            }
+        }
+
+        fn check(&self, rows: usize) {
+            for isa in Isa::available() {
+                for threads in [1, 2] {
+                    let pool = Pool::new(threads);
+                    let mut scratch = vec![0; scratch_len(self.shape.width, self.shape.group_size)];
+                    let mut y = vec![0.0f32; rows * self.shape.out];
+                    let x = Int8Rows {
+                        q: &self.q,
+                        scales: &self.scales,
+                    };
+                    packed_linear(
+                        &pool,
+                        isa,
+                        self.shape,
+                        x,
+                        &self.packed,
+                        &mut y,
+                        &mut scratch,
+                    );
+                    let bits: Vec<u32> = y.iter().map(|y| y.to_bits()).collect();
+                    assert!(
+                        bits == self.expected,
+                        "{:?} {isa:?}, {rows} rows",
+                        self.shape
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_inner_size_equals_the_definition() {
+        for group_size in [32, 64, 128, 256] {
+            for width in 1..=300 {
+                let rows = 1 + width % 6;
+                Case::new(1 + width % 37, width, group_size, rows).check(rows);
+            }
+        }
+    }
+
+    #[test]
+    fn every_number_of_rows_equals_the_definition() {
+        for rows in (1..=9).chain([63, 64, 65, 70]) {
+            Case::new(40, 160, 64, rows).check(rows);
+        }
+    }
+
+    #[test]
+    fn the_largest_sums_do_not_overflow() {
+        for group_size in [128, 256, 1024] {
+            let shape = PackedShape {
+                out: 32,
+                width: 1024,
+                group_size,
+            };
+            let trits = vec![1i8; 32 * 1024];
+            let scales = vec![1.0f32; 32 * shape.groups()];
+            let matrix = PackedMatrix::from_trits(&trits, &scales, 1024, group_size);
+            let mut packed = vec![0u8; shape.bytes()];
+            pack_panels(shape, &matrix.trits, &matrix.scales, 0, &mut packed);
+            for sign in [-127i8, 127] {
+                let (q, a) = (vec![sign; 4 * 1024], vec![1.0; 4 * shape.groups()]);
+                let x = Int8Rows { q: &q, scales: &a };
+                for isa in Isa::available() {
+                    let mut y = vec![0.0f32; 4 * 32];
+                    let mut scratch = vec![0; scratch_len(1024, group_size)];
+                    packed_linear(&Pool::new(1), isa, shape, x, &packed, &mut y, &mut scratch);
+                    assert!(y.iter().all(|&y| y == 1024.0 * f32::from(sign)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_comes_back_from_the_panels() {
+        let (out, width) = (70, 100);
+        let trits: Vec<i8> = (0..out * width)
+            .map(|i| (i * 7 % 11 % 3) as i8 - 1)
+            .collect();
+        let shape = PackedShape {
+            out,
+            width,
+            group_size: 32,
+        };
+        let scales: Vec<f32> = (0..out * 4).map(|i| i as f32 * 0.125).collect();
+        let matrix = PackedMatrix::from_trits(&trits, &scales, width, 32);
+        let mut packed = vec![0u8; shape.bytes()];
+        pack_panels(shape, &matrix.trits, &matrix.scales, 0, &mut packed);
+        let (mut got, mut expected) = (vec![0.0f32; width], vec![0.0f32; width]);
+        for row in 0..out {
+            dequantize_row(shape, &packed, row, &mut got);
+            matrix.dequantize_row(row, &mut expected).unwrap();
+            assert_eq!(got, expected);
+        }
+    }
+}

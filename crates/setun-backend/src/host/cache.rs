@@ -1,0 +1,286 @@
+//! The cache of keys and values of [`Host`].
+
+use super::{Host, TILE};
+use crate::cache::{CACHE_BLOCK, CacheBuf, CacheData, CacheStore, CachedAttention, CachedSegment};
+use crate::cpu::multiversion;
+use crate::cpu::{Isa, Pool, RowParts, RowsMut};
+use crate::kernels::attention::Store;
+use crate::kernels::cache::{CacheView, CachedView, cached_block, quantize_head};
+use crate::memory::Lease;
+use crate::ops::AttnBuf;
+use crate::real::Real;
+
+/// Where the numbers of one slot lie.
+#[derive(Clone, Copy)]
+struct Slot {
+    num_kv_heads: usize,
+    head_dim: usize,
+    block: usize,
+    lane: usize,
+}
+
+impl Slot {
+    fn of(cache: &CacheBuf, slot: u32) -> Self {
+        Self {
+            num_kv_heads: cache.shape.num_kv_heads,
+            head_dim: cache.shape.head_dim,
+            block: slot as usize / CACHE_BLOCK,
+            lane: slot as usize % CACHE_BLOCK,
+        }
+    }
+
+    fn head(self, head: usize) -> usize {
+        self.block * self.num_kv_heads + head
+    }
+
+    fn key(self, head: usize, d: usize) -> usize {
+        (self.head(head) * self.head_dim + d) * CACHE_BLOCK + self.lane
+    }
+
+    fn value(self, head: usize) -> usize {
+        (self.head(head) * CACHE_BLOCK + self.lane) * self.head_dim
+    }
+
+    fn scale(self, head: usize) -> usize {
+        self.head(head) * CACHE_BLOCK + self.lane
+    }
+
+    /// Writes the keys of all heads.
+    fn put_keys<T: Copy>(self, from: &[T], to: &mut [T]) {
+        for (head, from) in from.chunks(self.head_dim).enumerate() {
+            for (d, &x) in from.iter().enumerate() {
+                to[self.key(head, d)] = x;
+            }
+        }
+    }
+
+    /// Writes the values of all heads.
+    fn put_values<T: Copy>(self, from: &[T], to: &mut [T]) {
+        for (head, from) in from.chunks(self.head_dim).enumerate() {
+            to[self.value(head)..][..self.head_dim].copy_from_slice(from);
+        }
+    }
+}
+
+/// Rows of keys or values in f32, exactly.
+fn rows_f32<R: Real>(lease: &mut Lease<'_>, x: AttnBuf<R>, len: usize) -> Vec<f32> {
+    match x {
+        AttnBuf::Real(x) => lease.read(x)[..len].iter().map(|x| x.to_f32()).collect(),
+        AttnBuf::Bf16(x) => lease.read(x)[..len].iter().map(|x| x.to_f32()).collect(),
+    }
+}
+
+impl<R: Real> Host<R> {
+    pub(super) fn cache_store_op(&mut self, op: CacheStore<'_, R>) {
+        let width = op.cache.shape.num_kv_heads * op.cache.shape.head_dim;
+        let mut lease = self.arena.lease();
+        if let (AttnBuf::Bf16(k), AttnBuf::Bf16(v), CacheData::Bf16(to_k, to_v)) =
+            (op.k, op.v, op.cache.data)
+        {
+            let (k, v) = (lease.read(k), lease.read(v));
+            let (to_k, to_v) = (lease.write(to_k), lease.write(to_v));
+            for (row, &slot) in op.slots.iter().enumerate() {
+                let (slot, at) = (Slot::of(&op.cache, slot), row * width..(row + 1) * width);
+                slot.put_keys(&k[at.clone()], to_k);
+                slot.put_values(&v[at], to_v);
+            }
+            return;
+        }
+        let len = op.slots.len() * width;
+        let k = rows_f32(&mut lease, op.k, len);
+        let v = rows_f32(&mut lease, op.v, len);
+        let slots = op.slots.iter().map(|&slot| Slot::of(&op.cache, slot));
+        let rows = k.chunks(width).zip(v.chunks(width)).zip(slots);
+        match op.cache.data {
+            CacheData::Bf16(to_k, to_v) => {
+                let (to_k, to_v) = (lease.write(to_k), lease.write(to_v));
+                let round = |x: &[f32]| x.iter().map(|x| x.to_bf16()).collect::<Vec<_>>();
+                for ((k, v), slot) in rows {
+                    slot.put_keys(&round(k), to_k);
+                    slot.put_values(&round(v), to_v);
+                }
+            }
+            CacheData::F32(to_k, to_v) => {
+                let (to_k, to_v) = (lease.write(to_k), lease.write(to_v));
+                for ((k, v), slot) in rows {
+                    slot.put_keys(k, to_k);
+                    slot.put_values(v, to_v);
+                }
+            }
+            CacheData::Int8 {
+                k: to_k,
+                v: to_v,
+                k_scales,
+                v_scales,
+            } => {
+                let (to_k, to_v) = (lease.write(to_k), lease.write(to_v));
+                let (k_scales, v_scales) = (lease.write(k_scales), lease.write(v_scales));
+                for ((k, v), slot) in rows {
+                    for head in 0..slot.num_kv_heads {
+                        let at = head * slot.head_dim..(head + 1) * slot.head_dim;
+                        let put = |d: usize, q: i8| to_k[slot.key(head, d)] = q;
+                        k_scales[slot.scale(head)] = quantize_head(&k[at.clone()], put);
+                        let put = |d: usize, q: i8| to_v[slot.value(head) + d] = q;
+                        v_scales[slot.scale(head)] = quantize_head(&v[at], put);
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn cache_move_op(&mut self, cache: CacheBuf, moves: &[(u32, u32)]) {
+        let mut lease = self.arena.lease();
+        match cache.data {
+            CacheData::Bf16(k, v) => {
+                move_slots(&cache, moves, lease.write(k), lease.write(v));
+            }
+            CacheData::F32(k, v) => move_slots(&cache, moves, lease.write(k), lease.write(v)),
+            CacheData::Int8 {
+                k,
+                v,
+                k_scales,
+                v_scales,
+            } => {
+                move_slots(&cache, moves, lease.write(k), lease.write(v));
+                let (k_scales, v_scales) = (lease.write(k_scales), lease.write(v_scales));
+                for &(from, to) in moves {
+                    let (from, to) = (Slot::of(&cache, from), Slot::of(&cache, to));
+                    for head in 0..from.num_kv_heads {
+                        k_scales[to.scale(head)] = k_scales[from.scale(head)];
+                        v_scales[to.scale(head)] = v_scales[from.scale(head)];
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn cached_attention_op(&mut self, op: CachedAttention<'_, R>) {
+        let shape = op.cache.shape;
+        let mut lease = self.arena.lease();
+        let cache = match op.cache.data {
+            CacheData::Bf16(k, v) => CacheView::Bf16(lease.read(k), lease.read(v)),
+            CacheData::F32(k, v) => CacheView::F32(lease.read(k), lease.read(v)),
+            CacheData::Int8 {
+                k,
+                v,
+                k_scales,
+                v_scales,
+            } => CacheView::Int8(
+                lease.read(k),
+                lease.read(v),
+                lease.read(k_scales),
+                lease.read(v_scales),
+            ),
+        };
+        let out = RowsMut::new(lease.write(op.out), shape.head_dim);
+        let scratch = RowsMut::new(lease.write(self.workspace.real), self.workspace.real_len);
+        let (isa, pool) = (self.isa, &self.pool);
+        match op.q {
+            AttnBuf::Real(q) => {
+                let view = view(isa, &op, lease.read(q), cache);
+                attend(pool, view, op.segments, out, &scratch);
+            }
+            AttnBuf::Bf16(q) => {
+                let view = view(isa, &op, lease.read(q), cache);
+                attend(pool, view, op.segments, out, &scratch);
+            }
+        }
+    }
+}
+
+fn move_slots<T: Copy>(cache: &CacheBuf, moves: &[(u32, u32)], k: &mut [T], v: &mut [T]) {
+    for &(from, to) in moves {
+        let (from, to) = (Slot::of(cache, from), Slot::of(cache, to));
+        for head in 0..from.num_kv_heads {
+            for d in 0..from.head_dim {
+                k[to.key(head, d)] = k[from.key(head, d)];
+            }
+            let at = from.value(head);
+            v.copy_within(at..at + from.head_dim, to.value(head));
+        }
+    }
+}
+
+fn view<'a, R, S>(
+    isa: Isa,
+    op: &CachedAttention<'_, R>,
+    q: &'a [S],
+    cache: CacheView<'a>,
+) -> CachedView<'a, S> {
+    CachedView {
+        q,
+        cache,
+        num_heads: op.num_heads,
+        num_kv_heads: op.cache.shape.num_kv_heads,
+        head_dim: op.cache.shape.head_dim,
+        tile: TILE,
+        isa,
+    }
+}
+
+/// Tasks are a segment, a block of its rows and a key head.
+fn attend<R: Real, S: Store<R>>(
+    pool: &Pool,
+    view: CachedView<'_, S>,
+    segments: &[CachedSegment<'_>],
+    out: RowsMut<'_, R>,
+    scratch: &RowsMut<'_, R>,
+) {
+    let (heads, kv_heads) = (view.num_heads, view.num_kv_heads);
+    let step = (TILE / (heads / kv_heads)).max(1);
+    let blocks = segments
+        .iter()
+        .map(|s| s.q_len.div_ceil(step))
+        .sum::<usize>();
+    pool.run(blocks * kv_heads, &|task, worker| {
+        let (segment, start) = block_of(segments, step, task / kv_heads);
+        let rows = (start, segment.q_len.min(start + step));
+        let mut put = |row: usize, head: usize, values: &[R]| {
+            let at = (segment.q_start + row) * heads + head;
+            // SAFETY: row `at` of this head belongs to this task alone.
+            unsafe { out.part(at..at + 1) }.copy_from_slice(values);
+        };
+        // SAFETY: a worker runs one task at a time, and a task asks once.
+        let scratch = unsafe { scratch.part(worker..worker + 1) };
+        cached_task(
+            view.isa,
+            view,
+            segment,
+            task % kv_heads,
+            rows,
+            &mut put,
+            scratch,
+        );
+    });
+}
+
+/// The segment that holds block `index` of `step` rows, and the block's first row.
+fn block_of<'a, 's>(
+    segments: &'a [CachedSegment<'s>],
+    step: usize,
+    mut index: usize,
+) -> (&'a CachedSegment<'s>, usize) {
+    for segment in segments {
+        let blocks = segment.q_len.div_ceil(step);
+        if index < blocks {
+            return (segment, index * step);
+        }
+        index -= blocks;
+    }
+    unreachable!("a task outside of the segments")
+}
+
+/// Takes a row, a head and its output.
+type PutHead<'a, R> = dyn FnMut(usize, usize, &[R]) + 'a;
+
+multiversion! {
+    /// [`cached_block`]
+    fn cached_task[R: Real, S: Store<R>][R, S](
+        view: CachedView<'_, S>,
+        segment: &CachedSegment<'_>,
+        kv_head: usize,
+        rows: (usize, usize),
+        put: &mut PutHead<'_, R>,
+        scratch: &mut [R],
+    ) = cached_block;
+}

@@ -1,0 +1,315 @@
+//! Attention to a cache in blocks, and writing to it.
+//!
+//! The order of operations is that of [`attention`](super::attention): tiles of keys from
+//! position 0, lane = position mod tile. Only where a key comes from differs, so one query,
+//! a chunk, a batch and a tree give a row the same bits as the training pass does. A tile
+//! is widened once for all queries of a group of heads and of a block of rows. In a tree,
+//! the lanes behind the shared past are gathered anew for each row, along its path.
+
+use super::attention::{Panel, Store, load_row, mask, multiply, online_softmax};
+use crate::cache::{CACHE_BLOCK, CachedSegment};
+use crate::cpu::Isa;
+use crate::real::Real;
+use half::bf16;
+
+/// Keys and values of one layer, as they are stored.
+#[derive(Clone, Copy)]
+pub enum CacheView<'a> {
+    /// Keys, values.
+    Bf16(&'a [bf16], &'a [bf16]),
+    /// Keys, values.
+    F32(&'a [f32], &'a [f32]),
+    /// Keys, values, and the scales of both.
+    Int8(&'a [i8], &'a [i8], &'a [f32], &'a [f32]),
+}
+
+/// Queries against a cache.
+#[derive(Clone, Copy)]
+pub struct CachedView<'a, S> {
+    /// `[q rows, num_heads, head_dim]`
+    pub q: &'a [S],
+    /// Keys and values.
+    pub cache: CacheView<'a>,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key heads.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Keys of a tile.
+    pub tile: usize,
+    /// Instruction set; results do not depend on it.
+    pub isa: Isa,
+}
+
+/// A tile as products read it: keys `[head_dim, tile]`, values `[tile, head_dim]`.
+struct Tile<'a, R> {
+    keys: &'a mut [R],
+    values: &'a mut [R],
+    min_key: i32,
+    min_value: i32,
+}
+
+impl<S> CachedView<'_, S> {
+    /// Widens the keys and values of `n` positions from `j0`.
+    #[inline(always)]
+    fn load<R: Real>(
+        &self,
+        segment: &CachedSegment<'_>,
+        kv_head: usize,
+        (j0, n): (usize, usize),
+        tile: &mut Tile<'_, R>,
+    ) {
+        let e = self.head_dim;
+        for (b, first) in (0..n).step_by(CACHE_BLOCK).enumerate() {
+            let block = segment.blocks[(j0 + first) / CACHE_BLOCK] as usize;
+            let lanes = CACHE_BLOCK.min(n - first);
+            let head = block * self.num_kv_heads + kv_head;
+            let at = head * e * CACHE_BLOCK;
+            for d in 0..e {
+                let to = &mut tile.keys[d * self.tile + b * CACHE_BLOCK..][..CACHE_BLOCK];
+                self.load_keys(at + d * CACHE_BLOCK, head, to);
+            }
+            for lane in 0..lanes {
+                let to = &mut tile.values[(first + lane) * e..][..e];
+                self.load_values(at + lane * e, head * CACHE_BLOCK + lane, to);
+            }
+        }
+        let lanes = n.next_multiple_of(CACHE_BLOCK);
+        for d in 0..e {
+            // Lanes that nothing was loaded into are masked, but must not slow the rest.
+            tile.keys[d * self.tile + lanes..(d + 1) * self.tile].fill(R::ZERO);
+        }
+        tile.min_key = R::min_exponent(tile.keys);
+        tile.min_value = R::min_exponent(&tile.values[..n * e]);
+    }
+
+    /// One dimension of the keys of a block.
+    #[inline(always)]
+    fn load_keys<R: Real>(&self, at: usize, head: usize, to: &mut [R]) {
+        match self.cache {
+            CacheView::Bf16(k, _) => {
+                for (to, &k) in to.iter_mut().zip(&k[at..at + CACHE_BLOCK]) {
+                    *to = R::from_bf16(k);
+                }
+            }
+            CacheView::F32(k, _) => {
+                for (to, &k) in to.iter_mut().zip(&k[at..at + CACHE_BLOCK]) {
+                    *to = R::from_f32(k);
+                }
+            }
+            CacheView::Int8(k, _, scales, _) => {
+                let scales = &scales[head * CACHE_BLOCK..(head + 1) * CACHE_BLOCK];
+                let each = k[at..at + CACHE_BLOCK].iter().zip(scales);
+                for (to, (&k, &a)) in to.iter_mut().zip(each) {
+                    *to = R::from_f32((a * f32::from(k)).round_bf16());
+                }
+            }
+        }
+    }
+
+    /// One number of one key.
+    #[inline(always)]
+    fn key<R: Real>(&self, at: usize, scale: usize) -> R {
+        match self.cache {
+            CacheView::Bf16(k, _) => R::from_bf16(k[at]),
+            CacheView::F32(k, _) => R::from_f32(k[at]),
+            CacheView::Int8(k, _, scales, _) => {
+                R::from_f32((scales[scale] * f32::from(k[at])).round_bf16())
+            }
+        }
+    }
+
+    /// The value of one slot.
+    #[inline(always)]
+    fn load_values<R: Real>(&self, at: usize, scale: usize, to: &mut [R]) {
+        let e = self.head_dim;
+        match self.cache {
+            CacheView::Bf16(_, v) => {
+                for (to, &v) in to.iter_mut().zip(&v[at..at + e]) {
+                    *to = R::from_bf16(v);
+                }
+            }
+            CacheView::F32(_, v) => {
+                for (to, &v) in to.iter_mut().zip(&v[at..at + e]) {
+                    *to = R::from_f32(v);
+                }
+            }
+            CacheView::Int8(_, v, _, scales) => {
+                let a = scales[scale];
+                for (to, &v) in to.iter_mut().zip(&v[at..at + e]) {
+                    *to = R::from_f32((a * f32::from(v)).round_bf16());
+                }
+            }
+        }
+    }
+
+    /// The key and value of one slot, into one lane.
+    #[inline(always)]
+    fn load_lane<R: Real>(&self, slot: usize, kv_head: usize, lane: usize, tile: &mut Tile<'_, R>) {
+        let (e, from) = (self.head_dim, slot % CACHE_BLOCK);
+        let head = slot / CACHE_BLOCK * self.num_kv_heads + kv_head;
+        let at = head * e * CACHE_BLOCK;
+        for d in 0..e {
+            let key = self.key(at + d * CACHE_BLOCK + from, head * CACHE_BLOCK + from);
+            tile.keys[d * self.tile + lane] = key;
+            tile.min_key = tile.min_key.min(R::min_exponent(&[key]));
+        }
+        let to = &mut tile.values[lane * e..(lane + 1) * e];
+        self.load_values(at + from * e, head * CACHE_BLOCK + from, to);
+        tile.min_value = tile.min_value.min(R::min_exponent(to));
+    }
+
+    /// Gathers the lanes of the tile from `j0` that lie on the path of row `i`.
+    #[inline(always)]
+    fn gather<R: Real>(
+        &self,
+        segment: &CachedSegment<'_>,
+        kv_head: usize,
+        i: usize,
+        j0: usize,
+        tile: &mut Tile<'_, R>,
+    ) {
+        let mut node = Some(i);
+        let mut position = segment.past + segment.depth(i);
+        while let Some(row) = node {
+            if position < j0 {
+                return;
+            }
+            if position < j0 + self.tile {
+                let slot = segment.slot(segment.past + row);
+                self.load_lane(slot, kv_head, position - j0, tile);
+            }
+            node = segment.parent(row);
+            position = position.wrapping_sub(1);
+        }
+    }
+}
+
+/// Sums of the (row, head) pairs of a block.
+struct Sums<'a, R> {
+    acc: &'a mut [R],
+    max: &'a mut [R],
+    sum: &'a mut [R],
+    scores: &'a mut [R],
+    q: &'a mut [R],
+}
+
+/// Attention of the query heads of `kv_head` in rows `rows` of `segment`; `put(row, head,
+/// values)`. `scratch` has [`scratch_len`](super::attention::scratch_len) values; a block
+/// has at most `tile` pairs of a row and a head.
+#[inline(always)]
+pub fn cached_block<R: Real, S: Store<R>>(
+    view: CachedView<'_, S>,
+    segment: &CachedSegment<'_>,
+    kv_head: usize,
+    rows: (usize, usize),
+    mut put: impl FnMut(usize, usize, &[R]),
+    scratch: &mut [R],
+) {
+    let (e, tile) = (view.head_dim, view.tile);
+    let group = view.num_heads / view.num_kv_heads;
+    let pairs = (rows.1 - rows.0) * group;
+    let (keys, scratch) = scratch.split_at_mut(e * tile);
+    let (values, scratch) = scratch.split_at_mut(e * tile);
+    let (acc, scratch) = scratch.split_at_mut(e * pairs);
+    let (max, scratch) = scratch.split_at_mut(pairs);
+    let (sum, scratch) = scratch.split_at_mut(pairs);
+    let (scores, scratch) = scratch.split_at_mut(tile);
+    let q = &mut scratch[..e];
+    acc.fill(R::ZERO);
+    max.fill(R::NEG_INFINITY);
+    sum.fill(R::ZERO);
+    let mut sums = Sums {
+        acc,
+        max,
+        sum,
+        scores,
+        q,
+    };
+    let mut loaded = Tile {
+        keys,
+        values,
+        min_key: i32::MAX,
+        min_value: i32::MAX,
+    };
+    let ends = (rows.0..rows.1).map(|i| segment.past + segment.depth(i) + 1);
+    let last_end = ends.max().unwrap_or(0);
+    for j0 in (0..last_end).step_by(tile) {
+        let own_lanes = segment.parents.is_some() && j0 + tile > segment.past;
+        let end = if own_lanes { segment.past } else { last_end };
+        let n = end.saturating_sub(j0).min(tile);
+        view.load(segment, kv_head, (j0, n), &mut loaded);
+        for i in rows.0..rows.1 {
+            let end = segment.past + segment.depth(i) + 1;
+            if end <= j0 {
+                continue;
+            }
+            if own_lanes {
+                view.gather(segment, kv_head, i, j0, &mut loaded);
+            }
+            for h in 0..group {
+                let pair = (i - rows.0) * group + h;
+                let at = (segment.q_start + i) * view.num_heads + kv_head * group + h;
+                load_row(view.q, at * e, sums.q);
+                sums.add::<S>(&view, pair, end - j0, &loaded);
+            }
+        }
+    }
+    for (pair, (acc, &sum)) in sums.acc.chunks_mut(e).zip(&*sums.sum).enumerate() {
+        let factor = if sum == R::ZERO {
+            R::ZERO
+        } else {
+            R::ONE / sum
+        };
+        acc.iter_mut().for_each(|x| *x = *x * factor);
+        put(rows.0 + pair / group, kv_head * group + pair % group, acc);
+    }
+}
+
+impl<R: Real> Sums<'_, R> {
+    /// Folds the first `end` lanes of a tile into a pair.
+    #[inline(always)]
+    fn add<S: Store<R>>(
+        &mut self,
+        view: &CachedView<'_, S>,
+        pair: usize,
+        end: usize,
+        tile: &Tile<'_, R>,
+    ) {
+        let e = view.head_dim;
+        let n = end.min(view.tile);
+        let keys = Panel {
+            values: &*tile.keys,
+            min_exponent: tile.min_key,
+        };
+        let values = Panel {
+            values: &tile.values[..n * e],
+            min_exponent: tile.min_value,
+        };
+        self.scores.fill(R::ZERO);
+        multiply::<R, S>(view.isa, self.q, &keys, view.tile, self.scores);
+        let scale = R::ONE / R::from_f64(e as f64).sqrt();
+        mask(self.scores, scale, 0, end);
+        let acc = &mut self.acc[pair * e..(pair + 1) * e];
+        let (max, sum) = (&mut self.max[pair], &mut self.sum[pair]);
+        online_softmax::<R, S>(self.scores, max, sum, acc);
+        // A row that has seen no key yet has no maximum; it takes no part.
+        if *max != R::NEG_INFINITY {
+            multiply::<R, S>(view.isa, &self.scores[..n], &values, e, acc);
+        }
+    }
+}
+
+/// Rounds one head of a token to int8: the scale, and the values through `put`.
+#[inline(always)]
+pub fn quantize_head(x: &[f32], mut put: impl FnMut(usize, i8)) -> f32 {
+    let absmax = x.iter().fold(0.0f32, |max, x| Real::maximum(max, x.abs()));
+    let a = absmax / 127.0;
+    let usable = a >= f32::MIN_POSITIVE;
+    for (d, &x) in x.iter().enumerate() {
+        let q = (x / a).round_ties_even().clamp(-127.0, 127.0);
+        put(d, if usable { q as i8 } else { 0 });
+    }
+    if a < f32::MIN_POSITIVE { 0.0 } else { a }
+}

@@ -1,0 +1,221 @@
+//! Softmax fused with top-k, a tile of the vocabulary at a time: the arithmetic.
+//!
+//! A tile gives its maximum `m_t` and `d_t`, the sum of `exp(y - m_t)`, as in the online
+//! softmax (Milakov and Gimelshein, 2018). Tiles begin at multiples of [`TILE`], so which
+//! thread had which tile does not show: [`Total::of`] adds them up in ascending order.
+
+use crate::real::{Real, sum_indexed};
+
+/// Entries of the vocabulary that are handled together.
+pub const TILE: usize = 1024;
+/// Entries that are compared with the threshold at once.
+const RUN: usize = 64;
+
+/// What a row of logits goes through before its softmax, in this order. The defaults
+/// change nothing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Shaping {
+    /// Positive logits of tokens that occurred are divided by it, negative ones multiplied.
+    pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens that occurred.
+    pub presence_penalty: f32,
+    /// Subtracted once for each time that a token occurred.
+    pub frequency_penalty: f32,
+    /// Divides all logits; above 0.
+    pub temperature: f32,
+}
+
+impl Default for Shaping {
+    fn default() -> Self {
+        Self {
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            temperature: 1.0,
+        }
+    }
+}
+
+impl Shaping {
+    /// Changes the logits `tile` of the entries from `first` on. `occurred` has the tokens
+    /// that occurred, ascending, each with how often.
+    #[inline(always)]
+    pub fn apply(&self, first: usize, occurred: &[(u32, u32)], tile: &mut [f32]) {
+        let from = occurred.partition_point(|&(id, _)| (id as usize) < first);
+        for &(id, count) in &occurred[from..] {
+            let Some(x) = tile.get_mut(id as usize - first) else {
+                break;
+            };
+            if x.is_finite() {
+                let scaled = if *x < 0.0 {
+                    *x * self.repetition_penalty
+                } else {
+                    *x / self.repetition_penalty
+                };
+                let less = self.presence_penalty + self.frequency_penalty * count as f32;
+                // A penalty must not exclude a token: only an infinity does.
+                *x = (scaled - less).clamp(f32::MIN, f32::MAX);
+            }
+        }
+        if self.temperature != 1.0 {
+            for x in tile.iter_mut() {
+                *x /= self.temperature;
+            }
+        }
+    }
+}
+
+/// Maximum and sum of the exponentials of a tile.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TileSum {
+    /// The largest value.
+    pub max: f32,
+    /// Sum of `exp(y - max)`.
+    pub sum: f32,
+}
+
+impl TileSum {
+    /// Of the values of a tile, which become their exponentials: a loop of its own for
+    /// those, because compilers vectorise it.
+    #[inline(always)]
+    pub fn of(tile: &mut [f32]) -> Self {
+        let max = crate::kernels::loss::row_max(&*tile);
+        for x in tile.iter_mut() {
+            *x = Real::exp(*x - max);
+        }
+        let sum = sum_indexed(tile.len(), |i| tile[i]);
+        Self { max, sum }
+    }
+}
+
+/// Maximum and sum of the exponentials of a row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Total {
+    /// The largest value.
+    pub max: f32,
+    /// Sum of `exp(y - max)`.
+    pub sum: f32,
+}
+
+impl Total {
+    /// Of the tiles of a row, in ascending order. A tile that is all negative infinity adds
+    /// nothing, unless the whole row is.
+    pub fn of(tiles: impl Iterator<Item = TileSum> + Clone) -> Self {
+        let max = tiles
+            .clone()
+            .fold(f32::NEG_INFINITY, |max, t| Real::maximum(max, t.max));
+        let mut sum = 0.0f32;
+        for tile in tiles {
+            if tile.max != f32::NEG_INFINITY || max == f32::NEG_INFINITY {
+                sum += tile.sum * Real::exp(tile.max - max);
+            }
+        }
+        Self { max, sum }
+    }
+
+    /// Log of the sum of the exponentials of the row.
+    pub fn log_sum_exp(&self) -> f64 {
+        f64::from(self.max) + libm::log(f64::from(self.sum))
+    }
+
+    /// Log of the probability of an entry of the row, from its value behind [`Shaping`].
+    pub fn log_probability(&self, value: f32) -> f64 {
+        f64::from(value) - self.log_sum_exp()
+    }
+}
+
+/// An entry that is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Candidate {
+    /// Its value, behind [`Shaping`].
+    pub value: f32,
+    /// Its index in the vocabulary.
+    pub id: u32,
+}
+
+/// Better first: larger value, then lower id; NaN last.
+pub fn by_rank(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
+    let key = |x: f32| if x.is_nan() { f32::NEG_INFINITY } else { x };
+    let order = key(b.value).partial_cmp(&key(a.value));
+    let nan = a.value.is_nan().cmp(&b.value.is_nan());
+    order
+        .unwrap_or(std::cmp::Ordering::Equal)
+        .then(nan)
+        .then(a.id.cmp(&b.id))
+}
+
+/// The best `k` entries among those seen, and a few that will be dropped.
+#[derive(Clone, Debug)]
+pub struct Best {
+    k: usize,
+    kept: Vec<Candidate>,
+    /// The k-th best value of some `k` entries: nothing at or below it with a larger id can
+    /// be among the best.
+    threshold: Option<f32>,
+}
+
+impl Best {
+    /// Nothing seen; `k` is at least 1.
+    pub fn new(k: usize) -> Self {
+        Self {
+            k,
+            kept: Vec::new(),
+            threshold: None,
+        }
+    }
+
+    fn room(k: usize) -> usize {
+        2 * k + 4 * RUN
+    }
+
+    /// Looks at the values of the entries from `first` on, which are larger ids than any
+    /// seen before by this object.
+    #[inline(always)]
+    pub fn add(&mut self, first: usize, tile: &[f32]) {
+        for (run, values) in tile.chunks(RUN).enumerate() {
+            if let Some(threshold) = self.threshold {
+                let above = values
+                    .iter()
+                    .fold(0u32, |n, &x| n + u32::from(x > threshold));
+                if above == 0 {
+                    continue;
+                }
+            }
+            for (i, &value) in values.iter().enumerate() {
+                if self.threshold.is_none_or(|threshold| value > threshold) {
+                    let id = (first + run * RUN + i) as u32;
+                    self.kept.push(Candidate { value, id });
+                }
+            }
+            if self.kept.len() >= Self::room(self.k) || self.is_first_full() {
+                self.shrink();
+            }
+        }
+    }
+
+    /// As soon as there are `k`, there is a threshold.
+    fn is_first_full(&self) -> bool {
+        self.threshold.is_none() && self.kept.len() >= self.k
+    }
+
+    fn shrink(&mut self) {
+        if self.kept.len() >= self.k {
+            self.kept.select_nth_unstable_by(self.k - 1, by_rank);
+            self.kept.truncate(self.k);
+            let last = self.kept[self.k - 1].value;
+            self.threshold = (!last.is_nan()).then_some(last);
+        }
+    }
+
+    /// Takes over what `other` has seen, of whatever ids.
+    pub fn merge(&mut self, other: &Self) {
+        self.kept.extend_from_slice(&other.kept);
+    }
+
+    /// The best `k`, or fewer if fewer were seen, best first.
+    pub fn sorted(&mut self) -> &[Candidate] {
+        self.shrink();
+        self.kept.sort_unstable_by(by_rank);
+        &self.kept
+    }
+}

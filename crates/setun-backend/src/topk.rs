@@ -1,0 +1,433 @@
+//! Softmax and top-k in one pass: over logits that are given, or behind a head product
+//! whose logits never exist as a whole.
+//!
+//! Each tile of [`TILE`] entries is shaped, its maximum and its sum of exponentials are
+//! taken and its best entries kept, all while it is in the first-level cache. The plain
+//! form reads the logits once for the maximum, once for the sum and once for the
+//! probabilities, writes as many probabilities, and reads them again to select; here one
+//! read is left, or none. Only the `k` kept entries get probabilities.
+//!
+//! Results do not depend on threads or instruction set: tiles are fixed, their sums are
+//! added in ascending order, and ties go to the lower id.
+
+use crate::cpu::packed::{InputRows, MAX_ROWS, PANEL, PackedShape};
+use crate::cpu::{Isa, Pool, RowParts, RowsMut, multiversion};
+use crate::kernels::topk::Best;
+pub use crate::kernels::topk::{Candidate, Shaping, TILE, TileSum, Total, by_rank};
+use crate::real::Real;
+use std::ops::Range;
+use std::sync::Mutex;
+use thiserror::Error;
+
+/// What is wanted of rows of logits.
+#[derive(Clone, Copy, Debug)]
+pub struct TopK<'a> {
+    /// Entries to keep of each row; at least 1. A smaller vocabulary gives fewer.
+    pub k: usize,
+    /// What logits go through first, for each row.
+    pub shaping: &'a [Shaping],
+    /// For each row, the tokens that occurred, ascending, each with how often.
+    pub occurred: &'a [Vec<(u32, u32)>],
+}
+
+/// What was kept of rows of logits.
+#[derive(Clone, Debug, Default)]
+pub struct Kept {
+    /// For each row its best entries, best first.
+    pub candidates: Vec<Vec<Candidate>>,
+    /// For each row its maximum and sum.
+    pub totals: Vec<Total>,
+}
+
+/// Arguments that do not fit together.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum TopKError {
+    /// Nothing would be kept, or there is nothing to keep.
+    #[error("top-k: k is {k} and the vocabulary has {vocab_size} entries; both must be above 0")]
+    Empty {
+        /// Entries to keep.
+        k: usize,
+        /// Entries of the vocabulary.
+        vocab_size: usize,
+    },
+    /// A slice of another length.
+    #[error("top-k: {name} has {len} values, but the shape needs {expected}")]
+    Length {
+        /// Name of the argument.
+        name: &'static str,
+        /// Its length.
+        len: usize,
+        /// What it should be.
+        expected: usize,
+    },
+}
+
+/// Probabilities and ids of the `k` likeliest entries of each row of `logits`
+/// `[batch, seq, vocab_size]`, into `probabilities` and `ids` `[batch, seq, k]`, best first;
+/// ties go to the lower id.
+///
+/// A row with NaN, with positive infinity, or all of negative infinity has NaN
+/// probabilities, as `softmax` by its definition has; its ids are right (NaN last). With
+/// `k > vocab_size` the places behind are 0 and `u32::MAX`.
+///
+/// # Errors
+/// `k` or a vocabulary of 0, and slices of another length.
+pub fn softmax_topk(
+    pool: &Pool,
+    isa: Isa,
+    (batch, seq, vocab_size): (usize, usize, usize),
+    logits: &[f32],
+    k: usize,
+    (probabilities, ids): (&mut [f32], &mut [u32]),
+) -> Result<(), TopKError> {
+    if k == 0 || vocab_size == 0 {
+        return Err(TopKError::Empty { k, vocab_size });
+    }
+    let rows = batch * seq;
+    for (name, len, expected) in [
+        ("logits", logits.len(), rows * vocab_size),
+        ("probabilities", probabilities.len(), rows * k),
+        ("ids", ids.len(), rows * k),
+    ] {
+        if len != expected {
+            return Err(TopKError::Length {
+                name,
+                len,
+                expected,
+            });
+        }
+    }
+    let wanted = TopK {
+        k,
+        shaping: &[],
+        occurred: &[],
+    };
+    let mut kept = Kept::default();
+    let source = Source::Logits(logits);
+    run(pool, isa, (rows, vocab_size), source, wanted, &mut kept);
+    probabilities.fill(0.0);
+    ids.fill(u32::MAX);
+    for row in 0..rows {
+        let total = kept.totals[row];
+        for (i, c) in kept.candidates[row].iter().enumerate() {
+            probabilities[row * k + i] = Real::exp(c.value - total.max) / total.sum;
+            ids[row * k + i] = c.id;
+        }
+    }
+    Ok(())
+}
+
+/// Where logits come from.
+#[derive(Clone, Copy)]
+pub(crate) enum Source<'a> {
+    /// They are there, `[rows, vocab_size]`.
+    Logits(&'a [f32]),
+    /// A head product with packed weights.
+    Head {
+        shape: PackedShape,
+        weights: &'a [u8],
+        inputs: &'a InputRows<'a>,
+    },
+}
+
+/// Rows that a head product gives at a time.
+const ROWS: usize = crate::cpu::packed::MR;
+
+impl Source<'_> {
+    /// Rows that share a tile.
+    fn step(&self) -> usize {
+        match self {
+            Self::Logits(_) => 1,
+            Self::Head { .. } => ROWS,
+        }
+    }
+
+    /// The logits of some rows in one tile.
+    fn fill(
+        &self,
+        isa: Isa,
+        vocab_size: usize,
+        rows: Range<usize>,
+        tile: Range<usize>,
+        to: &mut [[f32; TILE]; ROWS],
+    ) {
+        match *self {
+            Self::Logits(logits) => {
+                for (to, row) in to.iter_mut().zip(rows) {
+                    let from = &logits[row * vocab_size..][tile.clone()];
+                    to[..from.len()].copy_from_slice(from);
+                }
+            }
+            Self::Head {
+                shape,
+                weights,
+                inputs,
+            } => {
+                for panel in tile.start / PANEL..tile.end.div_ceil(PANEL) {
+                    let y = inputs.panel(isa, shape, weights, panel, rows.start);
+                    for (to, y) in to.iter_mut().zip(&y) {
+                        to[panel * PANEL - tile.start..][..PANEL].copy_from_slice(y);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Runs all rows of a source. At most [`MAX_ROWS`] rows where it is a head product.
+pub(crate) fn run(
+    pool: &Pool,
+    isa: Isa,
+    (rows, vocab_size): (usize, usize),
+    source: Source<'_>,
+    wanted: TopK<'_>,
+    kept: &mut Kept,
+) {
+    debug_assert!(rows <= MAX_ROWS || matches!(source, Source::Logits(_)));
+    let tiles = vocab_size.div_ceil(TILE);
+    let none = TileSum { max: 0.0, sum: 0.0 };
+    let mut sums = vec![none; tiles * rows];
+    let out = RowsMut::new(&mut sums, rows.max(1));
+    let k = wanted.k.min(vocab_size);
+    let best: Vec<Mutex<Vec<Best>>> = (0..pool.threads())
+        .map(|_| Mutex::new(vec![Best::new(k); rows]))
+        .collect();
+    let step = tiles.div_ceil(4 * pool.threads());
+    pool.run(tiles.div_ceil(step), &|task, worker| {
+        let task = task * step..tiles.min((task + 1) * step);
+        // SAFETY: a tile belongs to one task, which asks once.
+        let sums = unsafe { out.part(task.clone()) };
+        let mut best = best[worker]
+            .lock()
+            .expect("a lock that only its worker takes");
+        let mut buffer = [[0.0f32; TILE]; ROWS];
+        for first in (0..rows).step_by(source.step()) {
+            let part = first..rows.min(first + source.step());
+            for t in task.clone() {
+                let tile = t * TILE..vocab_size.min((t + 1) * TILE);
+                source.fill(isa, vocab_size, part.clone(), tile.clone(), &mut buffer);
+                for (row, values) in part.clone().zip(&mut buffer) {
+                    let values = &mut values[..tile.len()];
+                    if let Some(shaping) = wanted.shaping.get(row) {
+                        let occurred = wanted.occurred.get(row).map_or(&[][..], Vec::as_slice);
+                        shaping.apply(tile.start, occurred, values);
+                    }
+                    sums[(t - task.start) * rows + row] =
+                        look_at(isa, tile.start, values, &mut best[row]);
+                }
+            }
+        }
+    });
+    collect(rows, &sums, best, kept);
+}
+
+fn collect(rows: usize, sums: &[TileSum], best: Vec<Mutex<Vec<Best>>>, kept: &mut Kept) {
+    let mut best = best
+        .into_iter()
+        .map(|b| b.into_inner().expect("no panic while the lock is held"));
+    let mut all = best.next().unwrap_or_default();
+    for others in best {
+        for (best, other) in all.iter_mut().zip(&others) {
+            best.merge(other);
+        }
+    }
+    kept.candidates.clear();
+    kept.totals.clear();
+    for (row, best) in all.iter_mut().enumerate() {
+        kept.candidates.push(best.sorted().to_vec());
+        let tiles = sums.chunks(rows).map(|tile| tile[row]);
+        kept.totals.push(Total::of(tiles));
+    }
+}
+
+multiversion! {
+    /// The sum of a tile, whose best entries are kept.
+    fn look_at[][](first: usize, tile: &mut [f32], best: &mut Best) -> TileSum = look_at_kernel;
+}
+
+#[inline(always)]
+fn look_at_kernel(first: usize, tile: &mut [f32], best: &mut Best) -> TileSum {
+    best.add(first, tile);
+    TileSum::of(tile)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::philox::Philox;
+
+    /// The plain form: every probability, then a sort.
+    fn plain(logits: &[f32], k: usize) -> (Vec<f64>, Vec<u32>) {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let p: Vec<f64> = logits.iter().map(|&x| f64::from(x - max).exp()).collect();
+        let sum: f64 = p.iter().sum();
+        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+        ids.sort_by(|&a, &b| {
+            let order = logits[b as usize].partial_cmp(&logits[a as usize]).unwrap();
+            order.then(a.cmp(&b))
+        });
+        ids.truncate(k);
+        (ids.iter().map(|&i| p[i as usize] / sum).collect(), ids)
+    }
+
+    fn random(stream: u64, n: usize) -> Vec<f32> {
+        let random = Philox::new(5, stream);
+        (0..n as u64)
+            .map(|i| 3.0 * random.normal_pair(i).0 as f32)
+            .collect()
+    }
+
+    fn fused(logits: &[f32], vocab_size: usize, k: usize) -> (Vec<f32>, Vec<u32>) {
+        let rows = logits.len() / vocab_size;
+        let mut first: Option<(Vec<f32>, Vec<u32>)> = None;
+        for isa in Isa::available() {
+            for threads in [1, 2, 3] {
+                let pool = Pool::new(threads);
+                let (mut p, mut ids) = (vec![0.0; rows * k], vec![0; rows * k]);
+                let shape = (rows, 1, vocab_size);
+                softmax_topk(&pool, isa, shape, logits, k, (&mut p, &mut ids)).unwrap();
+                let (expected, same) = first.get_or_insert((p.clone(), ids.clone()));
+                let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert!(bits(expected) == bits(&p) && *same == ids);
+            }
+        }
+        first.unwrap()
+    }
+
+    fn compare(logits: &[f32], k: usize) {
+        let (p, ids) = fused(logits, logits.len(), k);
+        let (expected, expected_ids) = plain(logits, k);
+        assert_eq!(ids, expected_ids);
+        for (p, e) in p.iter().zip(&expected) {
+            assert!((f64::from(*p) - e).abs() <= 2e-6 * e + 1e-30, "{p} {e}");
+        }
+    }
+
+    #[test]
+    fn equals_the_plain_form() {
+        for (k, vocab_size) in [(1, 1), (1, 7), (5, 64), (64, 65), (64, 60_001)] {
+            compare(&random(k as u64, vocab_size), k);
+        }
+        for k in [1, 2, 63, 256, 1000, 1024] {
+            compare(&random(9, 51_234), k);
+        }
+    }
+
+    #[test]
+    fn ties_go_to_the_lowest_id() {
+        let mut logits: Vec<f32> = random(1, 52_000).iter().map(|x| x.round()).collect();
+        for k in [1, 64, 1024] {
+            compare(&logits, k);
+        }
+        logits.fill(0.5);
+        compare(&logits, 100);
+    }
+
+    #[test]
+    fn rising_falling_and_huge_values() {
+        let mut logits: Vec<f32> = (0..60_000).map(|i| i as f32 * 1e-3).collect();
+        compare(&logits, 128);
+        logits.reverse();
+        compare(&logits, 128);
+        logits[40_000] = 1e30;
+        compare(&logits, 64);
+        let (p, ids) = fused(&logits, 60_000, 2);
+        assert_eq!((p, ids), (vec![1.0, 0.0], vec![40_000, 0]));
+    }
+
+    #[test]
+    fn log_probabilities_add_up() {
+        let logits = random(4, 3000);
+        let mut kept = Kept::default();
+        let wanted = TopK {
+            k: 3000,
+            shaping: &[],
+            occurred: &[],
+        };
+        let source = Source::Logits(&logits);
+        run(
+            &Pool::new(2),
+            Isa::detect(),
+            (1, 3000),
+            source,
+            wanted,
+            &mut kept,
+        );
+        let total = kept.totals[0];
+        let all = kept.candidates[0]
+            .iter()
+            .map(|c| total.log_probability(c.value).exp());
+        assert!((all.sum::<f64>() - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn shaping_comes_before_the_softmax() {
+        let logits = [1.0f32, 2.0, -2.0, 4.0];
+        let shaping = Shaping {
+            repetition_penalty: 2.0,
+            presence_penalty: 0.5,
+            frequency_penalty: 0.25,
+            temperature: 0.5,
+        };
+        let wanted = TopK {
+            k: 4,
+            shaping: &[shaping],
+            occurred: &[vec![(2, 1), (3, 2)]],
+        };
+        let mut kept = Kept::default();
+        let source = Source::Logits(&logits);
+        run(
+            &Pool::new(1),
+            Isa::detect(),
+            (1, 4),
+            source,
+            wanted,
+            &mut kept,
+        );
+        let got: Vec<(u32, f32)> = kept.candidates[0].iter().map(|c| (c.id, c.value)).collect();
+        assert_eq!(got, [(1, 4.0), (0, 2.0), (3, 2.0), (2, -9.5)]);
+    }
+
+    #[test]
+    fn infinities_follow_the_definition() {
+        let mut logits = random(3, 50_500);
+        for i in (0..logits.len()).filter(|i| i % 3 != 0 || *i > 20_000) {
+            logits[i] = f32::NEG_INFINITY;
+        }
+        compare(&logits, 300);
+        compare(&logits, 50_500);
+        logits[7] = f32::INFINITY;
+        let (p, ids) = fused(&logits, 50_500, 2);
+        assert!(ids[0] == 7 && p.iter().all(|p| p.is_nan()));
+        let (p, ids) = fused(&[f32::NEG_INFINITY; 1500], 1500, 2);
+        assert!(ids == [0, 1] && p.iter().all(|p| p.is_nan()));
+        logits[7] = f32::NAN;
+        let (p, ids) = fused(&logits, 50_500, 2);
+        assert!(!ids.contains(&7) && p.iter().all(|p| p.is_nan()));
+    }
+
+    #[test]
+    fn rows_are_independent_and_bad_arguments_are_refused() {
+        let logits = random(8, 4 * 3000);
+        let (p, ids) = fused(&logits, 3000, 17);
+        for row in 0..4 {
+            let alone = fused(&logits[row * 3000..(row + 1) * 3000], 3000, 17);
+            assert_eq!(
+                (&p[row * 17..][..17], &ids[row * 17..][..17]),
+                (&*alone.0, &*alone.1)
+            );
+        }
+        let pool = Pool::new(1);
+        let mut out = ([0.0; 2], [0u32; 2]);
+        let mut call = |shape, k| {
+            let (p, ids) = (&mut out.0[..], &mut out.1[..]);
+            softmax_topk(&pool, Isa::Reference, shape, &[1.0, 2.0], k, (p, ids))
+        };
+        assert_eq!(call((1, 1, 2), 2), Ok(()));
+        assert!(matches!(call((1, 1, 2), 0), Err(TopKError::Empty { .. })));
+        assert!(matches!(
+            call((1, 1, 3), 2),
+            Err(TopKError::Length { name: "logits", .. })
+        ));
+    }
+}
