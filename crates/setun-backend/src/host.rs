@@ -3,6 +3,7 @@
 mod cache;
 mod layer_norm;
 mod products;
+mod scratch;
 mod transformer;
 
 use crate::cpu::{Isa, Pool, RowParts, RowsMut, gemm, int8, multiversion, packed};

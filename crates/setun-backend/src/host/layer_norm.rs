@@ -1,6 +1,6 @@
 //! LayerNorm of [`Host`].
 
-use super::transformer::Scratch;
+use super::scratch::Scratch;
 use super::{ActParts, GRAIN, Host, rows_of};
 use crate::cpu::{Isa, Pool, RowsMut, multiversion};
 use crate::kernels::attention::Store;

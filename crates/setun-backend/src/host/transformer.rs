@@ -1,5 +1,6 @@
 //! The operations of [`Host`]: leases, a split over threads, a kernel.
 
+use super::scratch::Scratch;
 use super::*;
 use crate::cache::{CacheBuf, CacheStore, CachedAttention};
 use crate::cpu::multiversion;
@@ -528,26 +529,6 @@ pub(super) fn packed_shape(out: usize, width: usize, group_size: usize) -> Packe
 
 /// Values of a task in operations without rows.
 const RUN: usize = 16 * 1024;
-
-/// The scratch memory of all workers.
-pub(super) struct Scratch<'a, R> {
-    rows: RowsMut<'a, R>,
-}
-
-impl<'a, R: Real> Scratch<'a, R> {
-    pub(super) fn lease(lease: &mut Lease<'a>, workspace: &HostWorkspace<R>) -> Self {
-        Self {
-            rows: RowsMut::new(lease.write(workspace.real), workspace.real_len),
-        }
-    }
-
-    /// The scratch of one worker.
-    #[allow(clippy::mut_from_ref)]
-    pub(super) fn of(&self, worker: usize) -> &mut [R] {
-        // SAFETY: a worker runs one task at a time, and a task asks once.
-        unsafe { self.rows.part(worker..worker + 1) }
-    }
-}
 
 impl<R> From<AttnBuf<R>> for ActBuf<R> {
     fn from(x: AttnBuf<R>) -> Self {
