@@ -171,7 +171,7 @@ def read_gguf(setun, model):
     form = "gguf-q2_0" if known else "gguf-bf16"
     path = setun.convert(model, "reader.gguf", form)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    count = len(json.loads(setun.run("inspect", path, "--json"))["tensors"])
+    count = len(json.loads(setun.run("inspect", path, "--json"))["files"][0]["tensors"])
     unpacked = setun.convert(model, "reader-f32", "hf-f32") / "model.safetensors"
     expected = load_file(unpacked)["model.embed_tokens.weight"]
     first = tensors["token_embd.weight"]

@@ -371,7 +371,7 @@ train: RECIPE.toml --init --resume --dry-run --profile
   --log.every
   --log.tensorboard
 verify: PATH --json
-generate: --model --prompt --checkpoint --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --threads --stats
+generate: --model --prompt --prompts --beams --length-penalty --kv --checkpoint --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --threads --stats
 eval: --model --data --checkpoint --seq-len --batch-size --threads --numerics --logits --json --split-on --text-field --min-document-chars
 tokenize: --tokenizer --model --output SOURCES --split-on --text-field --min-document-chars
 tokenizer:
@@ -387,4 +387,9 @@ bench matmul: --threads --repeat --json --shape
 bench attention: --threads --repeat --json --seq --head-dim --heads
 bench layer-norm: --threads --repeat --json --rows --width
 bench train: --threads --repeat --json --shape --batch-size --seq-len --profile
+bench decode: --threads --repeat --json --model --tokens --batch --k --kv
+bench prefill: --threads --repeat --json --model --tokens --batch --k --kv
+bench verify-width: --threads --repeat --json --model --tokens --batch --k --kv
+bench softmax-topk: --threads --repeat --json --model --tokens --batch --k --kv
+bench kv: --threads --repeat --json --model --tokens --batch --k --kv
 ";
