@@ -97,7 +97,7 @@ fn lose_power(ops: &[Op], draws: usize, scratch: &Scratch) -> (Vec<String>, usiz
             let path = scratch.0.join("run");
             fs::create_dir(&path).unwrap();
             state.write_below(&path).unwrap();
-            if let Err(what) = check(&path, known, seen.len() % 16 == 0) {
+            if let Err(what) = check(&path, known, seen.len().is_multiple_of(16)) {
                 lost.push(format!("after operation {end}: {what}"));
             }
             fs::remove_dir_all(&path).unwrap();

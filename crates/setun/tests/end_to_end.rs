@@ -122,7 +122,7 @@ fn the_seed_decides_the_text() {
     assert_eq!(generate(&run.join("export/packed"), "7", "1"), text);
     assert_eq!(generate(&run.join("export/hf"), "7", "1"), text);
     assert_eq!(generate(&run, "7", "0"), generate(&run, "8", "0"));
-    let file = scratch.write("prompts.txt", "The telephone\nIron\n".to_owned());
+    let file = scratch.write("prompts.txt", "The telephone\nIron\n");
     let batch = |flags: &[&str]| {
         let mut generate = command([OsStr::new("generate"), "--model".as_ref(), run.as_ref()]);
         generate.args([OsStr::new("--prompts"), file.as_ref()]);
