@@ -123,8 +123,10 @@ def compare_texts(peer, tokenizer, prompts, ours):
     """How many texts agree, and the places where the others part with the gap there."""
     same, ties = 0, []
     for prompt, text in zip(prompts, ours):
-        start = len(tokenizer.encode(prompt).ids)
-        ids = np.array(tokenizer.encode(text).ids)
+        # On its own, for as one text the two may meet in one token.
+        before = tokenizer.encode(prompt).ids
+        start = len(before)
+        ids = np.array(before + tokenizer.encode(text[len(prompt):]).ids)
         # The choice of each next token, given our text up to it: up to the first other
         # choice this is what the program would have written itself.
         logits = log_softmax(peer.logits(ids))[start - 1:-1]
