@@ -4,12 +4,15 @@
 #
 #     bench/path-a/study.sh OUTPUT 'books/train*.txt' books/valid.txt
 #
-# SETUN names the program (default: target/release/setun), PYTHON the Python for the table.
+# SETUN names the program (default: target/release/setun), PYTHON the Python for the table,
+# MODEL the recipe of the teacher (default: the one million parameters of model.toml),
+# TEACHER_LR its learning rate (3e-3); FACTORS=no leaves out the comparison of settings.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 root="$here/../.."
 out="$1" train="$2" valid="$3"
 setun="${SETUN:-$root/target/release/setun}"
+model="${MODEL:-$here/model.toml}"
 mkdir -p "$out"
 
 TEACHER_STEPS=2400
@@ -27,7 +30,7 @@ cell() {
         "$setun" train --resume "$run" > "$out/$name.log" 2>&1
     else
         rm -rf "$run"
-        "$setun" train "$here/model.toml" --run.name "$name" --run.output "$run" \
+        "$setun" train "$model" --run.name "$name" --run.output "$run" \
             --tokenizer.path "$out/tokenizer.json" --data.train "$from" --data.valid "$held_out" \
             --eval.batch_size 32 "$@" > "$out/$name.log" 2>&1
     fi
@@ -50,7 +53,8 @@ if [ ! -f "$out/train.tokens" ]; then
 fi
 books=("$out/train.tokens" "$out/sample.tokens")
 
-cell teacher "$out/train.tokens" "$out/valid.tokens" --train.steps "$TEACHER_STEPS" --train.lr 3e-3 \
+cell teacher "$out/train.tokens" "$out/valid.tokens" --train.steps "$TEACHER_STEPS" \
+    --train.lr "${TEACHER_LR:-3e-3}" \
     --train.schedule cosine --train.min_lr_ratio 0.02 --train.warmup_steps 100 --eval.every 300
 dense="$out/teacher/export/hf"
 
@@ -66,15 +70,6 @@ cell tuned "${books[@]}" "${full[@]}" "${student[@]}" --train.lr 2e-3
 cell continued "${books[@]}" "${full[@]}" "${from[@]}" --train.lr 3e-4
 cell scratch "${books[@]}" "${full[@]}" --model.ternary true --train.lr 3e-3
 
-factor=("${short[@]}" "${distilled[@]}")
-cell lr-2e-3 "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 2e-3
-cell lr-5e-4 "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 5e-4
-cell lr-1e-4 "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 1e-4
-cell gradual "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 2e-3 --train.blend_steps 40
-cell constant "${books[@]}" "${shared[@]}" "${factor[@]}" --train.lr 2e-3 \
-    --train.schedule constant
-cell unclipped "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 2e-3 --train.grad_clip 0
-
 # The bundled corpus: 0.3 MB, a tenth held out; every student sees it about ten times.
 small() {
     local name="$1"
@@ -82,7 +77,7 @@ small() {
     if [ -f "$out/$name/report.json" ]; then return; fi
     echo "== $name"
     rm -rf "${out:?}/$name"
-    "$setun" train "$here/model.toml" --run.name "$name" --run.output "$out/$name" \
+    "$setun" train "$model" --run.name "$name" --run.output "$out/$name" \
         --tokenizer.path "$out/tokenizer.json" --data.train "$root/data/encyclopedia.txt" \
         --data.valid_fraction 0.1 --data.split_on blank-lines --eval.batch_size 32 \
         "${full[@]}" "$@" > "$out/$name.log" 2>&1
@@ -92,5 +87,16 @@ small encyclopedia-tuned "${student[@]}" --train.lr 2e-3
 small encyclopedia-distilled "${student[@]}" --distill.weight 0.9 --train.lr 2e-3 \
     --distill.teacher "$out/encyclopedia-continued/export/hf"
 small encyclopedia-scratch --model.ternary true --train.lr 3e-3
+
+if [ "${FACTORS:-yes}" = yes ]; then
+    factor=("${short[@]}" "${distilled[@]}")
+    cell lr-2e-3 "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 2e-3
+    cell lr-5e-4 "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 5e-4
+    cell lr-1e-4 "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 1e-4
+    cell gradual "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 2e-3 --train.blend_steps 40
+    cell constant "${books[@]}" "${shared[@]}" "${factor[@]}" --train.lr 2e-3 \
+        --train.schedule constant
+    cell unclipped "${books[@]}" "${cosine[@]}" "${factor[@]}" --train.lr 2e-3 --train.grad_clip 0
+fi
 
 "${PYTHON:-python3}" "$here/table.py" "$out"
