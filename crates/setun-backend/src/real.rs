@@ -55,8 +55,10 @@ pub trait Real:
     fn min_exponent(values: &[Self]) -> i32;
 
     /// Value of a bf16.
+    #[inline(always)]
     fn from_bf16(x: bf16) -> Self {
-        Self::from_f32(x.to_f32())
+        // Not `to_f32`, whose care for NaN is a branch in every loop.
+        Self::from_f32(f32::from_bits(u32::from(x.to_bits()) << 16))
     }
 
     /// Rounded to bf16 and back.
@@ -201,6 +203,18 @@ impl Real for f64 {
     }
     fn min_exponent(_: &[Self]) -> i32 {
         0
+    }
+}
+
+/// As [`Real::min_exponent`], of values as they are stored.
+#[inline(always)]
+pub fn min_exponent_bf16(values: &[bf16]) -> i32 {
+    let bits = |x: &bf16| (x.to_bits() & 0x7fff).wrapping_sub(1);
+    let least = values.iter().fold(u16::MAX, |least, x| least.min(bits(x)));
+    if least == u16::MAX {
+        i32::MAX
+    } else {
+        i32::from((least + 1) >> 7) - 127
     }
 }
 
@@ -368,6 +382,9 @@ mod tests {
     fn min_exponent_ignores_zeros() {
         assert_eq!(f32::min_exponent(&[0.0, 3.0, -0.3, 0.0]), -2);
         assert_eq!(f32::min_exponent(&[0.0, -0.0]), i32::MAX);
+        let stored = [0.0, 3.0, -0.3, -0.0].map(bf16::from_f32);
+        assert_eq!(min_exponent_bf16(&stored), -2);
+        assert_eq!(min_exponent_bf16(&stored[..1]), i32::MAX);
     }
 
     #[test]

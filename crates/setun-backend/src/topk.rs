@@ -10,7 +10,7 @@
 //! Results do not depend on threads or instruction set: tiles are fixed, their sums are
 //! added in ascending order, and ties go to the lower id.
 
-use crate::cpu::packed::{InputRows, MAX_ROWS, PANEL, PackedShape};
+use crate::cpu::packed::{InputRows, MAX_ROWS, PANEL, PanelScratch};
 use crate::cpu::{Isa, Pool, RowParts, RowsMut, multiversion};
 use crate::kernels::topk::Best;
 pub use crate::kernels::topk::{Candidate, Shaping, TILE, TileSum, Total, by_rank};
@@ -124,48 +124,51 @@ pub(crate) enum Source<'a> {
     Logits(&'a [f32]),
     /// A head product with packed weights.
     Head {
-        shape: PackedShape,
         weights: &'a [u8],
         inputs: &'a InputRows<'a>,
     },
 }
 
-/// Rows that a head product gives at a time.
-const ROWS: usize = crate::cpu::packed::MR;
-
 impl Source<'_> {
-    /// Rows that share a tile.
-    fn step(&self) -> usize {
+    /// Rows that share a tile: all of them where weights are read for it.
+    fn step(&self, rows: usize) -> usize {
         match self {
             Self::Logits(_) => 1,
-            Self::Head { .. } => ROWS,
+            Self::Head { .. } => rows,
         }
     }
+}
 
+/// What a worker holds.
+struct Bench {
+    /// The best entries of each row.
+    best: Vec<Best>,
     /// The logits of some rows in one tile.
+    tile: Vec<[f32; TILE]>,
+    panel: PanelScratch,
+}
+
+impl Bench {
+    /// The logits of rows from `first` in one tile.
     fn fill(
-        &self,
+        &mut self,
         isa: Isa,
+        source: Source<'_>,
         vocab_size: usize,
-        rows: Range<usize>,
-        tile: Range<usize>,
-        to: &mut [[f32; TILE]; ROWS],
+        first: usize,
+        tile: &Range<usize>,
     ) {
-        match *self {
-            Self::Logits(logits) => {
-                for (to, row) in to.iter_mut().zip(rows) {
-                    let from = &logits[row * vocab_size..][tile.clone()];
+        match source {
+            Source::Logits(logits) => {
+                for (row, to) in self.tile.iter_mut().enumerate() {
+                    let from = &logits[(first + row) * vocab_size..][tile.clone()];
                     to[..from.len()].copy_from_slice(from);
                 }
             }
-            Self::Head {
-                shape,
-                weights,
-                inputs,
-            } => {
+            Source::Head { weights, inputs } => {
                 for panel in tile.start / PANEL..tile.end.div_ceil(PANEL) {
-                    let y = inputs.panel(isa, shape, weights, panel, rows.start);
-                    for (to, y) in to.iter_mut().zip(&y) {
+                    inputs.panel(isa, weights, panel, &mut self.panel);
+                    for (to, y) in self.tile.iter_mut().zip(&self.panel.y) {
                         to[panel * PANEL - tile.start..][..PANEL].copy_from_slice(y);
                     }
                 }
@@ -189,24 +192,32 @@ pub(crate) fn run(
     let mut sums = vec![none; tiles * rows];
     let out = RowsMut::new(&mut sums, rows.max(1));
     let k = wanted.k.min(vocab_size);
-    let best: Vec<Mutex<Vec<Best>>> = (0..pool.threads())
-        .map(|_| Mutex::new(vec![Best::new(k); rows]))
+    let together = source.step(rows);
+    let benches: Vec<Mutex<Bench>> = (0..pool.threads())
+        .map(|_| {
+            Mutex::new(Bench {
+                best: vec![Best::new(k); rows],
+                tile: vec![[0.0; TILE]; together],
+                panel: PanelScratch::default(),
+            })
+        })
         .collect();
     let step = tiles.div_ceil(4 * pool.threads());
     pool.run(tiles.div_ceil(step), &|task, worker| {
         let task = task * step..tiles.min((task + 1) * step);
         // SAFETY: a tile belongs to one task, which asks once.
         let sums = unsafe { out.part(task.clone()) };
-        let mut best = best[worker]
+        let mut bench = benches[worker]
             .lock()
             .expect("a lock that only its worker takes");
-        let mut buffer = [[0.0f32; TILE]; ROWS];
-        for first in (0..rows).step_by(source.step()) {
-            let part = first..rows.min(first + source.step());
+        for first in (0..rows).step_by(together.max(1)) {
             for t in task.clone() {
                 let tile = t * TILE..vocab_size.min((t + 1) * TILE);
-                source.fill(isa, vocab_size, part.clone(), tile.clone(), &mut buffer);
-                for (row, values) in part.clone().zip(&mut buffer) {
+                bench.fill(isa, source, vocab_size, first, &tile);
+                let Bench {
+                    best, tile: buffer, ..
+                } = &mut *bench;
+                for (row, values) in (first..).zip(buffer) {
                     let values = &mut values[..tile.len()];
                     if let Some(shaping) = wanted.shaping.get(row) {
                         let occurred = wanted.occurred.get(row).map_or(&[][..], Vec::as_slice);
@@ -218,13 +229,14 @@ pub(crate) fn run(
             }
         }
     });
-    collect(rows, &sums, best, kept);
+    collect(rows, &sums, benches, kept);
 }
 
-fn collect(rows: usize, sums: &[TileSum], best: Vec<Mutex<Vec<Best>>>, kept: &mut Kept) {
-    let mut best = best
-        .into_iter()
-        .map(|b| b.into_inner().expect("no panic while the lock is held"));
+fn collect(rows: usize, sums: &[TileSum], benches: Vec<Mutex<Bench>>, kept: &mut Kept) {
+    let mut best = benches.into_iter().map(|bench| {
+        let bench = bench.into_inner();
+        bench.expect("no panic while the lock is held").best
+    });
     let mut all = best.next().unwrap_or_default();
     for others in best {
         for (best, other) in all.iter_mut().zip(&others) {

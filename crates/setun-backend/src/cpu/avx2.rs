@@ -279,11 +279,15 @@ fn rows_of<const M: usize>(
             let steps = BLOCK.min(depth - start);
             // SAFETY: by the assertions all rows of `x` have `depth` values, and steps
             // below `depth` of `y` have `lanes`, of which `at..at + 16` are read.
-            let (even, odd) = unsafe {
+            let [even, odd] = unsafe {
                 let (x, y) = (x.as_ptr().add(start), y.as_ptr().add(start * lanes + at));
-                let even = row_chains::<M>(steps.div_ceil(2), (x, stride), (y, lanes));
-                let (x, y) = (x.wrapping_add(1), y.wrapping_add(lanes));
-                (even, row_chains::<M>(steps / 2, (x, stride), (y, lanes)))
+                if M <= BOTH_CHAINS {
+                    both_chains::<M>(steps, (x, stride), (y, lanes))
+                } else {
+                    let even = row_chains::<M>(steps.div_ceil(2), (x, stride), (y, lanes));
+                    let (x, y) = (x.wrapping_add(1), y.wrapping_add(lanes));
+                    [even, row_chains::<M>(steps / 2, (x, stride), (y, lanes))]
+                }
             };
             for i in 0..M {
                 for half in 0..2 {
@@ -294,6 +298,44 @@ fn rows_of<const M: usize>(
             }
         }
     }
+}
+
+/// Up to so many rows the even and the odd chains advance together, in the registers that
+/// more rows would fill, and hide the latency of an FMA.
+const BOTH_CHAINS: usize = 3;
+
+/// Even and odd chains of `M` rows over `n` neighbouring steps, from zero.
+///
+/// # Safety
+/// As [`row_chains`], for `n` steps of both.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn both_chains<const M: usize>(
+    n: usize,
+    (x, stride): (*const f32, usize),
+    (y, lanes): (*const f32, usize),
+) -> [[[__m256; 2]; M]; 2] {
+    let mut chains = [[[_mm256_setzero_ps(); 2]; M]; 2];
+    let step = |r: usize, chains: &mut [[__m256; 2]; M]| {
+        // SAFETY: the caller's promise, as `r < n`; the loads need no alignment.
+        unsafe {
+            let y = y.add(r * lanes);
+            let values = [_mm256_loadu_ps(y), _mm256_loadu_ps(y.add(W))];
+            for (i, chain) in chains.iter_mut().enumerate() {
+                let x = _mm256_set1_ps(*x.add(i * stride + r));
+                chain[0] = _mm256_fmadd_ps(x, values[0], chain[0]);
+                chain[1] = _mm256_fmadd_ps(x, values[1], chain[1]);
+            }
+        }
+    };
+    for pair in 0..n / 2 {
+        step(2 * pair, &mut chains[0]);
+        step(2 * pair + 1, &mut chains[1]);
+    }
+    if n % 2 == 1 {
+        step(n - 1, &mut chains[0]);
+    }
+    chains
 }
 
 /// Chains of `M` rows over `n` steps, two apart, from zero.

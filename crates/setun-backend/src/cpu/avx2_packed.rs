@@ -1,6 +1,8 @@
 //! AVX2: products with packed ternary weights, decoded in registers.
 
-use super::packed::{MR, PANEL, PackedInputs, PackedShape, SCALE_BYTES, WORD_BYTES};
+use super::packed::{
+    MANY_GROUP, MR, PANEL, PackedInputs, PackedShape, PanelScratch, SCALE_BYTES, WORD_BYTES,
+};
 use std::arch::x86_64::*;
 
 /// Outputs in a vector.
@@ -9,6 +11,9 @@ const LANES: usize = 8;
 /// keeps its place two bits up; two are added by `maddubs`, and a word adds two of those:
 /// `4 * 8 * 127 * 8 = 32512`.
 const WORDS_OF_A_PART: usize = 8;
+
+/// Bytes that codes are asked for ahead of their use.
+const AHEAD: usize = 4096;
 
 /// The panel's outputs times `M` rows, `NV` vectors of outputs at a time.
 ///
@@ -20,10 +25,10 @@ pub(super) fn multiply<const M: usize, const NV: usize>(
     shape: PackedShape,
     panel: &[u8],
     x: PackedInputs<'_>,
-    y: &mut [[f32; PANEL]; MR],
+    y: &mut [[f32; PANEL]],
 ) {
     let groups = shape.groups();
-    assert!(M <= MR && panel.len() >= shape.panel_bytes());
+    assert!(M <= y.len() && panel.len() >= shape.panel_bytes());
     assert!(x.q.len() >= shape.words() * 16 * M);
     assert!(x.sums.len() >= groups * M && x.scales.len() >= groups * M);
     for v0 in (0..PANEL / LANES).step_by(NV) {
@@ -84,6 +89,11 @@ unsafe fn group_dots<const M: usize, const NV: usize>(
                     q.as_ptr().add(w * 16 * M).cast::<i32>(),
                 )
             };
+            if v0 == 0 {
+                let ahead = codes.as_ptr().wrapping_add(w * WORD_BYTES + AHEAD);
+                prefetch(ahead);
+                prefetch(ahead.wrapping_add(WORD_BYTES / 2));
+            }
             for v in 0..NV {
                 // SAFETY: as above.
                 let word = unsafe { _mm256_loadu_si256(words.add(v)) };
@@ -116,6 +126,135 @@ unsafe fn group_dots<const M: usize, const NV: usize>(
         }
     }
     dots
+}
+
+/// Rows and vectors of outputs whose sums fill the registers in [`multiply_many`].
+const MANY: (usize, usize) = (MR, 2);
+
+/// The panel's outputs times more than [`MR`] rows, in blocks of that: the codes of a group
+/// become bytes once, in the first-level cache, and all rows read them there.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn multiply_many(
+    shape: PackedShape,
+    panel: &[u8],
+    rows: usize,
+    x: PackedInputs<'_>,
+    scratch: &mut PanelScratch,
+) {
+    let (groups, all_words) = (shape.groups(), shape.words());
+    let rows = rows.next_multiple_of(MR);
+    assert!(shape.group_size <= MANY_GROUP && rows <= scratch.y.len());
+    assert!(panel.len() >= shape.panel_bytes() && x.q.len() >= rows * all_words * 16);
+    assert!(x.sums.len() >= rows * groups && x.scales.len() >= rows * groups);
+    scratch.y[..rows].fill([0.0; PANEL]);
+    let (mut group, mut word) = (panel, 0);
+    for g in 0..groups {
+        let words = shape.words_of(g);
+        spread(
+            &group[SCALE_BYTES..][..words * WORD_BYTES],
+            &mut scratch.codes,
+        );
+        for first in (0..rows).step_by(MR) {
+            let at = first * groups + g * MR;
+            let q = &x.q[(first * all_words + word * MR) * 16..][..words * 16 * MR];
+            for v0 in (0..PANEL / LANES).step_by(MANY.1) {
+                let codes = &scratch.codes[v0 * 4 * LANES..];
+                // SAFETY: codes of `words` words have been spread, and `v0` and the next
+                // vector are below `PANEL / LANES`.
+                let dots = unsafe { byte_dots(codes, 4 * words, q) };
+                for v in 0..MANY.1 {
+                    let scale = scales(&group[2 * LANES * (v0 + v)..]);
+                    for (m, dots) in dots.iter().enumerate() {
+                        let sum = _mm256_set1_epi32(x.sums[at + m]);
+                        let dot = _mm256_cvtepi32_ps(_mm256_sub_epi32(dots[v], sum));
+                        let factor = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[at + m]));
+                        let y = &mut scratch.y[first + m][(v0 + v) * LANES..][..LANES];
+                        // SAFETY: eight values are there, and no alignment is needed.
+                        unsafe {
+                            let so_far = _mm256_loadu_ps(y.as_ptr());
+                            let y = y.as_mut_ptr();
+                            _mm256_storeu_ps(y, _mm256_fmadd_ps(factor, dot, so_far));
+                        }
+                    }
+                }
+            }
+        }
+        group = &group[SCALE_BYTES + words * WORD_BYTES..];
+        word += words;
+    }
+}
+
+/// Codes as bytes: `[words][4 shifts][PANEL outputs][4]`.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn spread(words: &[u8], codes: &mut [u8]) {
+    let mask = _mm256_set1_epi8(0b11);
+    for (word, codes) in words
+        .chunks_exact(WORD_BYTES)
+        .zip(codes.chunks_exact_mut(4 * WORD_BYTES))
+    {
+        prefetch(word.as_ptr().wrapping_add(AHEAD));
+        prefetch(word.as_ptr().wrapping_add(AHEAD + WORD_BYTES / 2));
+        for v in 0..PANEL / LANES {
+            let (from, to) = (&word[v * 4 * LANES..][..4 * LANES], v * 4 * LANES);
+            // SAFETY: 32 bytes are there; the load needs no alignment.
+            let word = unsafe { _mm256_loadu_si256(from.as_ptr().cast()) };
+            let shifted = [
+                word,
+                _mm256_srli_epi16::<2>(word),
+                _mm256_srli_epi16::<4>(word),
+                _mm256_srli_epi16::<6>(word),
+            ];
+            for (shift, shifted) in shifted.into_iter().enumerate() {
+                let to = &mut codes[shift * WORD_BYTES + to..][..4 * LANES];
+                // SAFETY: 32 bytes are there; the store needs no alignment.
+                unsafe {
+                    let to = to.as_mut_ptr().cast();
+                    _mm256_storeu_si256(to, _mm256_and_si256(shifted, mask));
+                }
+            }
+        }
+    }
+}
+
+/// Exact dots of the codes of two vectors of outputs with [`MR`] rows.
+///
+/// # Safety
+/// `codes` holds `steps - 1` times [`WORD_BYTES`] bytes and two vectors more, `q` `steps`
+/// times `4 MR` values, and `steps` is at most [`MANY_GROUP`] / 4.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn byte_dots(codes: &[u8], steps: usize, q: &[i8]) -> [[__m256i; MANY.1]; MR] {
+    debug_assert!(codes.len() + WORD_BYTES >= steps * WORD_BYTES + 8 * LANES);
+    debug_assert!(q.len() >= steps * 4 * MR);
+    let mut sums = [[_mm256_setzero_si256(); MANY.1]; MR];
+    for step in 0..steps {
+        // SAFETY: the caller's promise; loads need no alignment.
+        let (codes, q) = unsafe {
+            let codes = codes.as_ptr().add(step * WORD_BYTES).cast::<__m256i>();
+            let codes = [_mm256_loadu_si256(codes), _mm256_loadu_si256(codes.add(1))];
+            (codes, q.as_ptr().add(step * 4 * MR).cast::<i32>())
+        };
+        for (m, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: as above: four values for each row.
+            let x = unsafe { _mm256_set1_epi32(q.add(m).read_unaligned()) };
+            for (sum, code) in sums.iter_mut().zip(codes) {
+                *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(code, x));
+            }
+        }
+    }
+    let ones = _mm256_set1_epi16(1);
+    for sum in sums.as_flattened_mut() {
+        *sum = _mm256_madd_epi16(*sum, ones);
+    }
+    sums
+}
+
+/// Asks for the line at `address`, wherever that is: panels follow each other in memory.
+#[inline]
+fn prefetch(address: *const u8) {
+    // SAFETY: a hint, which reads nothing; an address outside of memory is ignored.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
 }
 
 /// Eight f16 as f32, exactly: the exponent's bias is made up for by a product with a power

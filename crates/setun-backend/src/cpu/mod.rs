@@ -15,3 +15,17 @@ pub mod pool;
 pub use isa::Isa;
 pub(crate) use isa::multiversion;
 pub use pool::{Pool, RowParts, RowsMut};
+
+/// Asks the memory for the cache line of `values[at]`, which will be read soon. Nothing
+/// happens where there is no such value.
+#[inline(always)]
+pub(crate) fn prefetch<T>(values: &[T], at: usize) {
+    let Some(value) = values.get(at) else { return };
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint for an address inside a slice; SSE is in the baseline of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast()) };
+    }
+    let _ = value;
+}

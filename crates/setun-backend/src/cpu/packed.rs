@@ -32,7 +32,7 @@ pub(super) const WORD_BYTES: usize = 4 * PANEL;
 /// Most rows that share a pass over the weights.
 pub const MAX_ROWS: usize = 64;
 /// Rows whose sums are in registers together.
-pub(crate) const MR: usize = 4;
+pub(super) const MR: usize = 4;
 
 /// Sizes of a packed matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,26 +155,45 @@ fn code_of(codes: &[u8], lane: usize, i: usize) -> i32 {
     i32::from(byte >> (2 * (i % 4)) & 3)
 }
 
-/// Rows of activations in the order in which the words ask for them.
+/// Rows of activations in the order in which the words ask for them: blocks of `M` rows.
 #[derive(Clone, Copy)]
 pub(super) struct PackedInputs<'a> {
-    /// `[words][4 shifts][rows][4]`
+    /// `[blocks][words][4 shifts][M][4]`
     pub(super) q: &'a [i8],
-    /// Sums of the values `[groups][rows]`.
+    /// Sums of the values `[blocks][groups][M]`.
     pub(super) sums: &'a [i32],
-    /// Scales `[groups][rows]`.
+    /// Scales `[blocks][groups][M]`.
     pub(super) scales: &'a [f32],
 }
 
-/// Rows of a block: the kernel for three is that for four.
-fn block_rows(rows: usize) -> usize {
-    if rows == 3 { MR } else { rows.min(MR) }
+/// What the products with one panel need and give.
+pub(crate) struct PanelScratch {
+    /// Outputs of each row.
+    pub(crate) y: [[f32; PANEL]; MAX_ROWS],
+    /// Codes of a group, a byte each, where many rows share them.
+    pub(super) codes: [u8; PANEL * MANY_GROUP],
 }
 
-/// Lays out up to [`MAX_ROWS`] rows, [`MR`] at a time.
+/// Longest group whose codes fit into [`PanelScratch`], and whose sums fit into an i16:
+/// `254 * 127 < 2^15`, with codes up to 2 and two products in each pair.
+pub(super) const MANY_GROUP: usize = 256;
+
+impl Default for PanelScratch {
+    fn default() -> Self {
+        Self {
+            y: [[0.0; PANEL]; MAX_ROWS],
+            codes: [0; PANEL * MANY_GROUP],
+        }
+    }
+}
+
+/// Up to [`MAX_ROWS`] rows, laid out in blocks.
 pub(crate) struct InputRows<'s> {
     shape: PackedShape,
     rows: usize,
+    /// Rows of a block in memory: those that there are, but four for three, and [`MR`]
+    /// where there are several blocks. Those behind the last row are zeros.
+    block: usize,
     q: &'s mut [i8],
     sums: &'s mut [i32],
     scales: &'s mut [f32],
@@ -189,17 +208,21 @@ impl<'s> InputRows<'s> {
         scratch: &'s mut [u8],
     ) -> Self {
         let (groups, words) = (shape.groups(), shape.words());
-        let (sums, rest) = scratch.split_at_mut(4 * MAX_ROWS * groups);
-        let (scales, rest) = rest.split_at_mut(4 * MAX_ROWS * groups);
-        let q = &mut rest[..rows.next_multiple_of(MR) * words * WORD];
+        let block = if rows < 3 { rows.max(1) } else { MR };
+        let places = rows.next_multiple_of(block);
+        let (sums, rest) = scratch.split_at_mut(4 * places * groups);
+        let (scales, rest) = rest.split_at_mut(4 * places * groups);
         let mut inputs = Self {
             shape,
             rows,
-            q: bytemuck::cast_slice_mut(q),
+            block,
+            q: bytemuck::cast_slice_mut(&mut rest[..places * words * WORD]),
             sums: bytemuck::cast_slice_mut(sums),
             scales: bytemuck::cast_slice_mut(scales),
         };
         inputs.q.fill(0);
+        inputs.sums.fill(0);
+        inputs.scales.fill(0.0);
         for r in 0..rows {
             inputs.pack_row(x, first + r, r);
         }
@@ -209,8 +232,8 @@ impl<'s> InputRows<'s> {
     fn pack_row(&mut self, x: Int8Rows<'_>, from: usize, r: usize) {
         let (width, group_size) = (self.shape.width, self.shape.group_size);
         let (groups, words) = (self.shape.groups(), self.shape.words());
-        let first = r / MR * MR;
-        let (m, i) = (block_rows(self.rows - first), r - first);
+        let (m, i) = (self.block, r % self.block);
+        let first = r - i;
         let to = &mut self.q[first * words * WORD..];
         let row = &x.q[from * width..(from + 1) * width];
         let mut word = 0;
@@ -230,39 +253,23 @@ impl<'s> InputRows<'s> {
         }
     }
 
-    /// The rows of the block that begins at row `first` times one panel.
-    pub(crate) fn panel(
-        &self,
-        isa: Isa,
-        shape: PackedShape,
-        weights: &[u8],
-        panel: usize,
-        first: usize,
-    ) -> [[f32; PANEL]; MR] {
-        let bytes = shape.panel_bytes();
-        let (m, block) = self.block(first);
-        let mut y = [[0.0f32; PANEL]; MR];
+    /// All rows times one panel, into `scratch.y`.
+    pub(crate) fn panel(&self, isa: Isa, weights: &[u8], panel: usize, scratch: &mut PanelScratch) {
+        let bytes = self.shape.panel_bytes();
+        let panel = &weights[panel * bytes..(panel + 1) * bytes];
+        let inputs = PackedInputs {
+            q: self.q,
+            sums: self.sums,
+            scales: self.scales,
+        };
         multiply(
             isa,
-            shape,
-            &weights[panel * bytes..(panel + 1) * bytes],
-            m,
-            block,
-            &mut y,
+            self.shape,
+            panel,
+            (self.rows, self.block),
+            inputs,
+            scratch,
         );
-        y
-    }
-
-    /// The block that begins at row `first`, and its number of rows in memory.
-    fn block(&self, first: usize) -> (usize, PackedInputs<'_>) {
-        let (groups, words) = (self.shape.groups(), self.shape.words());
-        let m = block_rows(self.rows - first);
-        let inputs = PackedInputs {
-            q: &self.q[first * words * WORD..][..m * words * WORD],
-            sums: &self.sums[first * groups..][..m * groups],
-            scales: &self.scales[first * groups..][..m * groups],
-        };
-        (m, inputs)
     }
 }
 
@@ -293,71 +300,81 @@ pub fn packed_linear<R: Real>(
         len: y.len(),
     };
     let out = &out;
+    // Some tasks for each thread, so that a slow one does not hold up the others.
+    let step = shape.panels().div_ceil(4 * pool.threads());
     for first in (0..rows).step_by(MAX_ROWS) {
         let inputs = InputRows::pack(shape, MAX_ROWS.min(rows - first), x, first, scratch);
-        for_panels(pool, isa, shape, &inputs, w, &|row, n0, values| {
-            let n = PANEL.min(shape.out - n0);
-            let at = (first + row) * shape.out + n0;
-            assert!(at + n <= out.len);
-            // SAFETY: inside `y` by the assertion; a panel's columns belong to one task.
-            let y = unsafe { std::slice::from_raw_parts_mut(out.start.add(at), n) };
-            for (y, &v) in y.iter_mut().zip(values) {
-                *y = R::from_f32(v);
+        pool.run(shape.panels().div_ceil(step), &|task, _| {
+            let mut scratch = PanelScratch::default();
+            for panel in task * step..shape.panels().min((task + 1) * step) {
+                inputs.panel(isa, w, panel, &mut scratch);
+                let n = PANEL.min(shape.out - panel * PANEL);
+                for (row, values) in scratch.y.iter().enumerate().take(inputs.rows) {
+                    let at = (first + row) * shape.out + panel * PANEL;
+                    assert!(at + n <= out.len);
+                    // SAFETY: inside `y` by the assertion; a panel's columns belong to one task.
+                    let y = unsafe { std::slice::from_raw_parts_mut(out.start.add(at), n) };
+                    for (y, &v) in y.iter_mut().zip(values) {
+                        *y = R::from_f32(v);
+                    }
+                }
             }
         });
     }
 }
 
-/// Takes a row, the first output of a panel, and the values of its outputs.
-type PutPanel<'a> = dyn Fn(usize, usize, &[f32; PANEL]) + Sync + 'a;
-
-fn for_panels(
-    pool: &Pool,
-    isa: Isa,
-    shape: PackedShape,
-    inputs: &InputRows<'_>,
-    w: &[u8],
-    put: &PutPanel<'_>,
-) {
-    // Some tasks for each thread, so that a slow one does not hold up the others.
-    let step = shape.panels().div_ceil(4 * pool.threads());
-    pool.run(shape.panels().div_ceil(step), &|task, _| {
-        let panels = task * step..shape.panels().min((task + 1) * step);
-        for p in panels {
-            for first in (0..inputs.rows).step_by(MR) {
-                let y = inputs.panel(isa, shape, w, p, first);
-                for (i, y) in y.iter().enumerate().take(inputs.rows - first) {
-                    put(first + i, p * PANEL, y);
-                }
-            }
-        }
-    });
-}
-
-/// One panel times one block of `m` rows.
+/// One panel times all rows; `rows` of them in blocks of `m`.
 fn multiply(
     isa: Isa,
     shape: PackedShape,
     panel: &[u8],
-    m: usize,
+    (rows, m): (usize, usize),
     x: PackedInputs<'_>,
-    y: &mut [[f32; PANEL]; MR],
+    scratch: &mut PanelScratch,
 ) {
     #[cfg(target_arch = "x86_64")]
     if isa == Isa::Avx2 {
-        use super::avx2_packed::multiply;
+        use super::avx2_packed::{multiply, multiply_many};
         // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
         unsafe {
             match m {
-                1 => multiply::<1, 4>(shape, panel, x, y),
-                2 => multiply::<2, 2>(shape, panel, x, y),
-                _ => multiply::<MR, 1>(shape, panel, x, y),
+                1 => multiply::<1, 4>(shape, panel, x, &mut scratch.y),
+                2 => multiply::<2, 2>(shape, panel, x, &mut scratch.y),
+                _ if shape.group_size <= MANY_GROUP && rows > MR => {
+                    multiply_many(shape, panel, rows, x, scratch);
+                }
+                _ => {
+                    for first in (0..rows).step_by(MR) {
+                        let x = x.block(shape, first, MR);
+                        multiply::<MR, 1>(shape, panel, x, &mut scratch.y[first..]);
+                    }
+                }
             }
         }
         return;
     }
     let _ = isa;
-    multiply_plain(shape, panel, m, x, y);
+    for first in (0..rows).step_by(m) {
+        multiply_plain(
+            shape,
+            panel,
+            m,
+            x.block(shape, first, m),
+            &mut scratch.y[first..],
+        );
+    }
+}
+
+impl<'a> PackedInputs<'a> {
+    /// The block of `m` rows that begins at row `first`.
+    fn block(self, shape: PackedShape, first: usize, m: usize) -> Self {
+        let (groups, values) = (shape.groups(), shape.words() * WORD);
+        Self {
+            q: &self.q[first * values..(first + m) * values],
+            sums: &self.sums[first * groups..(first + m) * groups],
+            scales: &self.scales[first * groups..(first + m) * groups],
+        }
+    }
 }
 
 fn multiply_plain(
@@ -365,8 +382,9 @@ fn multiply_plain(
     panel: &[u8],
     m: usize,
     x: PackedInputs<'_>,
-    y: &mut [[f32; PANEL]; MR],
+    y: &mut [[f32; PANEL]],
 ) {
+    y[..m].fill([0.0; PANEL]);
     let (mut rest, mut word) = (panel, 0);
     for g in 0..shape.groups() {
         let words = shape.words_of(g);

@@ -2,12 +2,10 @@
 
 use super::scratch::Scratch;
 use super::{ActParts, GRAIN, Host, rows_of};
-use crate::cpu::{Isa, Pool, RowsMut, multiversion};
+use crate::cpu::{Isa, Pool, RowsMut};
 use crate::kernels::attention::Store;
-use crate::kernels::layer_norm::{
-    BLOCK_ROWS, GradientRows, Statistics, add_blocks, layer_norm, layer_norm_backward,
-};
-use crate::kernels::rounding::ActRows;
+use crate::kernels::layer_norm::{BLOCK_ROWS, GradientRows, Statistics};
+use crate::layer_norm::{backward_block, forward_all, sum_blocks};
 use crate::memory::{Buf, Lease};
 use crate::ops::{ActBuf, LayerNorm, LayerNormBackward, StoredBuf};
 use crate::real::Real;
@@ -76,7 +74,7 @@ impl<'a, R: Real> Run<'a, '_, R> {
                 let keep = Statistics { center, rest, inv };
                 let x = rows_of(x, &rows, width);
                 let scratch = &mut self.scratch.of(worker)[..width];
-                forward_rows(self.isa, x, affine, eps, keep, &mut y, scratch);
+                forward_all(self.isa, x, affine, eps, keep, &mut y, scratch);
             });
     }
 
@@ -109,7 +107,7 @@ impl<'a, R: Real> Run<'a, '_, R> {
                     inv: &all.inv[rows],
                     ..all
                 };
-                backward_rows(self.isa, part, dx, sums, self.scratch.of(worker));
+                backward_block(self.isa, part, dx, sums, self.scratch.of(worker));
             });
         let partial = &*partial;
         for (which, sum) in [op.dgamma, op.dbeta].into_iter().enumerate() {
@@ -119,35 +117,4 @@ impl<'a, R: Real> Run<'a, '_, R> {
             });
         }
     }
-}
-
-multiversion! {
-    /// [`layer_norm`]
-    fn forward_rows[R: Real, S: Store<R>][R, S](
-        x: &[S],
-        affine: (&[R], &[R]),
-        eps: f64,
-        keep: Statistics<&mut [R]>,
-        y: &mut ActRows<'_, R>,
-        scratch: &mut [R],
-    ) = layer_norm;
-}
-multiversion! {
-    /// [`layer_norm_backward`]
-    fn backward_rows[R: Real, S: Store<R>][R, S](
-        rows: GradientRows<'_, R, S>,
-        dx: &mut [R],
-        partial: &mut [R],
-        scratch: &mut [R],
-    ) = layer_norm_backward;
-}
-multiversion! {
-    /// [`add_blocks`]
-    fn sum_blocks[R: Real][R](
-        partial: &[R],
-        width: usize,
-        which: usize,
-        start: usize,
-        sum: &mut [R],
-    ) = add_blocks;
 }

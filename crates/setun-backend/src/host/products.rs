@@ -167,7 +167,6 @@ impl<R: Real> Host<R> {
             let shape = packed_shape(w.out, w.inp, packed.group_size);
             let inputs = InputRows::pack(shape, rows, Int8Rows { q, scales }, 0, scratch);
             let source = Source::Head {
-                shape,
                 weights,
                 inputs: &inputs,
             };

@@ -180,7 +180,7 @@ fn turned<'a, R: Real>(
 
 /// `acc += x * panel`, flushing denormals only where they can occur.
 #[inline(always)]
-pub(super) fn multiply<R: Real, S: Store<R>>(
+fn multiply<R: Real, S: Store<R>>(
     isa: Isa,
     x: &[R],
     panel: &Panel<'_, R>,
@@ -195,7 +195,7 @@ pub(super) fn multiply<R: Real, S: Store<R>>(
 /// [`multiply`] on neighbouring rows: those of `x` are `stride` apart and have `depth` values
 /// (behind them there may be zeros), those of `acc` have `lanes`.
 #[inline(always)]
-fn multiply_rows<R: Real, S: Store<R>>(
+pub(super) fn multiply_rows<R: Real, S: Store<R>>(
     isa: Isa,
     x: &[R],
     (stride, depth): (usize, usize),
@@ -219,7 +219,7 @@ fn multiply_rows<R: Real, S: Store<R>>(
 
 /// As [`multiply_rows`] for the rows that are `active`, and only for them.
 #[inline(always)]
-fn multiply_active<R: Real, S: Store<R>>(
+pub(super) fn multiply_active<R: Real, S: Store<R>>(
     isa: Isa,
     x: &[R],
     (stride, depth): (usize, usize),

@@ -3,14 +3,18 @@
 //! The order of operations is that of [`attention`](super::attention): tiles of keys from
 //! position 0, lane = position mod tile. Only where a key comes from differs, so one query,
 //! a chunk, a batch and a tree give a row the same bits as the training pass does. A tile
-//! is widened once for all queries of a group of heads and of a block of rows. In a tree,
-//! the lanes behind the shared past are gathered anew for each row, along its path.
+//! is widened once for all queries of a group of heads and of a block of rows, and where
+//! all of them see the whole tile, some rows at a time go through it. In a tree, the lanes
+//! behind the shared past are gathered anew for each row, along its path.
 
-use super::attention::{Panel, Store, load_row, mask, multiply, online_softmax};
+use super::attention::{
+    Panel, Store, load_row, mask, multiply_active, multiply_rows, online_softmax,
+};
 use crate::cache::{CACHE_BLOCK, CachedSegment};
-use crate::cpu::Isa;
-use crate::real::Real;
+use crate::cpu::{Isa, prefetch};
+use crate::real::{Real, min_exponent_bf16};
 use half::bf16;
+use std::ops::Range;
 
 /// Keys and values of one layer, as they are stored.
 #[derive(Clone, Copy)]
@@ -61,49 +65,79 @@ impl<S> CachedView<'_, S> {
         tile: &mut Tile<'_, R>,
     ) {
         let e = self.head_dim;
-        for (b, first) in (0..n).step_by(CACHE_BLOCK).enumerate() {
+        (tile.min_key, tile.min_value) = (i32::MAX, i32::MAX);
+        for first in (0..n).step_by(CACHE_BLOCK) {
             let block = segment.blocks[(j0 + first) / CACHE_BLOCK] as usize;
             let lanes = CACHE_BLOCK.min(n - first);
             let head = block * self.num_kv_heads + kv_head;
             let at = head * e * CACHE_BLOCK;
+            let next = segment.blocks.get((j0 + first) / CACHE_BLOCK + 1);
+            let next = next.map_or(at, |&block| {
+                (block as usize * self.num_kv_heads + kv_head) * e * CACHE_BLOCK
+            });
             for d in 0..e {
-                let to = &mut tile.keys[d * self.tile + b * CACHE_BLOCK..][..CACHE_BLOCK];
+                let to = tile.keys[d * self.tile + first..].first_chunk_mut();
+                let to = to.expect("a tile is a number of blocks");
                 self.load_keys(at + d * CACHE_BLOCK, head, to);
+                self.prefetch(next + d * CACHE_BLOCK);
             }
             for lane in 0..lanes {
                 let to = &mut tile.values[(first + lane) * e..][..e];
                 self.load_values(at + lane * e, head * CACHE_BLOCK + lane, to);
             }
+            if let CacheView::Bf16(k, v) = self.cache {
+                // Half as much to read as behind the widening.
+                let min_key = min_exponent_bf16(&k[at..at + e * CACHE_BLOCK]);
+                let min_value = min_exponent_bf16(&v[at..at + e * lanes]);
+                tile.min_key = tile.min_key.min(min_key);
+                tile.min_value = tile.min_value.min(min_value);
+            }
         }
         let lanes = n.next_multiple_of(CACHE_BLOCK);
-        for d in 0..e {
-            // Lanes that nothing was loaded into are masked, but must not slow the rest.
-            tile.keys[d * self.tile + lanes..(d + 1) * self.tile].fill(R::ZERO);
+        if lanes < self.tile {
+            for d in 0..e {
+                // Lanes that nothing was loaded into are masked, but must not slow the rest.
+                tile.keys[d * self.tile + lanes..(d + 1) * self.tile].fill(R::ZERO);
+            }
         }
-        tile.min_key = R::min_exponent(tile.keys);
-        tile.min_value = R::min_exponent(&tile.values[..n * e]);
+        if let CacheView::Int8(..) = self.cache {
+            tile.min_key = R::min_exponent(tile.keys);
+            tile.min_value = R::min_exponent(&tile.values[..n * e]);
+        }
     }
 
     /// One dimension of the keys of a block.
     #[inline(always)]
-    fn load_keys<R: Real>(&self, at: usize, head: usize, to: &mut [R]) {
+    fn load_keys<R: Real>(&self, at: usize, head: usize, to: &mut [R; CACHE_BLOCK]) {
         match self.cache {
-            CacheView::Bf16(k, _) => {
-                for (to, &k) in to.iter_mut().zip(&k[at..at + CACHE_BLOCK]) {
-                    *to = R::from_bf16(k);
-                }
-            }
-            CacheView::F32(k, _) => {
-                for (to, &k) in to.iter_mut().zip(&k[at..at + CACHE_BLOCK]) {
-                    *to = R::from_f32(k);
-                }
-            }
+            CacheView::Bf16(k, _) => *to = block_of(k, at).map(R::from_bf16),
+            CacheView::F32(k, _) => *to = block_of(k, at).map(R::from_f32),
             CacheView::Int8(k, _, scales, _) => {
-                let scales = &scales[head * CACHE_BLOCK..(head + 1) * CACHE_BLOCK];
-                let each = k[at..at + CACHE_BLOCK].iter().zip(scales);
+                let scales = block_of(scales, head * CACHE_BLOCK);
+                let each = block_of(k, at).iter().zip(scales);
                 for (to, (&k, &a)) in to.iter_mut().zip(each) {
                     *to = R::from_f32((a * f32::from(k)).round_bf16());
                 }
+            }
+        }
+    }
+
+    /// Asks for the line of keys and that of values at `at`: the numbers of a head fill
+    /// some lines of each block, too few for the machine to see where the next ones lie.
+    #[inline(always)]
+    fn prefetch(&self, at: usize) {
+        match self.cache {
+            CacheView::Bf16(k, v) => {
+                prefetch(k, at);
+                prefetch(v, at);
+            }
+            CacheView::F32(k, v) => {
+                prefetch(k, at);
+                prefetch(v, at);
+            }
+            CacheView::Int8(k, v, ..) => {
+                prefetch(k, at);
+                prefetch(v, at);
             }
         }
     }
@@ -186,6 +220,11 @@ impl<S> CachedView<'_, S> {
     }
 }
 
+#[inline(always)]
+fn block_of<T>(values: &[T], at: usize) -> &[T; CACHE_BLOCK] {
+    values[at..].first_chunk().expect("whole blocks")
+}
+
 /// Sums of the (row, head) pairs of a block.
 struct Sums<'a, R> {
     acc: &'a mut [R],
@@ -215,11 +254,15 @@ pub fn cached_block<R: Real, S: Store<R>>(
     let (acc, scratch) = scratch.split_at_mut(e * pairs);
     let (max, scratch) = scratch.split_at_mut(pairs);
     let (sum, scratch) = scratch.split_at_mut(pairs);
-    let (scores, scratch) = scratch.split_at_mut(tile);
-    let q = &mut scratch[..e];
+    let (scores, scratch) = scratch.split_at_mut(tile * pairs);
+    let q = &mut scratch[..e * pairs];
     acc.fill(R::ZERO);
     max.fill(R::NEG_INFINITY);
     sum.fill(R::ZERO);
+    for (i, q) in (rows.0..rows.1).zip(q.chunks_mut(group * e)) {
+        let at = (segment.q_start + i) * view.num_heads + kv_head * group;
+        load_row(view.q, at * e, q);
+    }
     let mut sums = Sums {
         acc,
         max,
@@ -235,11 +278,22 @@ pub fn cached_block<R: Real, S: Store<R>>(
     };
     let ends = (rows.0..rows.1).map(|i| segment.past + segment.depth(i) + 1);
     let last_end = ends.max().unwrap_or(0);
+    // Every row sees all keys below this.
+    let shared = segment.past
+        + if segment.parents.is_none() {
+            rows.0 + 1
+        } else {
+            0
+        };
     for j0 in (0..last_end).step_by(tile) {
         let own_lanes = segment.parents.is_some() && j0 + tile > segment.past;
         let end = if own_lanes { segment.past } else { last_end };
         let n = end.saturating_sub(j0).min(tile);
         view.load(segment, kv_head, (j0, n), &mut loaded);
+        if j0 + tile <= shared {
+            sums.add::<S>(&view, 0..pairs, tile, &loaded);
+            continue;
+        }
         for i in rows.0..rows.1 {
             let end = segment.past + segment.depth(i) + 1;
             if end <= j0 {
@@ -248,12 +302,8 @@ pub fn cached_block<R: Real, S: Store<R>>(
             if own_lanes {
                 view.gather(segment, kv_head, i, j0, &mut loaded);
             }
-            for h in 0..group {
-                let pair = (i - rows.0) * group + h;
-                let at = (segment.q_start + i) * view.num_heads + kv_head * group + h;
-                load_row(view.q, at * e, sums.q);
-                sums.add::<S>(&view, pair, end - j0, &loaded);
-            }
+            let first = (i - rows.0) * group;
+            sums.add::<S>(&view, first..first + group, end - j0, &loaded);
         }
     }
     for (pair, (acc, &sum)) in sums.acc.chunks_mut(e).zip(&*sums.sum).enumerate() {
@@ -268,17 +318,17 @@ pub fn cached_block<R: Real, S: Store<R>>(
 }
 
 impl<R: Real> Sums<'_, R> {
-    /// Folds the first `end` lanes of a tile into a pair.
+    /// Folds the first `end` lanes of a tile into neighbouring pairs.
     #[inline(always)]
     fn add<S: Store<R>>(
         &mut self,
         view: &CachedView<'_, S>,
-        pair: usize,
+        pairs: Range<usize>,
         end: usize,
         tile: &Tile<'_, R>,
     ) {
-        let e = view.head_dim;
-        let n = end.min(view.tile);
+        let (e, lanes) = (view.head_dim, view.tile);
+        let n = end.min(lanes);
         let keys = Panel {
             values: &*tile.keys,
             min_exponent: tile.min_key,
@@ -287,17 +337,22 @@ impl<R: Real> Sums<'_, R> {
             values: &tile.values[..n * e],
             min_exponent: tile.min_value,
         };
-        self.scores.fill(R::ZERO);
-        multiply::<R, S>(view.isa, self.q, &keys, view.tile, self.scores);
+        let q = &self.q[pairs.start * e..pairs.end * e];
+        let scores = &mut self.scores[pairs.start * lanes..pairs.end * lanes];
+        let acc = &mut self.acc[pairs.start * e..pairs.end * e];
+        scores.fill(R::ZERO);
+        multiply_rows::<R, S>(view.isa, q, (e, e), &keys, lanes, scores);
         let scale = R::ONE / R::from_f64(e as f64).sqrt();
-        mask(self.scores, scale, 0, end);
-        let acc = &mut self.acc[pair * e..(pair + 1) * e];
-        let (max, sum) = (&mut self.max[pair], &mut self.sum[pair]);
-        online_softmax::<R, S>(self.scores, max, sum, acc);
-        // A row that has seen no key yet has no maximum; it takes no part.
-        if *max != R::NEG_INFINITY {
-            multiply::<R, S>(view.isa, &self.scores[..n], &values, e, acc);
+        let rows = scores.chunks_mut(lanes).zip(acc.chunks_mut(e));
+        for (pair, (scores, acc)) in pairs.clone().zip(rows) {
+            mask(scores, scale, 0, end);
+            let (max, sum) = (&mut self.max[pair], &mut self.sum[pair]);
+            online_softmax::<R, S>(scores, max, sum, acc);
         }
+        // A row that has seen no key yet has no maximum; it takes no part.
+        let max = &self.max[pairs];
+        let seen = |r: usize| max[r] != R::NEG_INFINITY;
+        multiply_active::<R, S>(view.isa, scores, (lanes, n), &values, e, acc, seen);
     }
 }
 
