@@ -5,10 +5,10 @@ use crate::data::{EvalWindows, TokenSet};
 use crate::trainer::BatchBuffers;
 use serde::Serialize;
 use setun_backend::ops::IGNORE_TARGET;
-use setun_backend::{Backend, Host, HostWorkspace, Isa, Limits, Plan};
+use setun_backend::{Backend, CacheKind, Host, HostWorkspace, Isa, Limits, Plan};
 use setun_formats::tensors::write_header;
 use setun_formats::{Dtype, TensorInfo};
-use setun_infer::{load_parameters, spec_of};
+use setun_infer::{Chunk, Engine, EngineOptions, Wanted, load_parameters, spec_of};
 use setun_io::{IoError, OpenModel, write_atomic};
 use setun_model::{Purpose, Qwen3};
 use setun_ternary::Numerics;
@@ -175,6 +175,59 @@ pub fn evaluate_model(
         evaluator.logits(&mut backend, &model, c.vocab_size, &mut logits)?;
     }
     Ok((evaluation, logits))
+}
+
+/// Evaluates a model on disk through the cache of keys and values that generation uses,
+/// stored as `kind`: what a smaller cache costs. With a cache as exact as the model the
+/// logits are those of [`evaluate_model`], bit for bit.
+///
+/// # Errors
+/// As [`evaluate_model`].
+pub fn evaluate_cached(
+    open: &OpenModel,
+    tokens: TokenSet,
+    options: EvalOptions,
+    kind: CacheKind,
+) -> Result<Evaluation, TrainError> {
+    let windows = EvalWindows::new(tokens, options.seq_len, 1)?;
+    let mut engine = Engine::load(
+        open,
+        EngineOptions {
+            numerics: options.numerics,
+            cache: Some(kind),
+            max_rows: HEAD_CHUNK,
+            ..EngineOptions::new(options.seq_len, options.threads, options.isa)
+        },
+    )?;
+    let (mut inputs, mut targets) = (vec![0; options.seq_len], vec![0; options.seq_len]);
+    let (mut total, mut count) = (0.0f64, 0u64);
+    for k in 0..windows.num_batches() {
+        let n = windows.fill(k, &mut inputs, &mut targets)?.num_targets;
+        // Not by the prompt, which could find an earlier window's keys.
+        let sequence = engine.start(&[]);
+        let chunk = Chunk {
+            sequence,
+            tokens: &inputs[..n],
+            parents: None,
+            logits: Wanted::All,
+        };
+        engine.step(&[chunk], &mut |_, i, logits| {
+            if targets[i] != IGNORE_TARGET {
+                total += nats(logits, targets[i]);
+                count += 1;
+            }
+        })?;
+        engine.free(sequence)?;
+    }
+    let bytes = windows.tokens().info().raw_bytes;
+    Ok(Evaluation::new(total, count, bytes))
+}
+
+/// Cross entropy of one row of logits.
+fn nats(logits: &[f32], target: u32) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exps = logits.iter().map(|&x| f64::from(x - max).exp());
+    f64::from(max) + exps.sum::<f64>().ln() - f64::from(logits[target as usize])
 }
 
 impl Evaluator {

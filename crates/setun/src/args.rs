@@ -126,6 +126,8 @@ pub struct EvalArgs {
     pub threads: usize,
     /// Other numerics than the model's record says.
     pub numerics: Option<Numerics>,
+    /// To evaluate through a cache of keys and values stored like this.
+    pub kv: Option<CacheKind>,
     /// Where to write the logits of every token.
     pub logits: Option<PathBuf>,
     /// Whether to print JSON.
@@ -341,6 +343,7 @@ fn eval(matches: &ArgMatches) -> EvalArgs {
         batch_size: value(matches, "batch-size"),
         threads: value(matches, "threads"),
         numerics: matches.get_one("numerics").copied(),
+        kv: matches.get_one("kv").copied(),
         logits: matches.get_one("logits").cloned(),
         json: matches.get_flag("json"),
     }

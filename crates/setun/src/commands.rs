@@ -196,11 +196,16 @@ pub fn eval(args: EvalArgs, environment: &Environment) -> CommandResult {
         isa: isa(environment)?,
         numerics: args.numerics,
     };
-    let (evaluation, logits) =
-        evaluate::evaluate_model(&model, tokens, options, args.logits.is_some())?;
-    if let Some(path) = &args.logits {
-        evaluate::write_logits(path, &logits)?;
-    }
+    let evaluation = if let Some(kind) = args.kv {
+        evaluate::evaluate_cached(&model, tokens, options, kind)?
+    } else {
+        let (evaluation, logits) =
+            evaluate::evaluate_model(&model, tokens, options, args.logits.is_some())?;
+        if let Some(path) = &args.logits {
+            evaluate::write_logits(path, &logits)?;
+        }
+        evaluation
+    };
     if args.json {
         say!("{}", serde_json::to_string_pretty(&evaluation)?);
     } else {

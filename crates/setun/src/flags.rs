@@ -254,6 +254,9 @@ fn eval() -> Command {
                     Numerics::from_name(text).ok_or("it is int8, bf16 or f32")
                 })
                 .help("Arithmetic to use instead of the model's own: int8, bf16 or f32"),
+            kv_flag()
+                .conflicts_with("logits")
+                .help("Evaluate through the cache of generation, stored as bf16, f32 or int8"),
             path_flag("logits", "FILE")
                 .help("Also write the logits of every token, as a safetensors file"),
             json_flag(),

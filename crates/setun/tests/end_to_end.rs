@@ -191,6 +191,30 @@ fn every_format_and_every_way_to_it_has_the_same_bits() {
     assert_eq!(serde_json::from_str::<Value>(&output.stdout).unwrap(), best);
 }
 
+/// Through the cache of generation: exact where it is as exact as the model (but for the
+/// order in which a row's exponentials are added), and near it in int8.
+#[test]
+fn a_smaller_cache_costs_little() {
+    let scratch = Scratch::new("eval-kv");
+    let run = scratch.join("run");
+    finish(&mut training(&run, &scratch.corpus(), &[])).ok();
+    let text = scratch.write("held-out.txt", documents(40..42));
+    let loss = |flags: &[&str]| {
+        let mut eval = command([OsStr::new("eval"), "--json".as_ref()]);
+        eval.args([OsStr::new("--model"), run.as_ref()]);
+        eval.args([OsStr::new("--data"), text.as_ref()]).args(flags);
+        let output = finish(&mut eval).ok();
+        let found: Value = serde_json::from_str(&output.stdout).unwrap();
+        (found["loss"].as_f64().unwrap(), found["tokens"].clone())
+    };
+    let (exact, tokens) = loss(&[]);
+    let (bf16, same_tokens) = loss(&["--kv", "bf16"]);
+    assert_eq!(tokens, same_tokens);
+    assert!((bf16 - exact).abs() < 1e-6, "{bf16} {exact}");
+    let (int8, _) = loss(&["--kv", "int8"]);
+    assert!(int8 != bf16 && (int8 - bf16).abs() < 1e-3, "{int8} {bf16}");
+}
+
 /// What the trainer measures, what `eval` measures on the export, and what a training
 /// that starts from the export measures before its first step: one number, to the bit.
 #[test]

@@ -243,6 +243,7 @@ fn eval_and_export_read_their_arguments() {
         batch_size: 8,
         threads: 0,
         numerics: Some(Numerics::F32),
+        kv: None,
         logits: Some("l.safetensors".into()),
         json: false,
     });
