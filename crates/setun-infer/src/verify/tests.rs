@@ -1,6 +1,7 @@
 use super::*;
-use crate::sampler::uniform_draw;
+use crate::sampler::{Sampler, SamplerOptions, uniform_draw};
 use setun_backend::ROOT;
+use setun_backend::philox::Philox;
 
 const R: u32 = ROOT;
 
@@ -178,6 +179,59 @@ fn guesses_keep_the_distribution_under_both_rules() {
         check_counts(&p, &drawn, &format!("following {guesses:?}"));
         // The rules accept equally often: six standard deviations of the difference.
         assert!((accepted[0] - accepted[1]).abs() < 1350, "{accepted:?}");
+    }
+}
+
+/// Temperature, then top-k, then the softmax of what is left, by their definitions.
+fn by_definition(logits: &[f32], temperature: f64, top_k: usize) -> Distribution {
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    if top_k > 0 {
+        order.truncate(top_k);
+    }
+    order.sort_unstable();
+    let weigh = |&i: &usize| (i as u32, (f64::from(logits[i]) / temperature).exp());
+    Distribution::new(order.iter().map(weigh).collect())
+}
+
+/// Against direct sampling, 100,000 draws of each, for several settings of the sampler.
+#[test]
+fn rejection_follows_the_filters_of_the_sampler() {
+    let random = Philox::new(12, 0);
+    let logits: Vec<f32> = (0..9)
+        .map(|i| 2.0 * random.normal_pair(i).0 as f32)
+        .collect();
+    let q = distribution(&[1.0, 2.0, 1.0, 0.5, 3.0, 1.0, 1.0, 0.5, 2.0]);
+    for (case, temperature) in (0u64..).zip([0.5f32, 1.0, 1.6]) {
+        for top_k in [0usize, 3, 6] {
+            let options = SamplerOptions {
+                temperature,
+                top_k,
+                ..SamplerOptions::default()
+            };
+            let mut sampler = Sampler::new(options, logits.len()).unwrap();
+            let p = sampler.distribution(&mut logits.clone(), &[]).unwrap();
+            let expected = by_definition(&logits, f64::from(temperature), top_k);
+            let (mut counts, mut direct) = ([0; 9], [0; 9]);
+            for draw in 0..100_000 {
+                let random = |n| uniform_draw(20 + top_k as u64, case, draw, n);
+                let tokens = draws(&q, 2, &mut |n| random(n + 30));
+                let draft = Draft {
+                    proposals: vec![q.clone()],
+                    ..Draft::guesses(tree(&tokens, &[R, R]))
+                };
+                let target = [p.clone(), p.clone(), p.clone()];
+                let found = walk_rejecting(&draft, &target, &mut |depth, n| random(n + 8 * depth));
+                counts[found.tokens(&draft.tree)[0] as usize] += 1;
+                let token = sampler
+                    .sample(&mut logits.clone(), &[], random(40))
+                    .unwrap();
+                direct[token as usize] += 1;
+            }
+            let what = format!("temperature {temperature}, top-k {top_k}");
+            check_counts(&expected, &counts, &what);
+            check_counts(&expected, &direct, &format!("{what}, direct"));
+        }
     }
 }
 
