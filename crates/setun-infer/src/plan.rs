@@ -10,15 +10,24 @@ use std::collections::BTreeMap;
 /// Times that a median is taken of.
 const SAMPLES: usize = 9;
 
+/// Times that a number of rows needs to count: the median of three stands one outlier.
+const ENOUGH: usize = 3;
+
+/// Steps after which a number of rows that did not occur is forgotten. What was too dear is
+/// tried again then.
+const REMEMBERED: u64 = 512;
+
 /// What a further row costs, as a share of a step of one row, before it is measured.
-const PRIOR_SLOPE: f64 = 0.1;
+const PRIOR_SLOPE: f64 = 0.2;
 
 /// Seconds of a step by its number of rows: the median of the last nine for each number
-/// that occurred, a straight line between them. Below and beyond them the line goes on; what
-/// was never measured is guessed, one step as the unit.
+/// that occurred three times, a straight line between them. Beyond them the line goes on;
+/// what was never measured is guessed, one step as the unit.
 #[derive(Clone, Debug, Default)]
 pub struct CostModel {
     times: BTreeMap<usize, Times>,
+    /// Number of observations.
+    now: u64,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -26,6 +35,8 @@ struct Times {
     /// The last ones, oldest first.
     recent: Vec<f64>,
     median: f64,
+    /// When the last one came.
+    at: u64,
 }
 
 impl CostModel {
@@ -40,33 +51,38 @@ impl CostModel {
         if rows == 0 || !seconds.is_finite() || seconds <= 0.0 {
             return;
         }
+        self.now += 1;
         let times = self.times.entry(rows).or_default();
         if times.recent.len() == SAMPLES {
             times.recent.remove(0);
         }
         times.recent.push(seconds);
+        times.at = self.now;
         let mut sorted = times.recent.clone();
         sorted.sort_by(f64::total_cmp);
         times.median = sorted[sorted.len() / 2];
+        let now = self.now;
+        self.times.retain(|_, times| now - times.at < REMEMBERED);
     }
 
-    /// How many times of `rows` rows count.
-    pub fn samples(&self, rows: usize) -> usize {
-        self.times.get(&rows).map_or(0, |t| t.recent.len())
+    /// Whether `rows` rows were measured often enough to count.
+    pub fn is_measured(&self, rows: usize) -> bool {
+        self.times.get(&rows).is_some_and(Times::count)
     }
 
     /// Expected seconds of a step of `rows` rows, at least 1.
     pub fn predict(&self, rows: usize) -> f64 {
         let rows = rows.max(1);
         let point = |(&rows, times): (&usize, &Times)| (rows as f64, times.median);
-        let below = self.times.range(..=rows).next_back().map(point);
-        let above = self.times.range(rows..).next().map(point);
+        let known = |(_, times): &(&usize, &Times)| times.count();
+        let below = self.times.range(..=rows).rev().find(known).map(point);
+        let above = self.times.range(rows..).find(known).map(point);
         let at = rows as f64;
         match (below, above) {
             (Some((x0, y0)), Some((x1, _))) if x0 == x1 => y0,
             (Some((x0, y0)), Some((x1, y1))) => y0 + (y1 - y0) * (at - x0) / (x1 - x0),
             (None, None) => Self::guess(at),
-            (Some((x, y)), None) => match self.times.iter().next().map(point) {
+            (Some((x, y)), None) => match self.times.iter().find(known).map(point) {
                 Some((x0, y0)) if x0 < x => y + ((y - y0) / (x - x0)).max(0.0) * (at - x),
                 _ => y * Self::guess(at) / Self::guess(x),
             },
@@ -76,6 +92,12 @@ impl CostModel {
 
     fn guess(rows: f64) -> f64 {
         1.0 + PRIOR_SLOPE * (rows - 1.0)
+    }
+}
+
+impl Times {
+    fn count(&self) -> bool {
+        self.recent.len() >= ENOUGH
     }
 }
 
@@ -105,6 +127,10 @@ const RANKS: usize = 4;
 
 /// Depths whose acceptance is told apart.
 const DEPTHS: usize = 16;
+
+/// Rows of the steps that are chosen among: few, so that each is measured often, and such
+/// that blocks of rows in products are full.
+const ROWS: [usize; 11] = [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64];
 
 /// A tree must promise this much more than a plain step.
 const MARGIN: f64 = 1.02;
@@ -191,7 +217,7 @@ impl Planner {
     pub fn budget(&mut self, room: Budget) -> Budget {
         let limit = self.limit.min(room);
         let none = Budget { nodes: 0, ..limit };
-        if self.cost.samples(1) < 2 {
+        if !self.cost.is_measured(1) {
             return none;
         }
         if self.pause > 0 {
@@ -232,12 +258,12 @@ impl Planner {
         let mut order: Vec<usize> = (0..values.len()).collect();
         order.sort_by(|&a, &b| values[b].total_cmp(&values[a]).then(a.cmp(&b)));
         let mut best = (MARGIN / self.cost.predict(1), 0);
-        let mut tokens = 1.0;
-        for (n, &node) in (1..).zip(&order) {
-            tokens += values[node];
-            let rate = tokens / self.cost.predict(1 + n);
+        for rows in ROWS.into_iter().filter(|&rows| rows <= 1 + order.len()) {
+            let nodes = &order[..rows - 1];
+            let tokens = nodes.iter().fold(1.0, |sum, &node| sum + values[node]);
+            let rate = tokens / self.cost.predict(rows);
             if rate > best.0 {
-                best = (rate, n);
+                best = (rate, rows - 1);
             }
         }
         let mut chosen = vec![false; values.len()];
@@ -314,13 +340,18 @@ mod tests {
     #[test]
     fn costs_are_medians_with_lines_between() {
         let mut cost = CostModel::new();
-        assert_eq!((cost.predict(1), cost.predict(11)), (1.0, 2.0));
-        cost.observe(1, 2.0);
-        assert_eq!(cost.predict(11), 4.0, "guessed from the one that is known");
-        for seconds in [9.0, 4.0, 4.5, f64::NAN, -1.0, 0.0] {
-            cost.observe(5, seconds);
+        assert_eq!((cost.predict(1), cost.predict(6)), (1.0, 2.0));
+        for _ in 0..3 {
+            assert_eq!(cost.predict(6), 2.0, "few times do not count");
+            cost.observe(1, 2.0);
         }
-        assert_eq!((cost.samples(5), cost.predict(5)), (3, 4.5));
+        assert_eq!(cost.predict(6), 4.0, "guessed from the one that is known");
+        for seconds in [9.0, 4.0, f64::NAN, -1.0, 0.0] {
+            cost.observe(5, seconds);
+            assert!(!cost.is_measured(5));
+        }
+        cost.observe(5, 4.5);
+        assert_eq!((cost.is_measured(5), cost.predict(5)), (true, 4.5));
         assert_eq!(cost.predict(3), 3.25);
         assert_eq!(cost.predict(9), 7.0, "the line goes on");
         for _ in 0..SAMPLES {
@@ -328,16 +359,18 @@ mod tests {
         }
         assert_eq!(cost.predict(5), 1.0, "old times are forgotten");
         assert_eq!(cost.predict(50), 1.0, "more rows never cost less");
-        let mut wide = CostModel::new();
-        wide.observe(11, 4.0);
-        assert_eq!(wide.predict(1), 2.0);
+        for _ in 0..REMEMBERED {
+            cost.observe(6, 4.0);
+        }
+        assert!(!cost.is_measured(1) && !cost.is_measured(5));
+        assert_eq!(cost.predict(1), 2.0, "from what is left");
     }
 
     /// A planner for which a row more costs `slope` of a step, and the time of a step.
     fn planner(slope: f64) -> (Planner, impl Fn(usize) -> f64) {
         let seconds = move |rows: usize| 1e-3 * (1.0 + slope * (rows as f64 - 1.0));
         let mut planner = Planner::default();
-        for rows in [1, 1, 2, 4, 8, 16, 32, 65] {
+        for rows in [1, 2, 4, 8, 16, 32, 64].repeat(3) {
             planner.cost.observe(rows, seconds(rows));
         }
         (planner, seconds)
@@ -397,14 +430,14 @@ mod tests {
         let start = kept(&cheap);
         cycles(&mut cheap, 50, 40, 40, 0.02);
         assert!(
-            kept(&cheap) == 40 && start < 8,
+            kept(&cheap) == 31 && start < 8,
             "{start} then {}",
             kept(&cheap)
         );
         cycles(&mut cheap, 300, 40, 0, 0.02);
         assert_eq!(kept(&cheap), 0);
         cycles(&mut cheap, 300, 40, 40, 0.02);
-        assert_eq!(kept(&cheap), 40, "what is not verified is still compared");
+        assert_eq!(kept(&cheap), 31, "what is not verified is still compared");
         let (mut dear, _) = planner(1.1);
         cycles(&mut dear, 50, 40, 40, 1.1);
         assert_eq!(kept(&dear), 0, "a row costs as much as a step");

@@ -282,7 +282,9 @@ fn verify_width(bench: &Bench, args: &DecodingArgs) -> Figures {
 /// What the cost model of drafting says of a width from the times of all others.
 fn predicted(times: &[(usize, f64)], width: usize) -> f64 {
     let mut cost = CostModel::new();
-    for &(rows, seconds) in times.iter().filter(|(rows, _)| *rows != width) {
+    let others: Vec<_> = times.iter().filter(|(rows, _)| *rows != width).collect();
+    // It trusts what it has seen three times.
+    for &&(rows, seconds) in others.repeat(3).iter() {
         cost.observe(rows, seconds);
     }
     cost.predict(width)
