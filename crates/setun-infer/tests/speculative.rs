@@ -455,6 +455,73 @@ fn sampled_texts_and_penalties_are_those_of_plain_decoding() {
     assert!(accepted > 500, "{accepted}");
 }
 
+/// Times decide the size of trees; whatever they are, the text is the same.
+#[test]
+fn times_do_not_change_texts() {
+    let mut small = Small::new(31);
+    let truth = small.truth(10, 80);
+    let request = greedy(truth[..10].to_vec(), Vec::new(), 80);
+    let mut steps = Vec::new();
+    let clocks: [fn(f64) -> f64; 6] = [
+        |n| n * 1e-3,
+        |n| n * n,
+        |n| -n,
+        |_| f64::NAN,
+        |_| 0.0,
+        |n| (n * 7.0) % 13.0,
+    ];
+    for time in clocks {
+        let mut ticks = 0.0;
+        let mut clock = || {
+            ticks += 1.0;
+            time(ticks)
+        };
+        let mut always_right = Right(&truth);
+        let mut speculator = Speculator::new(&mut always_right, &mut clock);
+        let found = small.engine.speculate(&request, &mut speculator, |_| {});
+        assert_eq!(found.unwrap().tokens, truth[10..]);
+        steps.push(speculator.stats.steps);
+    }
+    steps.sort_unstable();
+    steps.dedup();
+    assert!(steps[0] < 40 && steps.contains(&80), "{steps:?}");
+}
+
+/// A helper that is the model itself is always right, as long as its context reaches.
+#[test]
+fn a_helper_follows_the_text() {
+    let mut numbers = Numbers::new(77);
+    let model = small_model(&mut numbers, Numerics::Int8, false);
+    let options = |context| EngineOptions {
+        cache_tokens: Some(context + 32),
+        ..EngineOptions::new(context, 1, Isa::detect())
+    };
+    let mut engine = model.engine(options(120));
+    let prompt = numbers.tokens(10, model.spec.config.vocab_size);
+    let request = greedy(prompt, Vec::new(), 60);
+    let plain = engine.generate(&request, |_| {}).unwrap();
+    let mut run = |context: usize, size| {
+        let helper = model.engine(options(context));
+        let mut helper = ModelDrafter::new(helper, &model.spec).unwrap();
+        let size = TreeSize::Fixed(size);
+        let (found, stats) = with_drafts(&mut engine, &request, &mut helper, size);
+        assert_eq!(found, plain);
+        stats
+    };
+    let long = run(120, budget(6, 6, 1));
+    assert_eq!(long.accepted, long.drafted, "{long:?}");
+    assert!(long.accepted > 20, "{long:?}");
+    let short = run(30, budget(6, 6, 1));
+    assert_eq!(short.accepted, short.drafted, "{short:?}");
+    assert!(short.accepted <= 20 && short.steps >= 40, "{short:?}");
+    let wide = run(120, budget(12, 4, 3));
+    assert_eq!(wide.other_children, 0, "the likeliest comes first");
+    assert!(
+        wide.accepted > 20 && wide.drafted > 2 * wide.accepted,
+        "{wide:?}"
+    );
+}
+
 #[test]
 fn a_helper_of_another_vocabulary_is_refused() {
     let mut numbers = Numbers::new(1);
