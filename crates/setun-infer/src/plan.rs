@@ -335,7 +335,8 @@ impl Planner {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::draft::DraftTree;
+    use crate::draft::{DraftTree, Drafter, PromptLookup};
+    use setun_backend::philox::Philox;
 
     #[test]
     fn costs_are_medians_with_lines_between() {
@@ -484,6 +485,81 @@ mod tests {
             lost < 0.05 * 2.0,
             "{lost} of 2 seconds lost in {asked} drafts"
         );
+    }
+
+    /// Time of a text with prompt lookup against plain decoding, where a step of `n` rows
+    /// costs `1 + slope (n - 1)` and drafting nothing; without a model, since the text is
+    /// known.
+    fn time_of(text: &[u32], slope: f64) -> f64 {
+        let seconds = |rows: usize| 1e-3 * (1.0 + slope * (rows as f64 - 1.0));
+        let (mut planner, mut lookup) = (Planner::default(), PromptLookup::new());
+        let (mut at, mut time) = (10, 0.0);
+        while at < text.len() {
+            let left = text.len() - at;
+            let room = Budget {
+                depth: left - 1,
+                ..all()
+            };
+            let budget = planner.budget(room);
+            let asked = !budget.is_empty();
+            let draft = match asked {
+                true => lookup.draft(&text[..at], budget).unwrap(),
+                false => Draft::default(),
+            };
+            let chosen = planner.choose(&draft);
+            let verified = draft.keep(|node| chosen[node]).tree;
+            let mut path = None;
+            let mut n = 0;
+            while let Some(node) = verified.child(path, text[at + n]) {
+                (path, n) = (Some(node), n + 1);
+            }
+            let rows = 1 + verified.len();
+            let tokens = &text[at..=at + n];
+            planner.observe(Cycle {
+                draft: asked.then_some(&draft),
+                depth: budget.depth,
+                draft_seconds: 0.0,
+                rows,
+                step_seconds: seconds(rows),
+                tokens,
+            });
+            time += seconds(rows);
+            at += tokens.len();
+        }
+        time / (seconds(1) * (text.len() - 10) as f64)
+    }
+
+    #[test]
+    fn lookup_pays_on_texts_that_repeat_and_costs_little_on_others() {
+        let random = Philox::new(3, 3);
+        let letters = |n: u32, from: u64| -> Vec<u32> {
+            (from..from + 1500)
+                .map(|i| random.block(i)[0] % n)
+                .collect()
+        };
+        let phrase = letters(1000, 9000)[..100].to_vec();
+        let mut changing = Vec::new();
+        for part in 0..8 {
+            changing.extend(phrase.iter().chain(&phrase));
+            changing.extend(&letters(6, 10_000 + 2000 * part)[..200]);
+        }
+        for slope in [0.03, 0.1, 0.3, 0.6, 1.0] {
+            for n in [2, 4, 12, 100, 5000] {
+                let time = time_of(&letters(n, 0), slope);
+                assert!(time < 1.05, "{n} letters, slope {slope}: {time}");
+            }
+            let (repeating, mixed) = (
+                time_of(&phrase.repeat(15), slope),
+                time_of(&changing, slope),
+            );
+            println!("slope {slope}: repeating {repeating:.2}, mixed {mixed:.2}");
+            let best = (1.0 + 31.0 * slope) / 32.0;
+            assert!(
+                repeating < 1.05f64.min(1.3 * best + 0.1),
+                "{slope}: {repeating}"
+            );
+            assert!(mixed < 1.05, "{slope}: {mixed}");
+        }
     }
 
     #[test]
