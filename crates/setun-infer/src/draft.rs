@@ -109,11 +109,11 @@ impl DraftTree {
     }
 
     /// The child of `parent` with `token`, which is added if it is new; none if the tree is
-    /// full.
+    /// full or has no such parent.
     pub fn grow(&mut self, parent: Option<usize>, token: u32) -> Option<usize> {
-        debug_assert!(parent.is_none_or(|p| p < self.len()));
         let found = self.child(parent, token);
-        if found.is_some() || self.len() == MAX_NODES {
+        let is_orphan = parent.is_some_and(|p| p >= self.len());
+        if found.is_some() || is_orphan || self.len() == MAX_NODES {
             return found;
         }
         self.tokens.push(token);

@@ -82,11 +82,11 @@ impl PromptLookup {
         if !context.starts_with(&self.text) {
             *self = Self::new();
         }
-        for &token in &context[self.text.len()..] {
+        let new = &context[self.text.len()..];
+        for &token in new {
             self.automaton.push(token);
         }
-        self.text.clear();
-        self.text.extend_from_slice(context);
+        self.text.extend_from_slice(new);
     }
 
     /// At most `width` ways to go on from a state of which `matched` tokens are known to be

@@ -58,6 +58,7 @@ fn trees_know_depths_ranks_and_paths() {
 fn chains_merge_into_a_trie() {
     let merged = DraftTree::merge(&[&[1, 2, 3], &[1, 4], &[], &[2], &[1, 2, 5], &[1, 2, 3]]);
     assert_eq!(merged, tree(&[1, 2, 3, 4, 2, 5], &[R, 0, 1, 0, R, 1]));
+    assert_eq!(DraftTree::default().grow(Some(0), 1), None);
     let long: Vec<u32> = (0..100).collect();
     let full = DraftTree::merge(&[&long, &[0, 7]]);
     assert_eq!((full.len(), full.max_depth()), (MAX_NODES, MAX_NODES));
