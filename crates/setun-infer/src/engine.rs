@@ -71,6 +71,17 @@ pub enum EngineError {
         /// Size of the vocabulary.
         vocab_size: usize,
     },
+    /// A drafter of another vocabulary.
+    #[error(
+        "the drafter has a vocabulary of {drafter} tokens and the model one of {target}; \
+         use a drafter with the model's own tokenizer"
+    )]
+    DraftVocabulary {
+        /// Size of the target's vocabulary.
+        target: usize,
+        /// Size of the drafter's.
+        drafter: usize,
+    },
     /// int8 numerics without ternary weights.
     #[error("numerics int8 need a ternary model; choose bf16 or f32")]
     DenseInt8,
@@ -351,6 +362,11 @@ impl Engine {
     /// Most positions of a sequence.
     pub fn context(&self) -> usize {
         self.context
+    }
+
+    /// Most tokens that a call of the model takes, and so most of a tree.
+    pub fn max_rows(&self) -> usize {
+        self.model.max_rows()
     }
 
     /// What the model computes.

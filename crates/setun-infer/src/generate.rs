@@ -30,10 +30,11 @@ pub struct Generation {
 }
 
 /// A request on its way.
-struct Active {
+pub(crate) struct Active {
     index: usize,
-    sequence: Sequence,
-    history: Vec<u32>,
+    pub(crate) sequence: Sequence,
+    /// Prompt and text.
+    pub(crate) history: Vec<u32>,
 }
 
 impl Engine {
@@ -129,7 +130,7 @@ impl Engine {
         all.len()
     }
 
-    fn admit(&mut self, index: usize, request: &Request) -> Result<Active, EngineError> {
+    pub(crate) fn admit(&mut self, index: usize, request: &Request) -> Result<Active, EngineError> {
         request.sampler.validate()?;
         let found = request.prompt.len();
         if found == 0 {
@@ -213,7 +214,7 @@ impl Engine {
         Ok(())
     }
 
-    fn end_of(&self, request: &Request, active: &Active) -> Option<Generation> {
+    pub(crate) fn end_of(&self, request: &Request, active: &Active) -> Option<Generation> {
         let num_prompt = request.prompt.len();
         let generated = &active.history[num_prompt..];
         let reason = request

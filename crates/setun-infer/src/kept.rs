@@ -1,6 +1,7 @@
 //! Choosing a token from the best entries of its logits, which is all that a fused head
 //! product leaves.
 
+use crate::distribution::Distribution;
 use crate::sampler::{SamplerError, SamplerOptions};
 use setun_backend::topk::{Candidate, Shaping, Total};
 
@@ -36,6 +37,20 @@ pub fn choose(
     total: Total,
     uniform: f64,
 ) -> Result<u32, SamplerError> {
+    let picked = distribution(options, kept, total)?.pick(uniform);
+    Ok(picked.unwrap_or(kept[0].id))
+}
+
+/// What [`choose`] chooses from, as [`Sampler::distribution`](crate::Sampler::distribution)
+/// has it from the whole row.
+///
+/// # Errors
+/// As [`choose`].
+pub fn distribution(
+    options: &SamplerOptions,
+    kept: &[Candidate],
+    total: Total,
+) -> Result<Distribution, SamplerError> {
     let best = kept.first().ok_or(SamplerError::NoCandidate)?;
     // The sum of a row with NaN is NaN; the largest value may be anything then.
     if total.sum.is_nan() && total.max != f32::NEG_INFINITY || total.max == f32::INFINITY {
@@ -46,7 +61,7 @@ pub fn choose(
         return Err(SamplerError::NoCandidate);
     }
     if options.temperature == 0.0 {
-        return Ok(best.id);
+        return Ok(Distribution::point(best.id));
     }
     let few = &kept[..kept.len().min(options.top_k.max(1))];
     let temperature = f64::from(options.temperature);
@@ -59,13 +74,7 @@ pub fn choose(
     keep_top_p(options.top_p, &mut weighted);
     weighted.sort_unstable_by_key(|&(id, _)| id);
     weighted.retain(|&(_, weight)| weight >= f64::from(options.min_p));
-    let target = uniform * sum(&weighted);
-    let mut below = 0.0;
-    let chosen = weighted.iter().find(|&&(_, weight)| {
-        below += weight;
-        below > target
-    });
-    Ok(chosen.map_or(best.id, |&(id, _)| id))
+    Ok(Distribution::new(weighted))
 }
 
 /// A token goes when the better ones alone have `top_p` of the mass.
@@ -141,8 +150,12 @@ mod tests {
             let uniform = random.uniform(7);
             let chosen = choose(&options, &best, total, uniform).unwrap();
             let mut sampler = Sampler::new(options, vocab_size).unwrap();
+            let mut row = logits.clone();
             let expected = sampler.sample(&mut logits, &history, uniform).unwrap();
             assert_eq!(chosen, expected, "case {case}, {options:?}");
+            let left = distribution(&options, &best, total).unwrap();
+            let expected = sampler.distribution(&mut row, &history).unwrap();
+            assert_eq!(left, expected, "case {case}, {options:?}");
         }
     }
 

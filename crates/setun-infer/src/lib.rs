@@ -3,19 +3,29 @@
 #![forbid(unsafe_code)]
 
 pub mod beam;
+mod distribution;
+pub mod draft;
 mod engine;
 mod generate;
 pub mod kept;
 pub mod kv;
+pub mod plan;
 pub mod sampler;
+mod speculate;
 pub mod stop;
+pub mod verify;
 
 pub use beam::{BeamOptions, BeamRequest, EarlyStopping, Hypothesis, LengthPenalty, Ranking};
+pub use distribution::Distribution;
+pub use draft::{Budget, Draft, DraftTree, Drafter, ModelDrafter, PromptLookup, TreeError};
 pub use engine::{
     Chunk, Engine, EngineError, EngineOptions, OnLogits, OnTopK, Shaped, Wanted, load_parameters,
     spec_of,
 };
 pub use generate::{Generation, Request};
 pub use kv::{KvError, KvTables, Sequence};
-pub use sampler::{Sampler, SamplerError, SamplerOptions, uniform_at};
+pub use plan::{CostModel, Planner};
+pub use sampler::{Sampler, SamplerError, SamplerOptions, uniform_at, uniform_draw};
+pub use speculate::{Clock, Speculator, TreeSize};
 pub use stop::{FinishReason, StopRules};
+pub use verify::DraftStats;

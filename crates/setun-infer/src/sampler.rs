@@ -8,6 +8,7 @@
 //! [`uniform_at`], a request's text depends on its own seed and positions only, never on
 //! what else the engine computes.
 
+use crate::distribution::Distribution;
 use setun_backend::philox::Philox;
 use std::cmp::Ordering;
 use thiserror::Error;
@@ -151,6 +152,12 @@ pub fn uniform_at(seed: u64, request: u64, position: u64) -> f64 {
     Philox::new(seed, request).uniform(position)
 }
 
+/// As [`uniform_at`], which is draw 0, for rules that draw several numbers at a position
+/// (below 2^40): the number `draw * 2^40 + position` of the request's stream.
+pub fn uniform_draw(seed: u64, request: u64, position: u64, draw: usize) -> f64 {
+    uniform_at(seed, request, ((draw as u64) << 40) + position)
+}
+
 /// Chooses tokens. It holds options and scratch only: no call depends on an earlier one,
 /// and none allocates.
 #[derive(Clone, Debug)]
@@ -205,6 +212,35 @@ impl Sampler {
         uniform: f64,
     ) -> Result<u32, SamplerError> {
         self.check(logits, history, uniform)?;
+        let best = self.filter(logits, history)?;
+        if self.options.temperature == 0.0 {
+            return Ok(best);
+        }
+        Ok(self.pick(uniform).unwrap_or(best))
+    }
+
+    /// What [`sample`](Self::sample) draws from: all that the options leave of the
+    /// distribution; with temperature 0 the best token alone.
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample).
+    pub fn distribution(
+        &mut self,
+        logits: &mut [f32],
+        history: &[u32],
+    ) -> Result<Distribution, SamplerError> {
+        self.check(logits, history, 0.0)?;
+        let best = self.filter(logits, history)?;
+        if self.options.temperature == 0.0 {
+            return Ok(Distribution::point(best));
+        }
+        let left = self.candidates.iter();
+        let weights = left.map(|&id| (id, self.weights[id as usize]));
+        Ok(Distribution::new(weights.collect()))
+    }
+
+    /// Leaves the candidates with their weights; the best token.
+    fn filter(&mut self, logits: &mut [f32], history: &[u32]) -> Result<u32, SamplerError> {
         self.penalise(logits, history);
         let best = argmax(logits).ok_or(SamplerError::NoCandidate)?;
         if self.options.temperature == 0.0 {
@@ -218,7 +254,7 @@ impl Sampler {
         self.weigh(logits, logits[best as usize]);
         self.keep_top_p(logits);
         self.keep_min_p();
-        Ok(self.pick(uniform).unwrap_or(best))
+        Ok(best)
     }
 
     fn check(&self, logits: &[f32], history: &[u32], uniform: f64) -> Result<(), SamplerError> {
@@ -556,6 +592,8 @@ mod tests {
             let mut fresh = Sampler::new(options, 300).unwrap();
             assert_eq!(found, fresh.sample(&mut fresh_row, &history, uniform));
             assert_eq!(row, fresh_row);
+            let left = shared.distribution(&mut logits.clone(), &history).unwrap();
+            assert_eq!(found.clone().ok(), left.pick(uniform));
             let reversed: Vec<u32> = history.iter().rev().copied().collect();
             assert_eq!(found, sample(options, &logits, &reversed, uniform));
         }

@@ -87,6 +87,8 @@ pub struct GenerateArgs {
     pub length_penalty: f64,
     /// How keys and values are stored; `None` for exactly.
     pub kv: Option<CacheKind>,
+    /// Where drafts come from.
+    pub draft: Drafting,
     /// Most tokens to generate.
     pub max_tokens: usize,
     /// Softmax temperature; 0 is greedy.
@@ -232,6 +234,28 @@ impl CheckpointChoice {
     }
 }
 
+/// Where the drafts of speculative decoding come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Drafting {
+    /// Nowhere: one token in each step.
+    None,
+    /// From the text so far.
+    Ngram,
+    /// From a smaller model.
+    Model(PathBuf),
+}
+
+impl Drafting {
+    /// Reads `none`, `ngram`, or else the path of a model.
+    pub fn parse(text: &str) -> Self {
+        match text {
+            "none" => Self::None,
+            "ngram" => Self::Ngram,
+            path => Self::Model(path.into()),
+        }
+    }
+}
+
 /// Where a tokenizer comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TokenizerSource {
@@ -321,6 +345,7 @@ fn generate(matches: &ArgMatches) -> GenerateArgs {
         beams: value(matches, "beams"),
         length_penalty: value(matches, "length-penalty"),
         kv: matches.get_one("kv").copied(),
+        draft: value(matches, "draft"),
         max_tokens: value(matches, "max-tokens"),
         temperature: value(matches, "temperature"),
         top_k: value(matches, "top-k"),

@@ -6,6 +6,7 @@ mod convert;
 
 use setun_backend::CacheKind;
 use setun_ternary::Numerics;
+use std::convert::Infallible;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
@@ -17,7 +18,7 @@ use setun_train::settings::SplitOn;
 use setun_train::settings::schema::{self, Key};
 use setun_train::settings::value::SettingValue;
 
-use crate::args::CheckpointChoice;
+use crate::args::{CheckpointChoice, Drafting};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -160,18 +161,25 @@ fn generate() -> Command {
                 "0.6",
             ),
             kv_flag(),
+            Arg::new("draft")
+                .long("draft")
+                .value_name("ngram|MODEL|none")
+                .value_parser(|text: &str| Ok::<_, Infallible>(Drafting::parse(text)))
+                .default_value("none")
+                .help("Guess ahead from the text so far, or with a smaller model; same text, sooner"),
             checkpoint_flag(),
             number("max-tokens", "N", "Most tokens to generate", "100"),
         ])
         .args(sampling_flags())
         .args([
             threads_flag(),
-            switch("stats").help("Print tokens and speed to standard error"),
+            switch("stats").help("Print tokens, speed and drafts to standard error"),
         ])
         .after_help(
             "Examples:\n  \
              setun generate --model runs/quickstart --prompt \"The telephone is\"\n  \
-             setun generate --model out --prompt \"Iron\" --temperature 0 --max-tokens 40 --stats",
+             setun generate --model out --prompt \"Iron\" --temperature 0 --max-tokens 40 --stats\n  \
+             setun generate --model out --prompt \"Iron\" --draft ngram --stats",
         )
 }
 

@@ -161,7 +161,10 @@ fn recipes_that_cannot_be_read() {
 
 #[test]
 fn wrong_usage() {
-    let cases: [(&[&str], &str); 6] = [
+    let beams = ["generate", "--model", "m", "--prompt", "a", "--beams", "2"];
+    let drafted_beams = [&beams[..], &["--draft", "ngram"]].concat();
+    let cases: [(&[&str], &str); 7] = [
+        (&drafted_beams, "leave out --beams or --draft"),
         (&["trane"], "'train'"),
         (&["verify"], "<PATH>"),
         (&["generate", "--prompt", "a"], "--model"),

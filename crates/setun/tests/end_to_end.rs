@@ -138,6 +138,21 @@ fn the_seed_decides_the_text() {
         (lines.len(), &lines[1]["prompt"]),
         (2, &Value::from("Iron"))
     );
+    // Drafts change no text, from the text itself or from another model.
+    let packed = run.join("export/packed");
+    for draft in ["ngram", packed.to_str().unwrap()] {
+        assert_eq!(batch(&["--draft", draft]), lines, "{draft}");
+        let mut generate = command([OsStr::new("generate"), "--model".as_ref(), run.as_ref()]);
+        generate.args(["--prompt", "The telephone", "--max-tokens", "24"]);
+        generate.args(["--seed", "7", "--temperature", "1"]);
+        let output = finish(generate.args(["--draft", draft, "--stats"])).ok();
+        assert_eq!(output.stdout, text, "{draft}");
+        assert!(
+            output.stderr.contains("tokens per step"),
+            "{}",
+            output.stderr
+        );
+    }
     let beams = batch(&["--beams", "3"]);
     let score = |i: usize| beams[i]["score"].as_f64().unwrap();
     assert!(beams.len() == 6 && score(0) >= score(1) && score(3) >= score(4));

@@ -40,6 +40,12 @@ impl Numbers {
         self.random.normal_pair(self.next).0
     }
 
+    /// A number in `[0, 1)`.
+    pub fn uniform(&mut self) -> f64 {
+        self.next += 1;
+        self.random.uniform(self.next)
+    }
+
     /// Tokens below `vocab_size`.
     pub fn tokens(&mut self, n: usize, vocab_size: usize) -> Vec<u32> {
         (0..n)
@@ -52,6 +58,8 @@ impl Numbers {
 pub struct Model {
     pub spec: ModelSpec,
     pub matrices: Vec<(String, PackedMatrix)>,
+    /// Matrices of a dense model, in place of the ternary ones.
+    pub values: Vec<(String, Vec<f32>)>,
     pub norms: Vec<(String, Vec<f32>)>,
 }
 
@@ -118,16 +126,29 @@ impl Model {
                 numerics,
             },
             matrices,
+            values: Vec::new(),
             norms,
         }
+    }
+
+    /// The same shape with dense weights.
+    pub fn dense(mut self, numbers: &mut Numbers) -> Self {
+        for (name, matrix) in self.matrices.drain(..) {
+            let scale = (matrix.cols as f64).sqrt();
+            let value = |_| (numbers.normal() / scale) as f32;
+            let values = (0..matrix.rows * matrix.cols).map(value).collect();
+            self.values.push((name, values));
+        }
+        self.spec.scheme = None;
+        self
     }
 
     fn load<B: Backend<Real = f32>>(&self, parameters: &Parameters<f32>, b: &mut B) {
         for (name, matrix) in &self.matrices {
             parameters.set_ternary(b, name, matrix).unwrap();
         }
-        for (name, norm) in &self.norms {
-            parameters.set_values(b, name, norm).unwrap();
+        for (name, values) in self.values.iter().chain(&self.norms) {
+            parameters.set_values(b, name, values).unwrap();
         }
     }
 

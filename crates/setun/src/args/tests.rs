@@ -180,6 +180,13 @@ fn generate_reads_its_numbers() {
         (args.repetition_penalty, args.seed, args.stats),
         (1.0, 1, false)
     );
+    assert_eq!(args.draft, Drafting::None);
+    let drafting = |name: &str| match parsed(&[&line[..], &["--draft", name]].concat()) {
+        Ok(Command::Generate(args)) => args.draft,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(drafting("ngram"), Drafting::Ngram);
+    assert_eq!(drafting("runs/small"), Drafting::Model("runs/small".into()));
 }
 
 #[test]
@@ -372,7 +379,7 @@ train: RECIPE.toml --init --resume --dry-run --profile
   --log.every
   --log.tensorboard
 verify: PATH --json
-generate: --model --prompt --prompts --beams --length-penalty --kv --checkpoint --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --threads --stats
+generate: --model --prompt --prompts --beams --length-penalty --kv --draft --checkpoint --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --threads --stats
 eval: --model --data --checkpoint --seq-len --batch-size --threads --numerics --logits --json --split-on --text-field --min-document-chars
 tokenize: --tokenizer --model --output SOURCES --split-on --text-field --min-document-chars
 tokenizer:

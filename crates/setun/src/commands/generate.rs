@@ -1,9 +1,10 @@
 //! `setun generate`: one text as it comes, or many in a batch.
 
-use crate::args::GenerateArgs;
+use crate::args::{Drafting, GenerateArgs};
 use crate::console;
 use crate::environment::Environment;
 use crate::{CommandResult, Outcome, WrongUsage};
+use drafts::Decoder;
 use setun_formats::Tokenizer;
 use setun_infer::{
     BeamOptions, BeamRequest, Engine, EngineOptions, FinishReason, Generation, LengthPenalty,
@@ -15,11 +16,17 @@ use std::error::Error;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
+mod drafts;
+
 /// Most sequences that are decoded together.
 const MAX_SEQUENCES: usize = 64;
 
 /// `setun generate`
 pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult {
+    if args.beams > 0 && args.draft != Drafting::None {
+        let error = "a beam search has no drafts; leave out --beams or --draft";
+        return Err(Box::new(WrongUsage(error.to_owned())));
+    }
     let sampler = sampler_options(&args);
     sampler.validate()?;
     let texts = prompts(&args)?;
@@ -39,11 +46,21 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
         });
     }
     let options = engine_options(&args, &model, &requests, super::isa(environment)?);
+    let mut drafter = drafts::drafter(&args.draft, &model, &tokenizer, options)?;
     let mut engine = Engine::load(&model, options)?;
+    let start = Instant::now();
+    let mut clock = || start.elapsed().as_secs_f64();
+    let mut decoder = Decoder::new(drafter.as_deref_mut(), &mut clock);
     let mut timer = Timer::new(&requests);
     match (args.beams, args.prompts.is_some()) {
-        (0, false) => stream(&mut engine, &tokenizer, &texts[0], &requests[0], &mut timer)?,
-        (0, true) => batch(&mut engine, &tokenizer, &texts, &requests, &mut timer)?,
+        (0, false) => {
+            let prompt = (texts[0].as_str(), &requests[0]);
+            stream(&mut engine, &mut decoder, &tokenizer, prompt, &mut timer)?;
+        }
+        (0, true) => {
+            let prompts = (texts.as_slice(), requests.as_slice());
+            batch(&mut engine, &mut decoder, &tokenizer, prompts, &mut timer)?;
+        }
         _ => beams(
             &mut engine,
             &tokenizer,
@@ -55,6 +72,7 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
     }
     if args.stats {
         timer.tell();
+        decoder.tell();
     }
     Ok(Outcome::Success)
 }
@@ -112,15 +130,15 @@ fn engine_options(
 /// Writes the text as it comes.
 fn stream(
     engine: &mut Engine,
+    decoder: &mut Decoder<'_>,
     tokenizer: &Tokenizer,
-    text: &str,
-    request: &Request,
+    (text, request): (&str, &Request),
     timer: &mut Timer,
 ) -> Result<(), Box<dyn Error>> {
     console::print(format_args!("{text}"))?;
     let mut stream = tokenizer.stream();
     let mut out = std::io::stdout();
-    let generation = engine.generate(request, |token| {
+    let generation = decoder.generate(engine, request, &mut |token| {
         timer.token();
         if let Some(text) = stream.push(token) {
             // A closed pipe ends the output, not the program's answer.
@@ -141,12 +159,12 @@ fn warn_if_cut(generation: &Generation, context: usize) {
 /// All prompts together; each text on a line of JSON, in the order of the prompts.
 fn batch(
     engine: &mut Engine,
+    decoder: &mut Decoder<'_>,
     tokenizer: &Tokenizer,
-    texts: &[String],
-    requests: &[Request],
+    (texts, requests): (&[String], &[Request]),
     timer: &mut Timer,
 ) -> Result<(), Box<dyn Error>> {
-    let all = engine.generate_batch(requests, |_, _| timer.token())?;
+    let all = decoder.generate_all(engine, requests, &mut |_| timer.token())?;
     for (prompt, generation) in texts.iter().zip(&all) {
         let text = tokenizer.decode(&generation.tokens);
         let line = serde_json::json!({ "prompt": prompt, "text": text });

@@ -9,7 +9,9 @@ use setun_backend::philox::Philox;
 use setun_backend::topk::softmax_topk;
 use setun_backend::{CACHE_BLOCK, CacheKind, CacheShape};
 use setun_formats::config::{Qwen3Config, RopeConfig};
-use setun_infer::{Chunk, Engine, EngineOptions, Sequence, Wanted, load_parameters, spec_of};
+use setun_infer::{
+    Chunk, CostModel, Engine, EngineOptions, Sequence, Wanted, load_parameters, spec_of,
+};
 use setun_io::OpenModel;
 use setun_model::{ModelSpec, Scheme};
 use setun_ternary::{Numerics, PackedMatrix, ScaleRule, packed_row_bytes};
@@ -258,20 +260,34 @@ fn prefill(bench: &Bench, args: &DecodingArgs) -> Figures {
 fn verify_width(bench: &Bench, args: &DecodingArgs) -> Figures {
     let mut engine = engine(bench, args, 1, args.tokens + 64)?;
     let sequences = filled(&mut engine, 1, args.tokens)?;
-    let mut figures: Vec<Figure> = Vec::new();
+    let mut times = Vec::new();
     for width in [1, 2, 4, 8, 16, 32, 64] {
         let seconds = median(bench, || step(&mut engine, &sequences, width))?;
-        let one = figures.first().map_or(seconds, |first| first.seconds);
-        figures.push(Figure {
-            name: format!("step of {width} at {} tokens", args.tokens),
-            seconds,
-            work: width as f64,
-            unit: Unit::Tokens,
-            limit: None,
-            facts: vec![("against_one", seconds / one)],
-        });
+        times.push((width, seconds));
     }
-    Ok(figures)
+    let figure = |&(width, seconds): &(usize, f64)| Figure {
+        name: format!("step of {width} at {} tokens", args.tokens),
+        seconds,
+        work: width as f64,
+        unit: Unit::Tokens,
+        limit: None,
+        facts: vec![
+            ("against_one", seconds / times[0].1),
+            ("predicted_ms", 1e3 * predicted(&times, width)),
+        ],
+    };
+    Ok(times.iter().map(figure).collect())
+}
+
+/// What the cost model of drafting says of a width from the times of all others.
+fn predicted(times: &[(usize, f64)], width: usize) -> f64 {
+    let mut cost = CostModel::new();
+    let others: Vec<_> = times.iter().filter(|(rows, _)| *rows != width).collect();
+    // It trusts what it has seen three times.
+    for &&(rows, seconds) in others.repeat(3).iter() {
+        cost.observe(rows, seconds);
+    }
+    cost.predict(width)
 }
 
 fn topk(bench: &Bench, args: &DecodingArgs) -> Figures {

@@ -1,0 +1,345 @@
+//! Generation with drafts: guess, verify all guesses in one step, keep what is right.
+//!
+//! The text is the one that [`Engine::generate`] gives, token for token: a row's logits do
+//! not depend on the rows beside it, a node's row attends to its path in the order of
+//! positions, each position has its own random number, and penalties count the tokens of a
+//! node's own path. Only drafts whose tokens are draws ([`Draft::proposals`]) give other
+//! texts than plain sampling, of the same distribution.
+
+use crate::distribution::Distribution;
+use crate::draft::{Budget, Draft, DraftTree, Drafter, MAX_NODES, Settled};
+use crate::engine::{Chunk, Engine, EngineError, Shaped, Wanted};
+use crate::generate::{Active, Generation, Request};
+use crate::kept::{self, needed, shaping};
+use crate::plan::{Cycle, Planner};
+use crate::sampler::{Sampler, SamplerError, uniform_at, uniform_draw};
+use crate::verify::{DraftStats, Walk, walk, walk_rejecting};
+use setun_backend::{CACHE_BLOCK, ROOT};
+
+/// How large trees are.
+#[derive(Clone, Debug)]
+pub enum TreeSize {
+    /// As large as the drafter makes them within this.
+    Fixed(Budget),
+    /// As large as pays.
+    Adaptive(Box<Planner>),
+}
+
+/// Seconds since any fixed moment. They choose the size of trees and nothing else.
+pub type Clock<'a> = dyn FnMut() -> f64 + 'a;
+
+/// What a generation with drafts needs beside the request; it may serve one request after
+/// another.
+pub struct Speculator<'a> {
+    /// Where guesses come from.
+    pub drafter: &'a mut dyn Drafter,
+    /// How large trees are.
+    pub size: TreeSize,
+    /// Times steps; only [`TreeSize::Adaptive`] asks it.
+    pub clock: &'a mut Clock<'a>,
+    /// What became of the drafts so far.
+    pub stats: DraftStats,
+}
+
+impl<'a> Speculator<'a> {
+    /// With trees as large as pays.
+    pub fn new(drafter: &'a mut dyn Drafter, clock: &'a mut Clock<'a>) -> Self {
+        Self {
+            drafter,
+            size: TreeSize::Adaptive(Box::default()),
+            clock,
+            stats: DraftStats::default(),
+        }
+    }
+
+    fn time(&mut self) -> f64 {
+        match self.size {
+            TreeSize::Fixed(_) => 0.0,
+            TreeSize::Adaptive(_) => (self.clock)(),
+        }
+    }
+
+    /// A draft for a step with `room`: as it was made, and the part to verify.
+    fn draft(&mut self, context: &[u32], room: Budget) -> Result<Drafted, EngineError> {
+        let budget = match &mut self.size {
+            TreeSize::Fixed(budget) => budget.min(room),
+            TreeSize::Adaptive(planner) => planner.budget(room),
+        };
+        let mut drafted = Drafted {
+            depth: budget.depth,
+            ..Drafted::default()
+        };
+        if budget.is_empty() {
+            return Ok(drafted);
+        }
+        let start = self.time();
+        let whole = self.drafter.draft(context, budget)?.cut(budget);
+        drafted.seconds = self.time() - start;
+        drafted.verified = match &self.size {
+            TreeSize::Fixed(_) => whole.clone(),
+            TreeSize::Adaptive(planner) => {
+                let chosen = planner.choose(&whole);
+                whole.keep(|node| chosen[node])
+            }
+        };
+        drafted.whole = Some(whole);
+        Ok(drafted)
+    }
+}
+
+#[derive(Default)]
+struct Drafted {
+    whole: Option<Draft>,
+    verified: Draft,
+    depth: usize,
+    seconds: f64,
+}
+
+/// What the target says in each row of a step.
+enum Said {
+    /// Tokens, chosen with the position's own random number.
+    Chosen(Vec<u32>),
+    /// What tokens are to be drawn from.
+    Left(Vec<Distribution>),
+}
+
+impl Engine {
+    /// Continues `request` as [`generate`](Self::generate) does, with drafts.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate); a drafter's errors; a draft with a token outside of
+    /// the vocabulary.
+    pub fn speculate(
+        &mut self,
+        request: &Request,
+        speculator: &mut Speculator<'_>,
+        mut on_token: impl FnMut(u32),
+    ) -> Result<Generation, EngineError> {
+        let mut active = self.admit(0, request)?;
+        let done = self.cycles(request, &mut active, speculator, &mut on_token);
+        self.free(active.sequence)?;
+        done
+    }
+
+    fn cycles(
+        &mut self,
+        request: &Request,
+        active: &mut Active,
+        speculator: &mut Speculator<'_>,
+        on_token: &mut dyn FnMut(u32),
+    ) -> Result<Generation, EngineError> {
+        loop {
+            if let Some(generation) = self.end_of(request, active) {
+                return Ok(generation);
+            }
+            self.catch_up(active)?;
+            let room = self.room(request, active)?;
+            let drafted = speculator.draft(&active.history, room)?;
+            let start = speculator.time();
+            let said = self.verify(request, active, &drafted.verified)?;
+            let (mut walk, chosen) = said.walk(request, active, &drafted.verified);
+            let emitted = self.emit(request, active, &drafted.verified.tree, &walk, on_token)?;
+            let step_seconds = speculator.time() - start;
+            walk.accepted.truncate(emitted);
+            let tree = &drafted.verified.tree;
+            speculator.stats.add(tree, &chosen, &walk, emitted);
+            let new = active.history.len() - emitted;
+            if let TreeSize::Adaptive(planner) = &mut speculator.size {
+                planner.observe(Cycle {
+                    draft: drafted.whole.as_ref(),
+                    depth: drafted.depth,
+                    draft_seconds: drafted.seconds,
+                    rows: 1 + tree.len(),
+                    step_seconds,
+                    tokens: &active.history[new..],
+                });
+            }
+            let rows: Vec<usize> = rows_of(&walk).collect();
+            speculator.drafter.settled(Settled {
+                context: &active.history,
+                num_new: emitted,
+                rows: &rows,
+            })?;
+        }
+    }
+
+    /// Computes what the cache lacks of the text, but for the last token.
+    fn catch_up(&mut self, active: &Active) -> Result<(), EngineError> {
+        let past = self.len(active.sequence)?;
+        let missing = &active.history[past..active.history.len() - 1];
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let chunk = Chunk {
+            sequence: active.sequence,
+            tokens: missing,
+            parents: None,
+            logits: Wanted::Nothing,
+        };
+        self.step(&[chunk], &mut |_, _, _| {})
+    }
+
+    /// What fits behind the last token: into a call, into the context, into the free blocks
+    /// of the cache, and no path that would go beyond the end of the text.
+    fn room(&self, request: &Request, active: &Active) -> Result<Budget, EngineError> {
+        let len = active.history.len();
+        let blocks = self.tables().blocks(active.sequence)?.len() + self.tables().available();
+        let slots = self.context().min(blocks * CACHE_BLOCK);
+        let generated = len - request.prompt.len();
+        let left = request.stop.max_tokens - generated;
+        let left = left.min(self.context() - len);
+        let nodes = slots.saturating_sub(len).min(self.max_rows() - 1);
+        Ok(Budget {
+            nodes: nodes.min(MAX_NODES),
+            depth: left - 1,
+            width: MAX_NODES,
+        })
+    }
+
+    /// One step for the last token and the tree behind it.
+    fn verify(
+        &mut self,
+        request: &Request,
+        active: &Active,
+        draft: &Draft,
+    ) -> Result<Said, EngineError> {
+        let tree = &draft.tree;
+        let mut tokens = active.history[active.history.len() - 1..].to_vec();
+        tokens.extend_from_slice(tree.tokens());
+        let mut parents = vec![ROOT];
+        let below = |&parent: &u32| if parent == ROOT { 0 } else { parent + 1 };
+        parents.extend(tree.parents().iter().map(below));
+        let chunk = Chunk {
+            sequence: active.sequence,
+            tokens: &tokens,
+            parents: (!tree.is_empty()).then_some(&parents),
+            logits: Wanted::All,
+        };
+        let draws = !draft.proposals.is_empty() && request.sampler.temperature != 0.0;
+        let mut rows = Rows {
+            request,
+            history: &active.history,
+            tree,
+            said: match draws {
+                true => Said::Left(Vec::new()),
+                false => Said::Chosen(Vec::new()),
+            },
+            failed: None,
+        };
+        let options = &request.sampler;
+        let alike = options.repetition_penalty == 1.0 || tree.is_empty();
+        match needed(options).filter(|_| alike) {
+            Some(k) => {
+                let shaped = match options.repetition_penalty == 1.0 {
+                    true => Shaped::default(),
+                    false => Shaped::new(shaping(options), &active.history),
+                };
+                self.step_topk(&[chunk], k, &[shaped], &mut |_, row, best, total| {
+                    let left = kept::distribution(options, best, total);
+                    rows.add(row, left);
+                })?;
+            }
+            None => {
+                let vocab_size = self.spec().config.vocab_size;
+                let mut sampler = Sampler::new(*options, vocab_size)?;
+                self.step(&[chunk], &mut |_, row, logits| {
+                    let left = sampler.distribution(logits, &rows.history_of(row));
+                    rows.add(row, left);
+                })?;
+            }
+        }
+        match rows.failed {
+            Some(error) => Err(error.into()),
+            None => Ok(rows.said),
+        }
+    }
+
+    /// Adds a walk to the text, up to where that ends, and keeps its rows; the number of
+    /// tokens.
+    fn emit(
+        &mut self,
+        request: &Request,
+        active: &mut Active,
+        tree: &DraftTree,
+        walk: &Walk,
+        on_token: &mut dyn FnMut(u32),
+    ) -> Result<usize, EngineError> {
+        let mut emitted = 0;
+        for token in walk.tokens(tree) {
+            active.history.push(token);
+            emitted += 1;
+            if !request.stop.end_tokens.contains(&token) {
+                on_token(token);
+            }
+            if self.end_of(request, active).is_some() {
+                break;
+            }
+        }
+        if !tree.is_empty() {
+            let path: Vec<usize> = rows_of(walk).take(1 + emitted).collect();
+            self.commit(active.sequence, &path)?;
+        }
+        Ok(emitted)
+    }
+}
+
+/// Rows of the accepted path: the last token of the text, then nodes.
+fn rows_of(walk: &Walk) -> impl Iterator<Item = usize> + '_ {
+    let nodes = walk.accepted.iter().map(|&node| node + 1);
+    std::iter::once(0).chain(nodes)
+}
+
+impl Said {
+    /// The accepted path, and the token that was chosen in each row, for the statistics.
+    fn walk(self, request: &Request, active: &Active, draft: &Draft) -> (Walk, Vec<u32>) {
+        let (seed, number) = request.seed;
+        let len = active.history.len();
+        match self {
+            Self::Chosen(chosen) => (walk(&draft.tree, &chosen), chosen),
+            Self::Left(left) => {
+                let mut uniform =
+                    |depth: usize, draw| uniform_draw(seed, number, (len + depth) as u64, draw);
+                let walk = walk_rejecting(draft, &left, &mut uniform);
+                let best = left.iter().filter_map(Distribution::best).collect();
+                (walk, best)
+            }
+        }
+    }
+}
+
+/// Collects what the target says, row by row.
+struct Rows<'a> {
+    request: &'a Request,
+    history: &'a [u32],
+    tree: &'a DraftTree,
+    said: Said,
+    failed: Option<SamplerError>,
+}
+
+impl Rows<'_> {
+    /// Tokens that a row of the step has before it.
+    fn history_of(&self, row: usize) -> Vec<u32> {
+        let path = row.checked_sub(1).map(|node| self.tree.path(node));
+        [self.history, &path.unwrap_or_default()].concat()
+    }
+
+    fn add(&mut self, row: usize, left: Result<Distribution, SamplerError>) {
+        let left = match left {
+            Ok(left) => left,
+            Err(error) => {
+                self.failed.get_or_insert(error);
+                return;
+            }
+        };
+        match &mut self.said {
+            Said::Left(all) => all.push(left),
+            Said::Chosen(chosen) => {
+                let (seed, number) = self.request.seed;
+                let depth = row.checked_sub(1).map_or(0, |node| self.tree.depth(node));
+                let position = (self.history.len() + depth) as u64;
+                let picked = left.pick(uniform_at(seed, number, position));
+                chosen.extend(picked.or(left.best()));
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! `--draft`: where guesses come from, and decoding with them.
+
+use crate::args::Drafting;
+use crate::console;
+use setun_formats::Tokenizer;
+use setun_infer::{
+    Clock, Drafter, Engine, EngineError, EngineOptions, Generation, ModelDrafter, PromptLookup,
+    Request, Speculator, spec_of,
+};
+use setun_io::OpenModel;
+use std::error::Error;
+
+/// The drafter that was asked for, for a target with `options`.
+pub(super) fn drafter(
+    drafting: &Drafting,
+    target: &OpenModel,
+    tokenizer: &Tokenizer,
+    options: EngineOptions,
+) -> Result<Option<Box<dyn Drafter>>, Box<dyn Error>> {
+    let path = match drafting {
+        Drafting::None => return Ok(None),
+        Drafting::Ngram => return Ok(Some(Box::new(PromptLookup::new()))),
+        Drafting::Model(path) => path,
+    };
+    let model = OpenModel::open(path)?;
+    if super::super::tokenizer_of(&model)?.to_json() != tokenizer.to_json() {
+        let place = path.display();
+        let error = format!(
+            "--draft {place}: its tokenizer is not the model's; drafts are tokens, so both \
+             models need the same tokenizer.json"
+        );
+        return Err(error.into());
+    }
+    // One sequence; two blocks are room to write while others are kept.
+    let context = options.context.min(model.config().max_position_embeddings);
+    let options = EngineOptions {
+        context,
+        cache: None,
+        cache_tokens: Some(context + 32),
+        ..options
+    };
+    let engine = Engine::load(&model, options)?;
+    let helper = ModelDrafter::new(engine, &spec_of(target, None)?)?;
+    Ok(Some(Box::new(helper)))
+}
+
+/// Decoding, with drafts if there is a drafter.
+pub(super) struct Decoder<'a>(Option<Speculator<'a>>);
+
+impl<'a> Decoder<'a> {
+    /// With the times of `clock`, in seconds.
+    pub fn new(drafter: Option<&'a mut (dyn Drafter + 'static)>, clock: &'a mut Clock<'a>) -> Self {
+        Self(drafter.map(|drafter| Speculator::new(drafter, clock)))
+    }
+
+    /// One text.
+    pub fn generate(
+        &mut self,
+        engine: &mut Engine,
+        request: &Request,
+        on_token: &mut dyn FnMut(u32),
+    ) -> Result<Generation, EngineError> {
+        match &mut self.0 {
+            None => engine.generate(request, on_token),
+            Some(speculator) => engine.speculate(request, speculator, on_token),
+        }
+    }
+
+    /// All texts: together, or one after the other where drafts fill the steps.
+    pub fn generate_all(
+        &mut self,
+        engine: &mut Engine,
+        requests: &[Request],
+        on_token: &mut dyn FnMut(u32),
+    ) -> Result<Vec<Generation>, EngineError> {
+        if self.0.is_none() {
+            return engine.generate_batch(requests, |_, token| on_token(token));
+        }
+        let one = |request| self.generate(engine, request, on_token);
+        requests.iter().map(one).collect()
+    }
+
+    /// What became of the drafts.
+    pub fn tell(&self) {
+        let Some(stats) = self.0.as_ref().map(|s| s.stats) else {
+            return;
+        };
+        console::tell(format_args!(
+            "{} tokens drafted, {} accepted ({:.1} %), {:.2} tokens per step",
+            stats.drafted,
+            stats.accepted,
+            100.0 * stats.acceptance(),
+            stats.tokens_per_step()
+        ));
+    }
+}
