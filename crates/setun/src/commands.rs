@@ -173,11 +173,17 @@ pub fn verify(args: VerifyArgs, _: &Environment) -> CommandResult {
         true => say!("{}", serde_json::to_string_pretty(&report)?),
         false => say!("{report}"),
     }
-    Ok(if report.ok() {
-        Outcome::Success
-    } else {
-        Outcome::CheckFailed
-    })
+    if report.ok() {
+        return Ok(Outcome::Success);
+    }
+    let path = report.path.display();
+    let first = report.failures.first().map_or("no model is there", |f| f);
+    console::tell(format_args!(
+        "error: {path} is not verified ({} failures): {first}; take the files from a copy or \
+         convert them again, a run goes on from an undamaged checkpoint with setun train --resume",
+        report.failures.len()
+    ));
+    Ok(Outcome::CheckFailed)
 }
 
 /// `setun eval`

@@ -112,7 +112,8 @@ impl Output {
     #[track_caller]
     pub fn not_verified(self, words: &[&str]) -> Self {
         assert_eq!(self.code, Some(1), "{self:#?}");
-        assert_eq!(self.stderr, "");
+        assert_eq!(self.stderr.lines().count(), 1, "{self:#?}");
+        assert!(self.stderr.starts_with("error: "), "{self:#?}");
         assert!(self.stdout.contains("NOT verified"), "{self:#?}");
         let failures: Vec<&str> = self
             .stdout
