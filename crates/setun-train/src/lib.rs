@@ -14,9 +14,11 @@ pub mod optimizer;
 pub mod prepare;
 pub mod profile;
 pub mod report;
+pub mod results;
 pub mod run;
 pub mod schedule;
 pub mod settings;
+pub mod sweep;
 pub mod tensorboard;
 pub mod trainer;
 

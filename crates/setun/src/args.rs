@@ -41,6 +41,10 @@ pub enum Command {
     Inspect(InspectArgs),
     /// `setun report`
     Report(ReportArgs),
+    /// `setun compare`
+    Compare(CompareArgs),
+    /// `setun sweep`
+    Sweep(SweepArgs),
     /// `setun bench`
     Bench(BenchArgs),
 }
@@ -202,6 +206,28 @@ pub struct ReportArgs {
     pub run: PathBuf,
 }
 
+/// Arguments of `setun compare`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CompareArgs {
+    /// Run directories, at least two.
+    pub runs: Vec<PathBuf>,
+    /// Where to write table and page.
+    pub output: Option<PathBuf>,
+}
+
+/// Arguments of `setun sweep`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SweepArgs {
+    /// File that describes the sweep.
+    pub spec: PathBuf,
+    /// Directory of the sweep instead of the file's.
+    pub output: Option<PathBuf>,
+    /// Settings of all runs.
+    pub overrides: Vec<Override>,
+    /// Whether to list the runs only.
+    pub dry_run: bool,
+}
+
 /// Which checkpoint of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CheckpointChoice {
@@ -276,6 +302,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         Some(("report", matches)) => Command::Report(ReportArgs {
             run: value(matches, "run"),
         }),
+        Some(("compare", matches)) => Command::Compare(CompareArgs {
+            runs: paths(matches, "runs"),
+            output: matches.get_one("output").cloned(),
+        }),
+        Some(("sweep", matches)) => Command::Sweep(sweep(matches)),
         _ => return Err(definition.error(ErrorKind::MissingSubcommand, "which command?")),
     };
     Ok(command)
@@ -382,6 +413,16 @@ fn convert(matches: &ArgMatches) -> ConvertArgs {
         ternarize: matches.get_flag("ternarize").then_some(ternary),
         lossy: matches.get_flag("lossy"),
         shard_bytes: value(matches, "shard-bytes"),
+    }
+}
+
+fn sweep(matches: &ArgMatches) -> SweepArgs {
+    let overrides = matches.get_many::<Override>("set").into_iter().flatten();
+    SweepArgs {
+        spec: value(matches, "spec"),
+        output: matches.get_one("output").cloned(),
+        overrides: overrides.cloned().collect(),
+        dry_run: matches.get_flag("dry-run"),
     }
 }
 

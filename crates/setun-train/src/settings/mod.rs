@@ -69,6 +69,19 @@ pub struct Override {
     pub value: String,
 }
 
+/// A key and its value from a file other than a recipe, such as a sweep.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Assignment {
+    /// Key, as `train.lr`.
+    pub key: String,
+    /// Its value.
+    pub value: Value,
+    /// Folder that a relative path is taken from.
+    pub base: PathBuf,
+    /// File and line, for errors.
+    pub place: String,
+}
+
 /// Why settings cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
@@ -130,9 +143,24 @@ impl Settings {
     /// # Errors
     /// Unknown keys, wrong types, and combinations that cannot be run.
     pub fn load(recipe: Option<&Path>, overrides: &[Override]) -> Result<Self, SettingsError> {
+        Self::load_with(recipe, &[], overrides)
+    }
+
+    /// As [`Settings::load`], with `assignments` between the recipe and the overrides.
+    ///
+    /// # Errors
+    /// As [`Settings::load`].
+    pub fn load_with(
+        recipe: Option<&Path>,
+        assignments: &[Assignment],
+        overrides: &[Override],
+    ) -> Result<Self, SettingsError> {
         let mut settings = Self::default();
         if let Some(path) = recipe {
             settings.read_recipe(path)?;
+        }
+        for assignment in assignments {
+            settings.assign(assignment)?;
         }
         settings.apply(overrides)?;
         settings.resolve(recipe)?;
@@ -256,6 +284,12 @@ impl Settings {
         text
     }
 
+    /// Every key with its value, in the order of the settings table.
+    pub fn values(&self) -> Vec<(&'static str, Value)> {
+        let keys = schema::keys().iter();
+        keys.map(|key| (key.path, (key.write)(self))).collect()
+    }
+
     fn read_recipe(&mut self, path: &Path) -> Result<(), SettingsError> {
         let text = std::fs::read_to_string(path).map_err(|source| SettingsError::Read {
             path: path.to_path_buf(),
@@ -291,6 +325,15 @@ impl Settings {
                 self.given.insert(known.path);
             }
         }
+        Ok(())
+    }
+
+    fn assign(&mut self, assignment: &Assignment) -> Result<(), SettingsError> {
+        let place = || assignment.place.clone();
+        let known = schema::find(&assignment.key);
+        let known = known.ok_or_else(|| unknown_key(place(), &assignment.key))?;
+        self.set(known, &assignment.value, &assignment.base, place)?;
+        self.given.insert(known.path);
         Ok(())
     }
 
@@ -419,7 +462,7 @@ fn unknown_key(place: String, path: &str) -> SettingsError {
 }
 
 /// The candidate with the smallest edit distance to `name`, the first of equals.
-fn nearest(name: &str, candidates: impl Iterator<Item = &'static str>) -> &'static str {
+pub(crate) fn nearest(name: &str, candidates: impl Iterator<Item = &'static str>) -> &'static str {
     candidates
         .min_by_key(|candidate| edit_distance(name, candidate))
         .unwrap_or_default()
@@ -443,7 +486,7 @@ fn edit_distance(a: &str, b: &str) -> usize {
 
 /// `FILE:LINE` of a key, or of its section's first mention. Only errors need it, so the
 /// text is parsed again here instead of carrying positions through every value.
-fn place_in(path: &Path, text: &str, section: &str, key: Option<&str>) -> String {
+pub(crate) fn place_in(path: &Path, text: &str, section: &str, key: Option<&str>) -> String {
     match span_of(text, section, key) {
         Some(span) => {
             let line = text[..span.start].matches('\n').count() + 1;

@@ -380,6 +380,8 @@ tokenizer show: FILE --text
 convert: IN OUT --to --ternarize --group-size --scale-rule --numerics --lossy --shard-bytes --checkpoint
 inspect: FILE --json
 report: RUN
+compare: RUNS --output
+sweep: SPEC.toml --output --set --dry-run
 bench:
 bench peak: --threads --repeat --json
 bench bandwidth: --threads --repeat --json
