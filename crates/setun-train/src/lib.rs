@@ -4,12 +4,14 @@
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
+pub mod clip;
 pub mod data;
 pub mod evaluate;
 pub mod finish;
 pub mod guard;
 pub mod machine;
 pub mod metrics;
+pub mod muon;
 pub mod optimizer;
 pub mod prepare;
 pub mod profile;

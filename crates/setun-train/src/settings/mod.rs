@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 
 use setun_formats::TernaryInfo;
 use setun_formats::config::Qwen3Config;
-use setun_ternary::Numerics;
+use setun_model::Scheme;
+use setun_ternary::{Numerics, ScaleRule};
 use toml::Value;
 use toml::de::DeTable;
 
@@ -24,7 +25,9 @@ pub use schema::{
     CheckpointSettings, DataSettings, DistillSettings, EvalSettings, ExportSettings, LogSettings,
     ModelSettings, RunSettings, SampleSettings, TokenizerSettings, TrainSettings,
 };
-pub use value::{Choice, NumericsChoice, OptimizerState, ScheduleKind};
+pub use value::{
+    Choice, NumericsChoice, OptimizerKind, OptimizerState, ScaleRounding, ScheduleKind, Ste,
+};
 
 use schema::Key;
 
@@ -257,9 +260,35 @@ impl Settings {
         self.run.output.as_deref().unwrap_or(Path::new(""))
     }
 
-    /// The number format of the matrices; `None` for a dense model.
+    /// The setting that makes the model an experiment, which is neither dense nor what
+    /// files call ternary, so that nothing is exported.
+    pub fn experiment(&self) -> Option<&'static str> {
+        let model = &self.model;
+        match (model.ternary_embedding, model.scale_rounding) {
+            _ if !model.ternary => None,
+            (false, _) => Some("model.ternary_embedding = false"),
+            (true, ScaleRounding::F16) => Some("model.scale_rounding = \"f16\""),
+            (true, ScaleRounding::Bf16) => None,
+        }
+    }
+
+    /// How matrices become ternary; `None` for a dense model.
+    pub fn scheme(&self) -> Option<Scheme> {
+        let model = &self.model;
+        model.ternary.then_some(Scheme {
+            group_size: model.group_size,
+            scale_rule: match model.scale_rounding {
+                ScaleRounding::Bf16 => model.scale_rule,
+                ScaleRounding::F16 => ScaleRule::MeanF16,
+            },
+        })
+    }
+
+    /// The number format of the matrices in files; `None` for a dense model, and for an
+    /// experiment.
     pub fn ternary_info(&self) -> Option<TernaryInfo> {
-        self.model.ternary.then(|| TernaryInfo {
+        let has_format = self.model.ternary && self.experiment().is_none();
+        has_format.then(|| TernaryInfo {
             group_size: self.model.group_size,
             scale_rule: self.model.scale_rule,
             numerics: self.numerics(),
@@ -386,6 +415,14 @@ impl Settings {
         self.model.numerics = self.numerics().into();
         if !self.model.ternary && !self.is_given("export.formats") {
             self.export.formats.retain(|format| format.holds_floats());
+        }
+        if self.experiment().is_some() {
+            if !self.is_given("export.formats") {
+                self.export.formats.clear();
+            }
+            if !self.is_given("sample.prompts") {
+                self.sample.prompts = 0;
+            }
         }
         let single = [
             &mut self.run.output,
