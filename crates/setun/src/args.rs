@@ -11,6 +11,7 @@ use setun_io::Format;
 use setun_ternary::Numerics;
 use setun_train::data::DocumentOptions;
 use setun_train::settings::{Override, schema};
+use setun_train::sweep::SweepOptions;
 
 use crate::flags;
 
@@ -220,12 +221,12 @@ pub struct CompareArgs {
 pub struct SweepArgs {
     /// File that describes the sweep.
     pub spec: PathBuf,
-    /// Directory of the sweep instead of the file's.
-    pub output: Option<PathBuf>,
-    /// Settings of all runs.
-    pub overrides: Vec<Override>,
+    /// What is said besides the file.
+    pub options: SweepOptions,
     /// Whether to list the runs only.
     pub dry_run: bool,
+    /// Whether to write the table only.
+    pub table: bool,
 }
 
 /// Which checkpoint of a run.
@@ -420,9 +421,14 @@ fn sweep(matches: &ArgMatches) -> SweepArgs {
     let overrides = matches.get_many::<Override>("set").into_iter().flatten();
     SweepArgs {
         spec: value(matches, "spec"),
-        output: matches.get_one("output").cloned(),
-        overrides: overrides.cloned().collect(),
+        options: SweepOptions {
+            output: matches.get_one("output").cloned(),
+            seeds: many(matches, "seeds"),
+            cells: many(matches, "cells"),
+            overrides: overrides.cloned().collect(),
+        },
         dry_run: matches.get_flag("dry-run"),
+        table: matches.get_flag("table"),
     }
 }
 
@@ -442,6 +448,11 @@ fn optional<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) 
 
 fn value<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) -> T {
     optional(matches, name).expect("the definition makes it required or gives it a default")
+}
+
+fn many<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) -> Vec<T> {
+    let values = matches.get_many::<T>(name);
+    values.into_iter().flatten().cloned().collect()
 }
 
 fn paths(matches: &ArgMatches, name: &str) -> Vec<PathBuf> {

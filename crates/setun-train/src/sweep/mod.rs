@@ -22,10 +22,13 @@ use std::sync::atomic::Ordering;
 use toml::Value;
 
 /// Keys that mean nothing to a dense model.
-const TERNARY_ONLY: [&str; 4] = [
+const TERNARY_ONLY: [&str; 7] = [
     "model.ternary",
+    "model.ternary_embedding",
     "model.group_size",
     "model.scale_rule",
+    "model.scale_rounding",
+    "train.ste",
     "train.blend_steps",
 ];
 /// Keys that may differ between a run that exists and the cell that it belongs to.
@@ -91,6 +94,19 @@ impl RunState {
     }
 }
 
+/// What a user says about a sweep besides its file.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SweepOptions {
+    /// Directory instead of the file's.
+    pub output: Option<PathBuf>,
+    /// Seeds instead of the file's; empty for those.
+    pub seeds: Vec<u64>,
+    /// Names of the cells to run, besides the base and dense twins; empty for all.
+    pub cells: Vec<String>,
+    /// Settings of all runs, over file and recipe.
+    pub overrides: Vec<Override>,
+}
+
 /// How a sweep ended.
 pub struct SweepEnd {
     /// What has been measured so far.
@@ -108,27 +124,26 @@ pub struct SweepPlan {
 }
 
 impl Sweep {
-    /// Reads a sweep and checks the settings of every run. `overrides` hold for all cells;
-    /// `output` replaces the file's.
+    /// Reads a sweep and checks the settings of every run.
     ///
     /// # Errors
     /// A file that is no sweep, settings that cannot be run, a directory that holds a run
     /// with other settings.
-    pub fn load(
-        path: &Path,
-        output: Option<&Path>,
-        overrides: &[Override],
-    ) -> Result<Self, TrainError> {
-        let spec = Spec::read(path)?;
-        check_overrides(&spec, overrides)?;
-        let output = output.unwrap_or(&spec.output);
+    pub fn load(path: &Path, options: &SweepOptions) -> Result<Self, TrainError> {
+        let mut spec = Spec::read(path)?;
+        spec.select(&options.cells)?;
+        check_overrides(&spec, &options.overrides)?;
+        let output = options.output.as_ref().unwrap_or(&spec.output);
         let output =
             std::path::absolute(output).map_err(|e| IoError::file("resolve", output, e))?;
         let mut planner = Planner {
             spec: &spec,
-            overrides,
+            overrides: &options.overrides,
             output: &output,
-            seeds: spec.seeds.clone(),
+            seeds: match options.seeds.is_empty() {
+                true => spec.seeds.clone(),
+                false => options.seeds.clone(),
+            },
         };
         if planner.seeds.is_empty() {
             let first = planner.settings(&spec.cells[0].name, &spec.cells[0].set, None)?;
@@ -161,6 +176,16 @@ impl Sweep {
             tokens_left += tokens * cell.runs.iter().filter(open).count() as u64;
         }
         Ok(SweepPlan { sizes, tokens_left })
+    }
+
+    /// Writes the table of the runs that are finished, and makes none.
+    ///
+    /// # Errors
+    /// Files that cannot be read or written.
+    pub fn summarize(&self) -> Result<SweepTable, TrainError> {
+        std::fs::create_dir_all(&self.output)
+            .map_err(|e| IoError::file("create", &self.output, e))?;
+        self.write_table(&[])
     }
 
     /// Makes or finishes every run, the first seed of all cells before the second; after
@@ -322,6 +347,7 @@ impl Planner<'_> {
         };
         add("model.ternary", Value::Boolean(false));
         add("train.blend_steps", Value::Integer(0));
+        add("train.ste", Value::String("identity".to_owned()));
         if settings.numerics() == Numerics::Int8 {
             add("model.numerics", Value::String("auto".to_owned()));
         }
@@ -445,3 +471,6 @@ fn state_of(directory: &Path, settings: &Settings) -> Result<RunState, TrainErro
         false => RunState::Interrupted,
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -132,6 +132,34 @@ impl Spec {
         Ok(spec)
     }
 
+    /// Keeps the cells that `names` lists, the base, and dense twins with names; all for an
+    /// empty list.
+    ///
+    /// # Errors
+    /// A name that no cell has.
+    pub fn select(&mut self, names: &[String]) -> Result<(), SettingsError> {
+        if names.is_empty() {
+            return Ok(());
+        }
+        let known: Vec<String> = self.cells.iter().map(|cell| cell.name.clone()).collect();
+        if let Some(name) = names.iter().find(|name| !known.contains(name)) {
+            return Err(impossible(
+                format!("there is no cell {name}"),
+                &format!("the cells are {}", known.join(", ")),
+            ));
+        }
+        let base = self.base.get_or_insert_with(|| known[0].clone()).clone();
+        let twins = self.cells.iter().map(|cell| cell.twin.as_ref());
+        let twins = twins.flatten().chain([&self.twin]);
+        let mut wanted: Vec<String> = names.iter().cloned().chain([base]).collect();
+        wanted.extend(twins.filter_map(|twin| match twin {
+            Twin::Named(name) => Some(name.clone()),
+            Twin::None | Twin::Own => None,
+        }));
+        self.cells.retain(|cell| wanted.contains(&cell.name));
+        Ok(())
+    }
+
     fn check(&self, path: &Path) -> Result<(), SettingsError> {
         let file = path.display();
         if self.cells.is_empty() {

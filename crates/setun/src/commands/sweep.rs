@@ -14,10 +14,13 @@ use std::error::Error;
 
 /// `setun sweep`
 pub fn sweep(args: SweepArgs, environment: &Environment) -> CommandResult {
-    let output = args.output.as_deref();
-    let mut sweep = Sweep::load(&args.spec, output, &args.overrides).map_err(unwrap_settings)?;
+    let mut sweep = Sweep::load(&args.spec, &args.options).map_err(unwrap_settings)?;
     if args.dry_run {
         print_plan(&sweep)?;
+        return Ok(Outcome::Success);
+    }
+    if args.table {
+        say!("{}", sweep.summarize()?.to_markdown());
         return Ok(Outcome::Success);
     }
     let isa = isa(environment)?;

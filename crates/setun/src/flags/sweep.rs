@@ -2,7 +2,7 @@
 
 use super::{path_argument, path_flag, switch};
 use clap::builder::ValueParser;
-use clap::{Arg, ArgAction, Command};
+use clap::{Arg, ArgAction, Command, value_parser};
 use setun_train::settings::Override;
 
 const HELP: &str = "\
@@ -30,6 +30,7 @@ directory are written after every run.
 
 Examples:
   setun sweep bench/recipe/rates.toml --dry-run
+  setun sweep bench/recipe/factors.toml --seeds 1,2,3,4 --cells group-64,group-256
   setun sweep bench/recipe/rates.toml --set data.train=train.tokens --set data.valid=valid.tokens";
 
 /// `setun sweep`
@@ -39,6 +40,17 @@ pub fn sweep() -> Command {
         .args([
             path_argument("spec", "SPEC.toml").help("What to run"),
             path_flag("output", "DIR").help("Directory of the sweep instead of the file's"),
+            Arg::new("seeds")
+                .long("seeds")
+                .value_name("N,N...")
+                .value_delimiter(',')
+                .value_parser(value_parser!(u64))
+                .help("Seeds instead of the file's"),
+            Arg::new("cells")
+                .long("cells")
+                .value_name("NAME,NAME...")
+                .value_delimiter(',')
+                .help("Only these cells, the base and dense twins"),
             Arg::new("set")
                 .long("set")
                 .value_name("KEY=VALUE")
@@ -46,6 +58,9 @@ pub fn sweep() -> Command {
                 .value_parser(ValueParser::new(assignment))
                 .help("A setting of all runs, as train.steps=100; wins over file and recipe"),
             switch("dry-run").help("List runs, their tokens and how far they are, and stop"),
+            switch("table")
+                .conflicts_with("dry-run")
+                .help("Write the table of the finished runs, and stop"),
         ])
         .after_help(HELP)
 }
