@@ -227,7 +227,11 @@ multiversion! {
 }
 multiversion! {
     /// [`loss::cross_entropy_row`]
-    fn cross_entropy_row[R: Real][R](logits: &mut [R], target: usize, scale: Option<R>) -> R
+    fn cross_entropy_row[R: Real][R](
+        logits: &mut [R],
+        target: usize,
+        gradient: Option<loss::RowGradient<R>>
+    ) -> R
         = loss::cross_entropy_row;
 }
 multiversion! {

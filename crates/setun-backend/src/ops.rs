@@ -308,6 +308,9 @@ pub struct CrossEntropy<R> {
     pub losses: Buf<R>,
     /// Weight of a row in the loss whose gradient is taken, `1 / tokens` for a mean.
     pub gradient_scale: Option<f64>,
+    /// Weight of the squared log-sum-exp in that loss, which keeps logits from drifting
+    /// (PaLM, Chowdhery et al., 2022); 0 for none. `losses` do not have it.
+    pub z_loss: f64,
 }
 
 /// Cross entropy mixed with the divergence from a teacher (Hinton et al., 2015), for a
@@ -315,7 +318,8 @@ pub struct CrossEntropy<R> {
 /// distributions at temperature `T` in the divergence.
 #[derive(Clone, Copy, Debug)]
 pub struct Distillation<R> {
-    /// The student's side: losses stay the cross entropy alone; the gradient is of the mix.
+    /// The student's side: losses stay the cross entropy alone; the gradient is of the mix,
+    /// which has no `z_loss`.
     pub student: CrossEntropy<R>,
     /// `[rows, vocab]`: the teacher's logits; left as scratch.
     pub teacher: Buf<R>,

@@ -457,6 +457,7 @@ fn cross_entropies() -> Vec<Case> {
                 targets: rig.put(&numbers(27, rows, vocab as u32)),
                 losses: stale(&mut rig, rows),
                 gradient_scale: None,
+                z_loss: 0.0,
             };
             let mut host = reference(rig);
             host.cross_entropy(op);
@@ -494,6 +495,7 @@ fn distillations() -> Vec<Case> {
                 targets: rig.put(&numbers(27, rows, vocab as u32)),
                 losses: stale(&mut rig, rows),
                 gradient_scale: Some(dy[0]),
+                z_loss: 0.0,
             };
             let op = Distillation {
                 student,

@@ -78,6 +78,8 @@ pub struct OpenModel {
     latents: Option<TensorFile>,
     step: Option<u64>,
     notes: Vec<String>,
+    /// The setting that makes the weights of a training neither dense nor ternary.
+    experiment: Option<String>,
 }
 
 impl OpenModel {
@@ -282,6 +284,13 @@ impl OpenModel {
         group_size: Option<usize>,
     ) -> Result<Matrix, IoError> {
         let (_, cols) = self.matrix_shape(name)?;
+        if let Some(experiment) = &self.experiment {
+            return Err(IoError::Refused(format!(
+                "{} was trained with {experiment}: its weights are neither dense nor what files \
+                 call ternary, and only its own training can use them; train without that setting",
+                self.directory.display()
+            )));
+        }
         self.weights.rows(&Block { name, rows, cols }, group_size)
     }
 
@@ -428,6 +437,7 @@ fn open_checkpoint(
         latents: None,
         step,
         notes,
+        experiment: None,
     };
     let packed = dir.join(PACKED);
     if packed.exists() {
@@ -442,13 +452,14 @@ fn open_checkpoint(
         model.latents = Some(TensorFile::open(&dir.join(LATENTS))?);
         let group_size = header.ternary.group_size;
         model.weights = Weights::Packed { file, group_size };
-    } else if Manifest::read(dir)?
-        .extra
-        .get("ternary_hash")
-        .is_some_and(|h| !h.is_null())
-    {
-        let problem = "the file is missing, but the manifest calls the model ternary";
-        return Err(IoError::damaged(&packed, problem));
+    } else {
+        let extra = Manifest::read(dir)?.extra;
+        if extra.get("ternary_hash").is_some_and(|h| !h.is_null()) {
+            let problem = "the file is missing, but the manifest calls the model ternary";
+            return Err(IoError::damaged(&packed, problem));
+        }
+        let experiment = extra.get("experiment").and_then(Value::as_str);
+        model.experiment = experiment.map(str::to_owned);
     }
     Ok(model)
 }
@@ -470,6 +481,7 @@ fn open_packed(path: &Path) -> Result<OpenModel, IoError> {
         latents: None,
         step: None,
         notes: Vec::new(),
+        experiment: None,
     })
 }
 
@@ -489,6 +501,7 @@ fn open_huggingface(dir: &Path, files: &[PathBuf]) -> Result<OpenModel, IoError>
         latents: None,
         step: None,
         notes: checkpoint.notes,
+        experiment: None,
     };
     match storage {
         Storage::Values => {
@@ -523,6 +536,7 @@ fn open_gguf(path: &Path) -> Result<OpenModel, IoError> {
         latents: None,
         step: None,
         notes: Vec::new(),
+        experiment: None,
     };
     match smallest {
         Some(stored) => model.settle_group_size(recorded, stored),

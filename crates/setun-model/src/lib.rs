@@ -15,7 +15,8 @@ mod rope;
 
 pub use buffers::{DecodeShape, Purpose, TrainShape};
 pub use parameters::{
-    Form, Parameter, ParameterUse, Parameters, ProjectFailure, Scheme, SetError, is_frozen,
+    Form, Parameter, ParameterUse, Parameters, ProjectFailure, Scheme, SetError, is_embedding,
+    is_frozen,
 };
 pub use qwen3::{CachedRows, ModelSpec, Qwen3, Teacher};
 pub use rope::{RopeTable, inverse_frequencies};

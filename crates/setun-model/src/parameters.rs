@@ -39,6 +39,8 @@ pub struct ParameterUse<'a> {
     /// Matrices stay packed: bytes of one `[out, in]` with groups of a size, as
     /// [`Backend::packed_len`] says. Only decoding in numerics int8 can use them.
     pub packed: Option<fn(usize, usize, usize) -> usize>,
+    /// Whether embedding and head stay dense in a ternary model: an experiment.
+    pub dense_embedding: bool,
     /// Parameters that stay as they are: parts of their names, see [`is_frozen`].
     pub freeze: &'a [String],
 }
@@ -51,6 +53,12 @@ pub fn is_frozen(name: &str, patterns: &[String]) -> bool {
         let pattern: Vec<&str> = pattern.split('.').collect();
         parts.windows(pattern.len()).any(|w| w == pattern)
     })
+}
+
+/// Whether the parameter called `name` is a row for each entry of the vocabulary: the
+/// embedding, or a head of its own.
+pub fn is_embedding(name: &str) -> bool {
+    name == "model.embed_tokens.weight" || name == "lm_head.weight"
 }
 
 /// One parameter: a matrix `[rows, cols]`, or a norm with one row.
@@ -200,7 +208,8 @@ impl<R: Real> Parameters<R> {
             let is_matrix = info.is_matrix();
             let cols = *info.shape.last().unwrap_or(&1);
             let rows = info.numel() / cols;
-            let packed = scheme.filter(|_| is_matrix).zip(purpose.packed);
+            let dense = !is_matrix || (purpose.dense_embedding && is_embedding(&info.name));
+            let packed = scheme.filter(|_| !dense).zip(purpose.packed);
             let packed = packed.map(|(scheme, packed_len)| PackedBuf {
                 bytes: plan.alloc(
                     Category::Parameters,
@@ -209,7 +218,7 @@ impl<R: Real> Parameters<R> {
                 ),
                 group_size: scheme.group_size,
             });
-            let trits = scheme.filter(|_| is_matrix && packed.is_none());
+            let trits = scheme.filter(|_| !dense && packed.is_none());
             let ternary = trits.map(|scheme| {
                 let group_size = scheme.group_size;
                 let scales = rows * groups_per_row(cols, group_size);

@@ -46,6 +46,9 @@ pub struct Qwen3<R: Real> {
     spec: ModelSpec,
     /// Weights and gradients.
     pub parameters: Parameters<R>,
+    /// Weight of the squared log-sum-exp in the loss that is learned, see [`CrossEntropy`];
+    /// 0 unless set.
+    pub z_loss: f64,
     buffers: Buffers<R>,
 }
 
@@ -125,6 +128,7 @@ impl<R: Real> Qwen3<R> {
         Self {
             spec,
             parameters,
+            z_loss: 0.0,
             buffers,
         }
     }
@@ -470,6 +474,7 @@ impl<R: Real> Qwen3<R> {
                 targets: self.buffers.targets.part(start, n),
                 losses: self.buffers.losses.part(start, n),
                 gradient_scale,
+                z_loss: self.z_loss,
             };
             match teacher {
                 None => b.cross_entropy(student),

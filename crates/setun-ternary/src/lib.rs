@@ -31,23 +31,29 @@ pub enum ScaleRule {
     /// `s = mean |w|` over the weights with `|w| > mean / 2` (TWN's least-squares scale
     /// for that support); exactly those weights are non-zero.
     MeanNonzero,
+    /// As [`ScaleRule::Mean`], but the scale is rounded to f16: three more bits, with
+    /// which `s * t` is exact in f16 and f32 and no longer in bf16. An experiment that
+    /// measures what the rounding to bf16 costs: no file has it, and no name leads to it.
+    MeanF16,
 }
 
 impl ScaleRule {
+    /// The rules that files can have, in the order of help texts.
+    pub const ALL: [Self; 3] = [Self::Mean, Self::Max, Self::MeanNonzero];
+
     /// Name as it is written in recipes and file metadata.
     pub fn name(self) -> &'static str {
         match self {
             Self::Mean => "mean",
             Self::Max => "max",
             Self::MeanNonzero => "mean-nonzero",
+            Self::MeanF16 => "mean-f16",
         }
     }
 
     /// The rule called `name`, if there is one.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Mean, Self::Max, Self::MeanNonzero]
-            .into_iter()
-            .find(|rule| rule.name() == name)
+        Self::ALL.into_iter().find(|rule| rule.name() == name)
     }
 }
 

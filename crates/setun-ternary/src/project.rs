@@ -23,7 +23,7 @@ pub enum ScaleError {
 }
 
 /// Projects one group: writes the trits and returns the scale, a bf16 value that f16
-/// holds exactly.
+/// holds exactly (for [`ScaleRule::MeanF16`]: an f16 value).
 ///
 /// `s = bf16(rule(|w|))`, taken in f64 and rounded once; `s < 2^-17` becomes 0;
 /// `t = sign(w)` where `|w| > s / 2`, else 0 (for [`ScaleRule::MeanNonzero`]: where
@@ -35,7 +35,7 @@ pub fn project_group(
 ) -> Result<f32, ScaleError> {
     debug_assert_eq!(latents.len(), trits.len());
     let (exact, threshold) = match rule {
-        ScaleRule::Mean => (mean_abs(latents), None),
+        ScaleRule::Mean | ScaleRule::MeanF16 => (mean_abs(latents), None),
         ScaleRule::Max => (f64::from(max_abs(latents)), None),
         ScaleRule::MeanNonzero => {
             let threshold = (0.5 * mean_abs(latents)) as f32;
@@ -45,7 +45,10 @@ pub fn project_group(
     if !exact.is_finite() {
         return Err(ScaleError::NotFinite);
     }
-    let mut scale = round_to_bf16(exact);
+    let mut scale = match rule {
+        ScaleRule::MeanF16 => round_to_bits(exact, 10),
+        ScaleRule::Mean | ScaleRule::Max | ScaleRule::MeanNonzero => round_to_bits(exact, 7),
+    };
     if scale > MAX_SCALE {
         return Err(ScaleError::TooLarge(scale));
     }
@@ -66,7 +69,9 @@ pub fn project_group(
 pub fn reconstruct_latents(trits: &[i8], scale: f32, rule: ScaleRule, latents: &mut [f32]) {
     let nonzero = trits.iter().filter(|&&t| t != 0).count();
     let magnitude = match rule {
-        ScaleRule::Mean => (f64::from(scale) * trits.len() as f64 / nonzero.max(1) as f64) as f32,
+        ScaleRule::Mean | ScaleRule::MeanF16 => {
+            (f64::from(scale) * trits.len() as f64 / nonzero.max(1) as f64) as f32
+        }
         ScaleRule::Max | ScaleRule::MeanNonzero => scale,
     };
     for (latent, &trit) in latents.iter_mut().zip(trits) {
@@ -86,14 +91,21 @@ fn mean_abs(latents: &[f32]) -> f64 {
     ((sums[0] + sums[2]) + (sums[1] + sums[3])) / latents.len() as f64
 }
 
-/// Rounds a finite value to bf16, once, to nearest even. (`half` drops the low half of
-/// the f64 before it rounds, which breaks ties the wrong way.) Exact for the range of
-/// scales; values below f32's normal range are far below [`MIN_SCALE`].
-fn round_to_bf16(x: f64) -> f32 {
-    const DROPPED: u32 = 52 - 7;
+/// Rounds a finite value to `fraction` bits behind the leading one (bf16 has 7, f16 10),
+/// once, to nearest even. (`half` drops the low half of the f64 before it rounds, which
+/// breaks ties the wrong way.) In f16's subnormal range its own spacing is the coarser one.
+/// Exact for the range of scales; values below f32's normal range are far below
+/// [`MIN_SCALE`].
+fn round_to_bits(x: f64, fraction: u32) -> f32 {
+    const SUBNORMAL: f64 = 1.0 / 16_384.0;
+    if fraction > 7 && x < SUBNORMAL {
+        // The spacing of f16 there is 2^-24.
+        return ((x * 16_777_216.0).round_ties_even() / 16_777_216.0) as f32;
+    }
+    let dropped = 52 - fraction;
     let bits = x.to_bits();
-    let half_even = (1 << (DROPPED - 1)) - 1 + (bits >> DROPPED & 1);
-    f64::from_bits((bits + half_even) >> DROPPED << DROPPED) as f32
+    let half_even = (1 << (dropped - 1)) - 1 + (bits >> dropped & 1);
+    f64::from_bits((bits + half_even) >> dropped << dropped) as f32
 }
 
 fn max_abs(latents: &[f32]) -> f32 {
@@ -162,7 +174,7 @@ mod tests {
 
     #[test]
     fn going_on_from_a_ternary_group_gives_the_same_group() {
-        for rule in [ScaleRule::Mean, ScaleRule::Max, ScaleRule::MeanNonzero] {
+        for rule in [ScaleRule::ALL.as_slice(), &[ScaleRule::MeanF16]].concat() {
             for n in 1..=130 {
                 let (mut t, mut again) = (vec![0i8; n], vec![9i8; n]);
                 let s = project_group(&latents(n, 7 + n as u64), rule, &mut t).unwrap();
@@ -177,9 +189,27 @@ mod tests {
     #[test]
     fn rounding_is_to_nearest_even_over_all_bits() {
         let tie = 1.0 + 1.0 / 256.0;
-        assert_eq!(round_to_bf16(tie), 1.0);
-        assert_eq!(round_to_bf16(tie + f64::EPSILON), 1.0 + 1.0 / 128.0);
-        assert_eq!(round_to_bf16(1.0 + 3.0 / 256.0), 1.0 + 2.0 / 128.0);
+        assert_eq!(round_to_bits(tie, 7), 1.0);
+        assert_eq!(round_to_bits(tie + f64::EPSILON, 7), 1.0 + 1.0 / 128.0);
+        assert_eq!(round_to_bits(1.0 + 3.0 / 256.0, 7), 1.0 + 2.0 / 128.0);
+    }
+
+    #[test]
+    fn finer_scales_are_those_of_f16() {
+        for seed in 0..400 {
+            let mut w = latents(128, seed);
+            let shrink = 2.0f32.powi(-(seed as i32 % 16));
+            w.iter_mut().for_each(|w| *w *= shrink);
+            let (mut coarse_trits, mut trits) = ([0; 128], [0; 128]);
+            let s = project_group(&w, ScaleRule::MeanF16, &mut trits).unwrap();
+            let coarse = project_group(&w, ScaleRule::Mean, &mut coarse_trits).unwrap();
+            assert_eq!(half::f16::from_f32(s).to_f32(), s, "exact in f16");
+            let exact = mean_abs(&w);
+            let error = |s: f32| (f64::from(s) - exact).abs();
+            assert!(error(s) <= error(coarse), "{s} and {coarse} for {exact}");
+            let nearest = half::f16::from_f64(exact).to_f32();
+            assert!((f64::from(nearest) - exact).abs() >= error(s) - 1e-15);
+        }
     }
 
     #[test]
@@ -191,7 +221,7 @@ mod tests {
             project_group(&[1e6; 4], ScaleRule::Mean, &mut t),
             Err(ScaleError::TooLarge(bf16::from_f32(1e6).to_f32()))
         );
-        for rule in [ScaleRule::Mean, ScaleRule::Max, ScaleRule::MeanNonzero] {
+        for rule in ScaleRule::ALL {
             let bad = [1.0, f32::NAN, 1.0, 1.0];
             assert_eq!(
                 project_group(&bad, rule, &mut t),

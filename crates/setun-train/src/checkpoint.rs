@@ -141,6 +141,8 @@ pub struct Constants {
     pub tokenizer_json: Arc<[u8]>,
     /// Number format; none for a dense model.
     pub ternary: Option<PackedHeader>,
+    /// The setting that makes the model neither dense nor what files call ternary.
+    pub experiment: Option<&'static str>,
 }
 
 impl TrainState {
@@ -191,7 +193,7 @@ pub fn snapshot<B: Backend<Real = f32>>(
             Entry::of(p, ".v", optimizer.v[i]),
         ]
     });
-    let moments: Vec<Entry> = moments.collect();
+    let moments: Vec<Entry> = moments.filter(|entry| !entry.buf.is_empty()).collect();
     let ternary = parameters.list.iter().filter_map(|p| p.ternary);
     let extents: Vec<Extent> = latents
         .iter()
@@ -281,6 +283,9 @@ fn manifest_extra(
     constants: &Constants,
 ) -> serde_json::Value {
     let mut extra = serde_json::json!({ "step": step, "params_hash": params_hash });
+    if let Some(experiment) = constants.experiment {
+        extra["experiment"] = experiment.into();
+    }
     if let (Some(header), Some(hash)) = (&constants.ternary, ternary_hash) {
         let TernaryInfo {
             group_size,
@@ -330,6 +335,9 @@ pub fn restore<B: Backend<Real = f32>>(
             continue;
         }
         for (buf, letter) in [(trainer.optimizer.m[i], "m"), (trainer.optimizer.v[i], "v")] {
+            if buf.is_empty() {
+                continue;
+            }
             let name = format!("{}.{letter}", p.name);
             let values = moments.floats(&name)?;
             if values.len() != p.numel() {

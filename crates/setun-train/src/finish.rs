@@ -67,7 +67,7 @@ impl Finish {
         self.record.finished = Some(machine::now() as u64);
         write_json(&RealOps, &self.run.join("run.json"), &self.record)?;
         let mut verification = None;
-        if self.settings.model.ternary {
+        if self.settings.ternary_info().is_some() {
             observer.message("verifying every weight of the checkpoints and exports");
             verification = Some(verify(&self.run)?);
         }
@@ -221,10 +221,8 @@ pub fn report_of_run(run: &Path) -> Result<Report, TrainError> {
     let record: RunRecord = serde_json::from_slice(&text)
         .map_err(|e| TrainError::refused(format!("{}: {e}; is this a run?", path.display())))?;
     let metrics = metrics::read(run, u64::MAX)?;
-    let verification = match record.model.group_size {
-        Some(_) => Some(verify(run)?),
-        None => None,
-    };
+    let settings = Settings::load_run(run, &[])?;
+    let verification = settings.ternary_info().map(|_| verify(run)).transpose()?;
     write_report(run, &record, &metrics, verification.as_ref())
 }
 

@@ -4,19 +4,23 @@
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
+pub mod clip;
 pub mod data;
 pub mod evaluate;
 pub mod finish;
 pub mod guard;
 pub mod machine;
 pub mod metrics;
+pub mod muon;
 pub mod optimizer;
 pub mod prepare;
 pub mod profile;
 pub mod report;
+pub mod results;
 pub mod run;
 pub mod schedule;
 pub mod settings;
+pub mod sweep;
 pub mod tensorboard;
 pub mod trainer;
 

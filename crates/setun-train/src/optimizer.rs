@@ -1,5 +1,6 @@
-//! AdamW over all parameters, and the gradient norm.
+//! AdamW over all parameters, or beside Muon, and the gradient norm.
 
+use crate::muon::{Muon, MuonOptions, MuonStep, is_updated};
 use crate::settings::OptimizerState;
 use setun_backend::{AdamW, Backend, Category, Plan, StoredBuf};
 use setun_model::Parameters;
@@ -21,19 +22,31 @@ pub struct AdamWOptions {
 pub struct Optimizer {
     /// First moments; empty for a frozen parameter.
     pub m: Vec<StoredBuf<f32>>,
-    /// Second moments.
+    /// Second moments; empty for what Muon updates, whose momentum is in `m`.
     pub v: Vec<StoredBuf<f32>>,
     /// Updates so far: steps that were skipped do not count.
     pub updates: u64,
     options: AdamWOptions,
+    muon: Option<Muon>,
 }
 
 impl Optimizer {
     /// Reserves the moments.
     pub fn reserve(plan: &mut Plan, parameters: &Parameters<f32>, options: AdamWOptions) -> Self {
+        Self::reserve_with(plan, parameters, options, None)
+    }
+
+    /// As [`reserve`](Self::reserve), with Muon for the matrices of the layers.
+    pub fn reserve_with(
+        plan: &mut Plan,
+        parameters: &Parameters<f32>,
+        options: AdamWOptions,
+        muon: Option<MuonOptions>,
+    ) -> Self {
         let mut moments = |letter: &str| {
             let each = parameters.list.iter().map(|p| {
-                let len = if p.frozen { 0 } else { p.numel() };
+                let unused = p.frozen || (letter == "v" && muon.is_some() && is_updated(p));
+                let len = if unused { 0 } else { p.numel() };
                 let (category, name) = (Category::Optimizer, format!("{}.{letter}", p.name));
                 match options.state {
                     OptimizerState::F32 => StoredBuf::Real(plan.alloc(category, name, len)),
@@ -48,6 +61,7 @@ impl Optimizer {
             v,
             updates: 0,
             options,
+            muon: muon.map(|options| Muon::reserve(plan, parameters, options)),
         }
     }
 
@@ -71,6 +85,19 @@ impl Optimizer {
         self.updates += 1;
         let trained = parameters.list.iter().enumerate();
         for (i, p) in trained.filter(|(_, p)| !p.frozen) {
+            let mut lr = lr;
+            if let Some(muon) = &mut self.muon {
+                if let (true, StoredBuf::Real(momentum)) = (is_updated(p), self.m[i]) {
+                    let step = MuonStep {
+                        lr,
+                        weight_decay,
+                        grad_scale,
+                    };
+                    muon.update(b, p, momentum, step);
+                    continue;
+                }
+                lr *= muon.options().adamw_share;
+            }
             b.adamw(AdamW {
                 weight: p.values(),
                 grad: p.gradient(),

@@ -77,6 +77,7 @@ pub fn prepare(
         train: sides.train.content_hash()?.to_hex().to_string(),
         valid: sides.valid.content_hash()?.to_hex().to_string(),
     };
+    sides.facts.tokenizer_hash = identity.tokenizer.clone();
     let train = &settings.train;
     let seed = settings.run.seed;
     Ok(Prepared {

@@ -25,7 +25,7 @@ use setun_io::{
     FileOps, IoError, OpenModel, RealOps, RunLock, Which, checkpoints, newest_valid_checkpoint,
     write_atomic_with,
 };
-use setun_model::Form;
+use setun_model::{Form, Parameters, is_embedding};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -294,10 +294,8 @@ impl Session {
             false => (TrainState::new(prepared.identity), Vec::new()),
         };
         let tensorboard = settings.log.tensorboard.then(machine::now);
-        let matrices = config.parameters();
-        let matrices = matrices.iter().filter(|p| p.is_matrix());
         let session = Self {
-            num_weights: matrices.map(|p| p.numel() as u64).sum(),
+            num_weights: num_ternary_weights(&trainer.model.parameters),
             tokenizer_json: prepared.tokenizer.to_json(),
             tokenizer: prepared.tokenizer,
             batches: prepared.batches,
@@ -663,6 +661,11 @@ fn planned_memory(layout: &Layout) -> MemoryFacts {
     }
 }
 
+fn num_ternary_weights(parameters: &Parameters<f32>) -> u64 {
+    let ternary = parameters.list.iter().filter(|p| p.ternary.is_some());
+    ternary.map(|p| p.numel() as u64).sum()
+}
+
 fn due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
 }
@@ -684,7 +687,10 @@ fn new_record(
     let group = settings.model.group_size;
     let packed_bytes: u64 = parameters
         .iter()
-        .map(|p| packed_size(p, ternary.then_some(group)))
+        .map(|p| {
+            let dense = is_embedding(&p.name) && !settings.model.ternary_embedding;
+            packed_size(p, ternary.then_some(group).filter(|_| !dense))
+        })
         .sum();
     let toml = settings.to_toml();
     let settings_json = toml::from_str::<toml::Table>(&toml).ok();

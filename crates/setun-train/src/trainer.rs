@@ -1,15 +1,17 @@
 //! One training step, from a batch to new weights.
 
 use crate::TrainError;
+use crate::clip::Clip;
 use crate::data::{self, Batches};
 use crate::guard::{Guard, Skip};
+use crate::muon::MuonOptions;
 use crate::optimizer::{AdamWOptions, Optimizer};
 use crate::schedule::Schedule;
-use crate::settings::Settings;
+use crate::settings::{OptimizerKind, Settings, Ste, TrainSettings};
 use setun_backend::ops::IGNORE_TARGET;
 use setun_backend::{Backend, Category, HostWorkspace, Limits, Plan, ProjectStats, Segment};
 use setun_formats::Qwen3Config;
-use setun_model::{Form, ModelSpec, ParameterUse, Purpose, Qwen3, Scheme, Teacher, TrainShape};
+use setun_model::{Form, ModelSpec, ParameterUse, Purpose, Qwen3, Teacher, TrainShape};
 use std::sync::mpsc::Receiver;
 
 /// Bytes of logits that exist at a time when `train.head_chunk` is automatic.
@@ -51,14 +53,10 @@ impl Layout {
             recompute: train.recompute,
             head_chunk: chunk.min(rows),
         };
-        let scheme = settings.model.ternary.then_some(Scheme {
-            group_size: settings.model.group_size,
-            scale_rule: settings.model.scale_rule,
-        });
         let numerics = settings.numerics();
         let spec = ModelSpec {
             config: config.clone(),
-            scheme,
+            scheme: settings.scheme(),
             numerics,
         };
         let all = [Some(config), teacher.as_ref().map(|t| &t.config)];
@@ -68,6 +66,7 @@ impl Layout {
             train: true,
             blend: train.blend_steps > 0,
             packed: None,
+            dense_embedding: !settings.model.ternary_embedding,
             freeze: &train.freeze,
         };
         let model = Qwen3::reserve_with(&mut plan, spec, Purpose::Train(shape), parameters);
@@ -85,7 +84,8 @@ impl Layout {
             eps: train.eps,
             state: train.optimizer_state,
         };
-        let optimizer = Optimizer::reserve(&mut plan, &model.parameters, options);
+        let muon = muon_options(train);
+        let optimizer = Optimizer::reserve_with(&mut plan, &model.parameters, options, muon);
         let workspace = HostWorkspace::reserve(&mut plan, threads, limits);
         Self {
             plan,
@@ -105,6 +105,17 @@ impl Layout {
         rows.push(("total", self.plan.total_bytes()));
         rows
     }
+}
+
+/// Muon's constants, where it is asked for.
+fn muon_options(train: &TrainSettings) -> Option<MuonOptions> {
+    (train.optimizer == OptimizerKind::Muon).then(|| MuonOptions {
+        momentum: train.muon_momentum,
+        adamw_share: match train.adamw_lr {
+            0.0 => 1.0,
+            lr => lr / train.lr,
+        },
+    })
 }
 
 /// Scratch memory that serves all of `configs`.
@@ -166,6 +177,8 @@ pub struct Trainer<B: Backend<Real = f32>> {
     saver: Option<Receiver<()>>,
     schedule: Schedule,
     options: StepOptions,
+    /// Set where gradients do not pass the projection as they are.
+    clip: Option<Clip>,
     batch: BatchBuffers,
 }
 
@@ -243,8 +256,10 @@ impl<B: Backend<Real = f32>> Trainer<B> {
     ) -> Self {
         let train = &settings.train;
         let rows = train.batch_size * train.seq_len;
+        let clipped = train.ste == Ste::Clipped;
         let mut trainer = Self {
             backend,
+            clip: clipped.then(|| Clip::new(&model.parameters)),
             model,
             optimizer,
             teacher,
@@ -265,6 +280,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
             },
             batch: BatchBuffers::new(rows, max_segments),
         };
+        trainer.model.z_loss = train.z_loss;
         trainer.model.prepare(&mut trainer.backend);
         if let Some(teacher) = &trainer.teacher {
             teacher.prepare(&mut trainer.backend);
@@ -340,6 +356,9 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         }
         let (loss, divergence) = self.accumulate();
         self.model.parameters.set_form(Form::Ternary);
+        if let Some(clip) = &mut self.clip {
+            clip.apply(&mut self.backend, &self.model.parameters);
+        }
         let grad_norm = Optimizer::gradient_norm(&mut self.backend, &self.model.parameters);
         let (lr, decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
         let sigma = self.options.spike_sigma;

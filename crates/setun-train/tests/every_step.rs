@@ -56,6 +56,7 @@ fn checkpoint(run: &Path, settings: &Settings, trainer: &mut HostTrainer) -> Pat
                 numerics: settings.numerics(),
             },
         }),
+        experiment: None,
     };
     let files: Arc<dyn setun_io::FileOps> = Arc::new(RealOps);
     let snapshot = snapshot(trainer, &state, constants);

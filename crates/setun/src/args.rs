@@ -11,6 +11,7 @@ use setun_io::Format;
 use setun_ternary::Numerics;
 use setun_train::data::DocumentOptions;
 use setun_train::settings::{Override, schema};
+use setun_train::sweep::SweepOptions;
 
 use crate::flags;
 
@@ -41,6 +42,10 @@ pub enum Command {
     Inspect(InspectArgs),
     /// `setun report`
     Report(ReportArgs),
+    /// `setun compare`
+    Compare(CompareArgs),
+    /// `setun sweep`
+    Sweep(SweepArgs),
     /// `setun bench`
     Bench(BenchArgs),
 }
@@ -206,6 +211,28 @@ pub struct ReportArgs {
     pub run: PathBuf,
 }
 
+/// Arguments of `setun compare`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CompareArgs {
+    /// Run directories, at least two.
+    pub runs: Vec<PathBuf>,
+    /// Where to write table and page.
+    pub output: Option<PathBuf>,
+}
+
+/// Arguments of `setun sweep`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SweepArgs {
+    /// File that describes the sweep.
+    pub spec: PathBuf,
+    /// What is said besides the file.
+    pub options: SweepOptions,
+    /// Whether to list the runs only.
+    pub dry_run: bool,
+    /// Whether to write the table only.
+    pub table: bool,
+}
+
 /// Which checkpoint of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CheckpointChoice {
@@ -302,6 +329,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         Some(("report", matches)) => Command::Report(ReportArgs {
             run: value(matches, "run"),
         }),
+        Some(("compare", matches)) => Command::Compare(CompareArgs {
+            runs: paths(matches, "runs"),
+            output: matches.get_one("output").cloned(),
+        }),
+        Some(("sweep", matches)) => Command::Sweep(sweep(matches)),
         _ => return Err(definition.error(ErrorKind::MissingSubcommand, "which command?")),
     };
     Ok(command)
@@ -413,6 +445,21 @@ fn convert(matches: &ArgMatches) -> ConvertArgs {
     }
 }
 
+fn sweep(matches: &ArgMatches) -> SweepArgs {
+    let overrides = matches.get_many::<Override>("set").into_iter().flatten();
+    SweepArgs {
+        spec: value(matches, "spec"),
+        options: SweepOptions {
+            output: matches.get_one("output").cloned(),
+            seeds: many(matches, "seeds"),
+            cells: many(matches, "cells"),
+            overrides: overrides.cloned().collect(),
+        },
+        dry_run: matches.get_flag("dry-run"),
+        table: matches.get_flag("table"),
+    }
+}
+
 fn document_options(matches: &ArgMatches) -> DocumentOptions {
     let defaults = DocumentOptions::default();
     DocumentOptions {
@@ -429,6 +476,11 @@ fn optional<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) 
 
 fn value<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) -> T {
     optional(matches, name).expect("the definition makes it required or gives it a default")
+}
+
+fn many<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) -> Vec<T> {
+    let values = matches.get_many::<T>(name);
+    values.into_iter().flatten().cloned().collect()
 }
 
 fn paths(matches: &ArgMatches, name: &str) -> Vec<PathBuf> {

@@ -31,10 +31,12 @@ macro_rules! say {
 mod bench;
 mod convert;
 mod generate;
+mod sweep;
 
 pub use bench::bench;
 pub use convert::{convert, inspect};
 pub use generate::generate;
+pub use sweep::{compare, sweep};
 
 /// `setun train`
 pub fn train(args: TrainArgs, environment: &Environment) -> CommandResult {

@@ -3,6 +3,7 @@
 
 mod bench;
 mod convert;
+mod sweep;
 
 use setun_backend::CacheKind;
 use setun_ternary::Numerics;
@@ -52,6 +53,8 @@ pub fn definition() -> Command {
             convert::convert(),
             convert::inspect(),
             report(),
+            sweep::compare(),
+            sweep::sweep(),
             bench::bench(),
         ])
 }

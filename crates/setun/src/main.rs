@@ -75,6 +75,8 @@ fn run(command: Command, environment: &Environment) -> CommandResult {
         Command::Convert(args) => commands::convert(args, environment),
         Command::Inspect(args) => commands::inspect(args, environment),
         Command::Report(args) => commands::report(args, environment),
+        Command::Compare(args) => commands::compare(args, environment),
+        Command::Sweep(args) => commands::sweep(args, environment),
         Command::Bench(args) => commands::bench(args, environment),
     }
 }

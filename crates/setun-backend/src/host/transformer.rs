@@ -405,7 +405,9 @@ impl<R: Real> Backend for Host<R> {
         let targets = lease.read(op.targets);
         let logits = RowsMut::new(lease.write(op.logits), vocab);
         let losses = RowsMut::new(lease.write(op.losses), 1);
+        let z_loss = R::from_f64(op.z_loss);
         let scale = op.gradient_scale.map(R::from_f64);
+        let gradient = scale.map(|scale| loss::RowGradient { scale, z_loss });
         self.pool.by_rows(
             targets.len(),
             4,
@@ -413,7 +415,7 @@ impl<R: Real> Backend for Host<R> {
             |rows, (logits, losses)| {
                 let each = logits.chunks_mut(vocab).zip(losses).zip(&targets[rows]);
                 for ((logits, loss), &target) in each {
-                    *loss = cross_entropy_row(self.isa, logits, target as usize, scale);
+                    *loss = cross_entropy_row(self.isa, logits, target as usize, gradient);
                 }
             },
         );

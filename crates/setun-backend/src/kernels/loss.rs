@@ -3,17 +3,32 @@
 use crate::ops::IGNORE_TARGET;
 use crate::real::{Real, sum_indexed, sum_slices};
 
-/// Returns the negative log-likelihood of `target`; with `gradient_scale` the logits
-/// become `(softmax - onehot) * scale`. A target [`IGNORE_TARGET`] gives 0, and zeros.
+/// What the gradient of a row of logits is taken of.
+#[derive(Clone, Copy, Debug)]
+pub struct RowGradient<R> {
+    /// Weight of the row in the loss.
+    pub scale: R,
+    /// Weight of the squared log-sum-exp beside the negative log-likelihood.
+    pub z_loss: R,
+}
+
+/// Returns the negative log-likelihood of `target`; with `gradient` the logits become the
+/// gradient of `(NLL + z_loss * L^2) * scale`, `L` being the log of the sum of the
+/// exponentials: `(softmax * (1 + 2 z_loss L) - onehot) * scale`. A target
+/// [`IGNORE_TARGET`] gives 0, and zeros.
 #[inline(always)]
-pub fn cross_entropy_row<R: Real>(logits: &mut [R], target: usize, gradient_scale: Option<R>) -> R {
+pub fn cross_entropy_row<R: Real>(
+    logits: &mut [R],
+    target: usize,
+    gradient: Option<RowGradient<R>>,
+) -> R {
     if target == IGNORE_TARGET as usize {
-        ignore_row(logits, gradient_scale);
+        ignore_row(logits, gradient.map(|g| g.scale));
         return R::ZERO;
     }
     let max = row_max(logits);
     let of_target = logits[target];
-    let Some(scale) = gradient_scale else {
+    let Some(RowGradient { scale, z_loss }) = gradient else {
         let sum = sum_slices([&*logits], |[x]| (x - max).exp());
         return max + sum.ln() - of_target;
     };
@@ -22,7 +37,12 @@ pub fn cross_entropy_row<R: Real>(logits: &mut [R], target: usize, gradient_scal
     }
     let sum = sum_slices([&*logits], |[x]| x);
     // Through the sum and not through its logarithm, which is rounded where max is large.
-    let factor = scale / sum;
+    let mut weight = scale;
+    if z_loss > R::ZERO {
+        let lse = max + sum.ln();
+        weight += scale * (z_loss + z_loss) * lse;
+    }
+    let factor = weight / sum;
     for x in logits.iter_mut() {
         *x = *x * factor;
     }
@@ -112,13 +132,49 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_gradient_of_the_z_loss_is_that_of_differences() {
+        let row = [1.3f64, -0.4, 2.9, 0.05];
+        for z_loss in [0.0, 1e-2, 0.7] {
+            let total = |logits: &[f64; 4]| {
+                let sum: f64 = logits.iter().map(|&x| libm::exp(x)).sum();
+                let nll = cross_entropy_row(&mut logits.clone(), 2, None);
+                0.25 * (nll + z_loss * libm::log(sum) * libm::log(sum))
+            };
+            let mut gradient = row;
+            let wanted = RowGradient {
+                scale: 0.25,
+                z_loss,
+            };
+            cross_entropy_row(&mut gradient, 2, Some(wanted));
+            for i in 0..4 {
+                let at = |step: f64| {
+                    let mut moved = row;
+                    moved[i] += step;
+                    total(&moved)
+                };
+                let slope = (at(1e-5) - at(-1e-5)) / 2e-5;
+                let found = gradient[i];
+                assert!(
+                    (slope - found).abs() < 1e-8,
+                    "{z_loss}: {slope} and {found}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn ignored_targets_cost_and_teach_nothing() {
         let ignored = IGNORE_TARGET as usize;
         let row = [1.0f32, f32::NAN, -3.0];
         let mut logits = row;
         assert_eq!(cross_entropy_row(&mut logits, ignored, None), 0.0);
         assert_eq!(logits[0], 1.0, "without a gradient the row stays");
-        assert_eq!(cross_entropy_row(&mut logits, ignored, Some(0.5)), 0.0);
+        let gradient = RowGradient {
+            scale: 0.5,
+            z_loss: 0.1,
+        };
+        let gradient = Some(gradient);
+        assert_eq!(cross_entropy_row(&mut logits, ignored, gradient), 0.0);
         assert_eq!(logits, [0.0; 3]);
         let mix = Mix {
             weight: 0.5,

@@ -322,6 +322,7 @@ impl EveryOp {
                 targets: self.ids,
                 losses: b.part(0, ROWS),
                 gradient_scale,
+                z_loss: 0.0,
             };
             host.cross_entropy(op);
             let results = [Seen::F32(op.logits), Seen::F32(op.losses)];

@@ -296,13 +296,13 @@ fn simple_plot(id: &str, title: &str, style: Style, points: Vec<(f64, f64)>) -> 
     }
     let name = match style {
         Style::Noisy => "smoothed; single steps faint",
-        Style::Line | Style::Dots => title,
+        Style::Line | Style::Dots | Style::Smooth => title,
     };
     plot.series.push(Series::new(name, style, points));
     plot
 }
 
-fn figure(plot: &Plot) -> String {
+pub(super) fn figure(plot: &Plot) -> String {
     // A wide plot scrolls on a narrow screen, where its text would be too small to read.
     let class = if plot.size.0 > SMALL.0 {
         " class=\"wide\""
@@ -652,7 +652,7 @@ fn flatten(value: &serde_json::Value, key: String, leaves: &mut Vec<(String, Str
 
 /// A table under the names in `head`, which are separated by `|`; a name with `>` before it
 /// belongs to a column of numbers.
-fn table(caption: &str, head: &str, rows: &str) -> String {
+pub(super) fn table(caption: &str, head: &str, rows: &str) -> String {
     let mut cells = String::new();
     for name in head.split('|') {
         cells += &match name.strip_prefix('>') {
@@ -682,7 +682,7 @@ fn details(summary: &str, open: bool, content: &str) -> String {
     format!("<details{open}><summary>{summary}</summary>{content}</details>")
 }
 
-fn number(text: String) -> String {
+pub(super) fn number(text: String) -> String {
     format!("<td class=\"n\">{text}</td>")
 }
 
@@ -693,7 +693,7 @@ fn pass(pass: bool) -> &'static str {
     }
 }
 
-const STYLE: &str = "\
+pub(super) const STYLE: &str = "\
 :root{color-scheme:light dark;--page:#f5f6f8;--surface:#fff;--ink:#1a1e25;--muted:#586172;
 --line:#e3e6eb;--axis:#9aa3b1;--good:#17693b;--good-bg:#e4f4ea;--bad:#a52714;--bad-bg:#fdebe7;
 --info:#2456b3;--info-bg:#e7effc;--mark:#fff0b8;--series-0:#2563c9;--series-1:#c2560c;--series-2:#17803d}

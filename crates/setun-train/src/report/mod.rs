@@ -3,12 +3,16 @@
 //! A pure function of `run.json`, `metrics.jsonl` and, where there is one, the table of the
 //! verified model file: the same input gives the same bytes.
 
+pub mod compare;
 pub mod observe;
 pub mod plot;
 pub mod record;
 pub mod samples;
 
 mod html;
+mod markdown;
+
+pub(crate) use markdown::markdown_table;
 
 use serde::Serialize;
 
@@ -293,6 +297,7 @@ mod demo {
                 }],
             },
             vocab_size: 1024,
+            tokenizer_hash: "c4d2".repeat(16),
             sources: vec!["encyclopedia.txt".to_owned()],
         }
     }

@@ -1,9 +1,12 @@
 //! Line plots as inline SVG: no script, no font, no network. Colours come from the CSS
 //! variables of [`STYLE`], so that a plot follows the page's light or dark scheme.
 
+mod ticks;
+
 use std::fmt::Write;
 
 use super::{compact, escape, grouped, percent};
+use ticks::{Ticks, linear_axis, log_axis};
 
 /// CSS that plots need; the page defines the colours.
 pub const STYLE: &str = "\
@@ -14,8 +17,18 @@ svg .label{font-weight:600;fill:var(--ink)}
 svg .s0{--c:var(--series-0)}
 svg .s1{--c:var(--series-1)}
 svg .s2{--c:var(--series-2)}
+svg .s3{--c:var(--series-3)}
+svg .s4{--c:var(--series-4)}
+svg .s5{--c:var(--series-5)}
+svg .s6{--c:var(--series-6)}
+svg .s7{--c:var(--series-7)}
+svg .s8{--c:var(--series-8)}
+svg .s9{--c:var(--series-9)}
+svg .s10{--c:var(--series-10)}
+svg .s11{--c:var(--series-11)}
 svg .curve{stroke:var(--c);fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 svg .dashed{stroke-dasharray:6 4}
+svg .thin{stroke-width:1}
 svg .raw{stroke-width:1;opacity:.28}
 svg .dot{fill:var(--c);stroke:var(--surface)}
 svg .end{fill:var(--c);font-weight:600}
@@ -46,6 +59,8 @@ pub enum Style {
     Line,
     /// A faint line through all points under a smoothed one.
     Noisy,
+    /// The smoothed line alone, thin: for many series in one plot.
+    Smooth,
     /// A dashed line with a dot at each point: tells it from the others without colour.
     Dots,
 }
@@ -71,6 +86,8 @@ pub struct Series {
     pub style: Style,
     /// Value to write at the line's end instead of its last one.
     pub end_value: Option<f64>,
+    /// Written before the value at the line's end: tells lines apart without colour.
+    pub tag: String,
 }
 
 impl Series {
@@ -81,6 +98,7 @@ impl Series {
             points,
             style,
             end_value: None,
+            tag: String::new(),
         }
     }
 }
@@ -102,7 +120,15 @@ pub struct Plot {
     pub unit: Unit,
     /// Width and height in SVG units (pixels, when the page is wide enough).
     pub size: (f64, f64),
-    /// At most three lines.
+    /// Name of the x axis.
+    pub x_name: String,
+    /// Whether the names of the series stand along the top.
+    pub legend: bool,
+    /// Number of colours, at most 12: series `i` has the colour `i % num_colors`.
+    pub num_colors: usize,
+    /// Series whose values stand at the ends of their lines: the first so many.
+    pub num_end_labels: usize,
+    /// The lines; three fit into the legend.
     pub series: Vec<Series>,
     /// A point of a series (its index) to point out, with its label.
     pub marker: Option<(usize, (f64, f64), String)>,
@@ -121,6 +147,10 @@ impl Plot {
             from_zero: false,
             unit: Unit::Plain,
             size,
+            x_name: "step".to_owned(),
+            legend: true,
+            num_colors: 3,
+            num_end_labels: usize::MAX,
             series: Vec::new(),
             marker: None,
             rug: None,
@@ -152,11 +182,15 @@ impl Plot {
         svg.push_str(&self.axes_svg(&frame));
         _ = write!(svg, "<g clip-path=\"url(#{id}-c)\">");
         for (index, drawn) in drawn.iter().enumerate() {
-            svg.push_str(&drawn.svg(index, &frame));
+            svg.push_str(&drawn.svg(self.color(index), &frame));
         }
         let (rug, marker) = (self.rug_svg(&frame), self.marker_svg(&frame));
         let end_labels = self.end_labels_svg(&drawn, &frame);
         svg + "</g>" + &rug + &marker + &end_labels + &self.legend_svg() + "</svg>"
+    }
+
+    fn color(&self, index: usize) -> usize {
+        index % self.num_colors
     }
 
     /// Splits a series into what is drawn strongly and what is drawn faintly.
@@ -164,10 +198,12 @@ impl Plot {
         let valid = |y: f64| y.abs() <= LARGEST && (!self.log_y || y >= 1.0 / LARGEST);
         let clean = |&(x, y): &(f64, f64)| (x, if valid(y) { y } else { f64::NAN });
         let points: Vec<_> = series.points.iter().map(clean).collect();
-        let noisy = series.style == Style::Noisy && points.len() >= MIN_POINTS_TO_SMOOTH;
-        let (line, raw) = if noisy {
+        let noisy = matches!(series.style, Style::Noisy | Style::Smooth);
+        let (line, raw) = if noisy && points.len() >= MIN_POINTS_TO_SMOOTH {
             // A fitted line can dip below zero.
-            (smooth(&points).iter().map(clean).collect(), points)
+            let line = smooth(&points).iter().map(clean).collect();
+            let shown = series.style == Style::Noisy;
+            (line, if shown { points } else { vec![] })
         } else {
             (points, vec![])
         };
@@ -208,9 +244,10 @@ impl Plot {
         _ = write!(
             svg,
             "<path class=\"axis\" d=\"M{LEFT} {bottom:.1}H{right:.1}\"/>\
-             <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">step</text>",
+             <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
             (LEFT + right) / 2.0,
             bottom + 36.0,
+            escape(&self.x_name),
         );
         svg
     }
@@ -218,7 +255,7 @@ impl Plot {
     /// Names of the series along the top, each with a piece of its line. A lone series that
     /// is named like the plot needs none.
     fn legend_svg(&self) -> String {
-        if matches!(self.series.as_slice(), [only] if only.name == self.title) {
+        if !self.legend || matches!(self.series.as_slice(), [only] if only.name == self.title) {
             return String::new();
         }
         let mut svg = String::new();
@@ -231,7 +268,8 @@ impl Plot {
             };
             _ = write!(
                 svg,
-                "<g class=\"s{index}\"><path class=\"curve{dashed}\" d=\"M{x:.1} 12h22\"/>"
+                "<g class=\"s{}\"><path class=\"curve{dashed}\" d=\"M{x:.1} 12h22\"/>",
+                self.color(index)
             );
             if series.style == Style::Dots {
                 _ = write!(
@@ -263,9 +301,11 @@ impl Plot {
     /// Values at the right ends of the lines, moved apart where they would overlap.
     fn end_labels_svg(&self, drawn: &[Drawn], frame: &Frame) -> String {
         let mut labels: Vec<(f64, usize, String)> = Vec::new();
-        for (index, drawn) in drawn.iter().enumerate() {
+        for (index, drawn) in drawn.iter().enumerate().take(self.num_end_labels) {
             if let Some(value) = drawn.end_value {
-                labels.push((frame.y(value), index, unit_text(value, self.unit)));
+                let (tag, value_text) = (&self.series[index].tag, unit_text(value, self.unit));
+                let text = format!("{} {value_text}", escape(tag));
+                labels.push((frame.y(value), index, text.trim_start().to_owned()));
             }
         }
         labels.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -279,7 +319,8 @@ impl Plot {
         for (y, index, text) in labels {
             _ = write!(
                 svg,
-                "<g class=\"s{index}\"><text class=\"end\" x=\"{:.1}\" y=\"{:.1}\">{text}</text></g>",
+                "<g class=\"s{}\"><text class=\"end\" x=\"{:.1}\" y=\"{:.1}\">{text}</text></g>",
+                self.color(index),
                 frame.right() + 7.0,
                 y - excess + 4.0
             );
@@ -298,6 +339,7 @@ impl Plot {
         let half = text_width(label) / 2.0;
         // In the middle over the point, or as near to it as the frame allows.
         let text_x = x.clamp(LEFT + half, (frame.right() - half).max(LEFT + half));
+        let index = self.color(*index);
         format!(
             "<g class=\"s{index}\"><path class=\"best\" d=\"M{x:.1} {:.1}V{:.1}\"/>\
              <circle class=\"ring\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"5\"/>\
@@ -336,10 +378,10 @@ impl Drawn {
             let path = path(&envelope(&self.raw, frame.columns()), frame);
             _ = write!(svg, "<path class=\"curve raw\" d=\"{path}\"/>");
         }
-        let dashed = if self.style == Style::Dots {
-            " dashed"
-        } else {
-            ""
+        let dashed = match self.style {
+            Style::Dots => " dashed",
+            Style::Smooth => " thin",
+            Style::Line | Style::Noisy => "",
         };
         let line = path(&envelope(&self.line, frame.columns()), frame);
         _ = write!(svg, "<path class=\"curve{dashed}\" d=\"{line}\"/>");
@@ -445,122 +487,6 @@ impl Frame {
     }
 }
 
-/// Round values along an axis.
-struct Ticks {
-    values: Vec<f64>,
-    /// Distance of two ticks; none on a logarithmic axis, where each tick is written with
-    /// its own digits.
-    step: Option<f64>,
-}
-
-impl Ticks {
-    /// About `count` multiples of 1, 2 or 5 times a power of ten within `low..=high`.
-    fn linear(low: f64, high: f64, count: f64) -> Self {
-        let step = round_step((high - low) / count);
-        let first = (low / step - 1e-9).ceil() as i64;
-        let last = (high / step + 1e-9).floor() as i64;
-        let values = (first..=last).map(|n| n as f64 * step).collect();
-        Self {
-            values,
-            step: Some(step),
-        }
-    }
-
-    fn text(&self, value: f64, unit: Unit) -> String {
-        let factor = if unit == Unit::Share { 100.0 } else { 1.0 };
-        let text = match self.step {
-            Some(step) => tick_text(value * factor, step * factor),
-            None => compact(value * factor),
-        };
-        if unit == Unit::Share {
-            format!("{text}\u{a0}%")
-        } else {
-            text
-        }
-    }
-}
-
-/// Ticks and a range that ends on ticks.
-fn linear_axis(low: f64, high: f64, count: f64) -> (Ticks, (f64, f64)) {
-    let margin = if low == high {
-        low.abs().max(1.0) * 0.05
-    } else {
-        0.0
-    };
-    let (low, high) = (low - margin, high + margin);
-    let step = round_step((high - low) / count);
-    let low = (low / step + 1e-9).floor() * step;
-    let high = (high / step - 1e-9).ceil() * step;
-    (Ticks::linear(low, high, (high - low) / step), (low, high))
-}
-
-/// Ticks at powers of ten, with 2 and 5 between them where there is room; at round steps
-/// when the range is short.
-fn log_axis(low: f64, high: f64, count: f64) -> (Ticks, (f64, f64)) {
-    let (low, high) = (low / 1.15, high * 1.15);
-    let exponents = (low.log10().floor() as i32)..=(high.log10().ceil() as i32);
-    let within = |&value: &f64| (low..=high).contains(&value);
-    let decades: Vec<f64> = exponents.map(|n| 10f64.powi(n)).collect();
-    let fine: Vec<f64> = decades
-        .iter()
-        .flat_map(|d| [*d, 2.0 * d, 5.0 * d])
-        .filter(within)
-        .collect();
-    if fine.len() < 3 {
-        return (Ticks::linear(low, high, 1.5 * count), (low, high));
-    }
-    let coarse: Vec<f64> = decades.into_iter().filter(within).collect();
-    let values = if fine.len() as f64 <= count + 2.0 {
-        fine
-    } else {
-        coarse
-    };
-    let stride = (values.len() as f64 / (count + 2.0)).ceil().max(1.0) as usize;
-    let values = values.into_iter().step_by(stride).collect();
-    (Ticks { values, step: None }, (low, high))
-}
-
-/// The smallest of 1, 2, 5 times a power of ten that is not below `step`.
-fn round_step(step: f64) -> f64 {
-    // Below this, neighbouring ticks would be the same f64 or divide by zero.
-    let step = step.max(1e-300);
-    let power = 10f64.powi(step.log10().floor() as i32);
-    let factors = [1.0, 2.0, 5.0, 10.0];
-    let factor = factors
-        .into_iter()
-        .find(|f| f * power >= step * (1.0 - 1e-9));
-    factor.unwrap_or(10.0) * power
-}
-
-/// A tick with just the digits that `step` needs; all ticks of an axis look alike.
-fn tick_text(value: f64, step: f64) -> String {
-    let value = if value.abs() < step * 1e-6 {
-        0.0
-    } else {
-        value
-    };
-    if step >= 1e6 {
-        return format!("{:.0}M", value / 1e6);
-    }
-    if step >= 1e3 {
-        return if value == 0.0 {
-            "0".to_owned()
-        } else {
-            format!("{:.0}k", value / 1e3)
-        };
-    }
-    if step >= 1.0 {
-        let sign = if value < 0.0 { "-" } else { "" };
-        return format!("{sign}{}", grouped(value.abs().round() as u64));
-    }
-    let decimals = (-step.log10() - 1e-9).ceil() as usize;
-    if decimals <= 4 || value == 0.0 {
-        return format!("{value:.*}", decimals.min(4));
-    }
-    // The exponent of the step for all ticks: 2e-5, 4e-5, ... 12e-5.
-    format!("{:.0}e-{decimals}", value * 10f64.powi(decimals as i32))
-}
-
 fn unit_text(value: f64, unit: Unit) -> String {
     match unit {
         Unit::Plain => compact(value),
@@ -648,61 +574,6 @@ fn text_width(text: &str) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn texts(low: f64, high: f64, count: f64) -> Vec<String> {
-        let ticks = Ticks::linear(low, high, count);
-        ticks
-            .values
-            .iter()
-            .map(|v| ticks.text(*v, Unit::Plain))
-            .collect()
-    }
-
-    #[test]
-    fn ticks_are_round() {
-        assert_eq!(
-            texts(0.0, 1000.0, 5.0),
-            ["0", "200", "400", "600", "800", "1,000"]
-        );
-        assert_eq!(texts(1.0, 30_000.0, 4.0), ["10k", "20k", "30k"]);
-        assert_eq!(texts(0.0, 3e6, 3.0), ["0M", "1M", "2M", "3M"]);
-        assert_eq!(texts(2.93, 3.31, 4.0), ["3.0", "3.1", "3.2", "3.3"]);
-        assert_eq!(
-            texts(0.0, 0.001, 5.0),
-            ["0.0000", "0.0002", "0.0004", "0.0006", "0.0008", "0.0010"]
-        );
-        assert_eq!(texts(0.0, 1e-5, 2.0), ["0.0000", "5e-6", "10e-6"]);
-        assert_eq!(texts(-0.3, 0.3, 3.0), ["-0.2", "0.0", "0.2"]);
-    }
-
-    #[test]
-    fn a_linear_axis_ends_on_ticks_around_its_values() {
-        for (low, high) in [
-            (2.93, 7.31),
-            (0.0, 1e-9),
-            (5.0, 5.0),
-            (-3.0, 1e6),
-            (0.0, 0.0),
-        ] {
-            let (ticks, range) = linear_axis(low, high, 5.0);
-            assert!(
-                range.0 <= low && high <= range.1 && range.0 < range.1,
-                "{low} {high}"
-            );
-            assert!((2..=12).contains(&ticks.values.len()), "{:?}", ticks.values);
-            assert!((ticks.values[0] - range.0).abs() <= 1e-9 * (range.1 - range.0));
-        }
-    }
-
-    #[test]
-    fn a_log_axis_has_powers_of_ten_or_finer_ticks() {
-        assert_eq!(
-            log_axis(0.001, 100.0, 5.0).0.values,
-            [0.001, 0.01, 0.1, 1.0, 10.0, 100.0]
-        );
-        assert_eq!(log_axis(0.6, 11.0, 5.0).0.values, [1.0, 2.0, 5.0, 10.0]);
-        assert_eq!(log_axis(3.1, 3.9, 3.0).0.values, [3.0, 3.5, 4.0]);
-    }
 
     #[test]
     fn smoothing_keeps_a_slope_and_bridges_gaps() {

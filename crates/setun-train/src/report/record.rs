@@ -389,6 +389,9 @@ pub struct DataFacts {
     pub duplicates: Duplicates,
     /// Entries of the vocabulary.
     pub vocab_size: usize,
+    /// blake3 of the tokenizer file; empty in records of earlier versions.
+    #[serde(default)]
+    pub tokenizer_hash: String,
     /// Where the text came from, as written in the settings.
     #[serde(default)]
     pub sources: Vec<String>,

@@ -170,6 +170,7 @@ impl Session {
                 config: self.config.clone(),
                 ternary,
             }),
+            experiment: self.settings.experiment(),
         };
         let snapshot = checkpoint::snapshot(&mut self.trainer, &self.state, constants);
         let (sender, receiver) = channel();

@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 
 use setun_formats::TernaryInfo;
 use setun_formats::config::Qwen3Config;
-use setun_ternary::Numerics;
+use setun_model::Scheme;
+use setun_ternary::{Numerics, ScaleRule};
 use toml::Value;
 use toml::de::DeTable;
 
@@ -24,7 +25,9 @@ pub use schema::{
     CheckpointSettings, DataSettings, DistillSettings, EvalSettings, ExportSettings, LogSettings,
     ModelSettings, RunSettings, SampleSettings, TokenizerSettings, TrainSettings,
 };
-pub use value::{Choice, NumericsChoice, OptimizerState, ScheduleKind};
+pub use value::{
+    Choice, NumericsChoice, OptimizerKind, OptimizerState, ScaleRounding, ScheduleKind, Ste,
+};
 
 use schema::Key;
 
@@ -67,6 +70,19 @@ pub struct Override {
     pub key: String,
     /// Value; lists are comma separated.
     pub value: String,
+}
+
+/// A key and its value from a file other than a recipe, such as a sweep.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Assignment {
+    /// Key, as `train.lr`.
+    pub key: String,
+    /// Its value.
+    pub value: Value,
+    /// Folder that a relative path is taken from.
+    pub base: PathBuf,
+    /// File and line, for errors.
+    pub place: String,
 }
 
 /// Why settings cannot be used.
@@ -130,9 +146,24 @@ impl Settings {
     /// # Errors
     /// Unknown keys, wrong types, and combinations that cannot be run.
     pub fn load(recipe: Option<&Path>, overrides: &[Override]) -> Result<Self, SettingsError> {
+        Self::load_with(recipe, &[], overrides)
+    }
+
+    /// As [`Settings::load`], with `assignments` between the recipe and the overrides.
+    ///
+    /// # Errors
+    /// As [`Settings::load`].
+    pub fn load_with(
+        recipe: Option<&Path>,
+        assignments: &[Assignment],
+        overrides: &[Override],
+    ) -> Result<Self, SettingsError> {
         let mut settings = Self::default();
         if let Some(path) = recipe {
             settings.read_recipe(path)?;
+        }
+        for assignment in assignments {
+            settings.assign(assignment)?;
         }
         settings.apply(overrides)?;
         settings.resolve(recipe)?;
@@ -229,9 +260,35 @@ impl Settings {
         self.run.output.as_deref().unwrap_or(Path::new(""))
     }
 
-    /// The number format of the matrices; `None` for a dense model.
+    /// The setting that makes the model an experiment, which is neither dense nor what
+    /// files call ternary, so that nothing is exported.
+    pub fn experiment(&self) -> Option<&'static str> {
+        let model = &self.model;
+        match (model.ternary_embedding, model.scale_rounding) {
+            _ if !model.ternary => None,
+            (false, _) => Some("model.ternary_embedding = false"),
+            (true, ScaleRounding::F16) => Some("model.scale_rounding = \"f16\""),
+            (true, ScaleRounding::Bf16) => None,
+        }
+    }
+
+    /// How matrices become ternary; `None` for a dense model.
+    pub fn scheme(&self) -> Option<Scheme> {
+        let model = &self.model;
+        model.ternary.then_some(Scheme {
+            group_size: model.group_size,
+            scale_rule: match model.scale_rounding {
+                ScaleRounding::Bf16 => model.scale_rule,
+                ScaleRounding::F16 => ScaleRule::MeanF16,
+            },
+        })
+    }
+
+    /// The number format of the matrices in files; `None` for a dense model, and for an
+    /// experiment.
     pub fn ternary_info(&self) -> Option<TernaryInfo> {
-        self.model.ternary.then(|| TernaryInfo {
+        let has_format = self.model.ternary && self.experiment().is_none();
+        has_format.then(|| TernaryInfo {
             group_size: self.model.group_size,
             scale_rule: self.model.scale_rule,
             numerics: self.numerics(),
@@ -254,6 +311,12 @@ impl Settings {
             }
         }
         text
+    }
+
+    /// Every key with its value, in the order of the settings table.
+    pub fn values(&self) -> Vec<(&'static str, Value)> {
+        let keys = schema::keys().iter();
+        keys.map(|key| (key.path, (key.write)(self))).collect()
     }
 
     fn read_recipe(&mut self, path: &Path) -> Result<(), SettingsError> {
@@ -291,6 +354,15 @@ impl Settings {
                 self.given.insert(known.path);
             }
         }
+        Ok(())
+    }
+
+    fn assign(&mut self, assignment: &Assignment) -> Result<(), SettingsError> {
+        let place = || assignment.place.clone();
+        let known = schema::find(&assignment.key);
+        let known = known.ok_or_else(|| unknown_key(place(), &assignment.key))?;
+        self.set(known, &assignment.value, &assignment.base, place)?;
+        self.given.insert(known.path);
         Ok(())
     }
 
@@ -343,6 +415,14 @@ impl Settings {
         self.model.numerics = self.numerics().into();
         if !self.model.ternary && !self.is_given("export.formats") {
             self.export.formats.retain(|format| format.holds_floats());
+        }
+        if self.experiment().is_some() {
+            if !self.is_given("export.formats") {
+                self.export.formats.clear();
+            }
+            if !self.is_given("sample.prompts") {
+                self.sample.prompts = 0;
+            }
         }
         let single = [
             &mut self.run.output,
@@ -419,7 +499,7 @@ fn unknown_key(place: String, path: &str) -> SettingsError {
 }
 
 /// The candidate with the smallest edit distance to `name`, the first of equals.
-fn nearest(name: &str, candidates: impl Iterator<Item = &'static str>) -> &'static str {
+pub(crate) fn nearest(name: &str, candidates: impl Iterator<Item = &'static str>) -> &'static str {
     candidates
         .min_by_key(|candidate| edit_distance(name, candidate))
         .unwrap_or_default()
@@ -443,7 +523,7 @@ fn edit_distance(a: &str, b: &str) -> usize {
 
 /// `FILE:LINE` of a key, or of its section's first mention. Only errors need it, so the
 /// text is parsed again here instead of carrying positions through every value.
-fn place_in(path: &Path, text: &str, section: &str, key: Option<&str>) -> String {
+pub(crate) fn place_in(path: &Path, text: &str, section: &str, key: Option<&str>) -> String {
     match span_of(text, section, key) {
         Some(span) => {
             let line = text[..span.start].matches('\n').count() + 1;

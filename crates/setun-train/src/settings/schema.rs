@@ -8,7 +8,9 @@ use setun_ternary::ScaleRule;
 use toml::Value;
 
 use super::Settings;
-use super::value::{NumericsChoice, OptimizerState, ScheduleKind, SettingValue};
+use super::value::{
+    NumericsChoice, OptimizerKind, OptimizerState, ScaleRounding, ScheduleKind, SettingValue, Ste,
+};
 use crate::data::{DataFormat, SplitOn};
 use setun_io::{ExportDtype, Format};
 
@@ -159,6 +161,11 @@ settings! {
         group_size: usize = 128,
         /// How the scale of a group follows from its weights.
         scale_rule: ScaleRule = ScaleRule::Mean,
+        /// What scales are rounded to. f16 is an experiment without exports, with the rule
+        /// mean only.
+        scale_rounding: ScaleRounding = ScaleRounding::Bf16,
+        /// Whether embedding and head are ternary too; false is an experiment without exports.
+        ternary_embedding: bool = true,
         /// Arithmetic of the products; auto is int8 for ternary models, bf16 for dense ones.
         numerics: NumericsChoice = NumericsChoice::Auto,
         /// Standard deviation of the initial matrices; 0 for fan_in^-0.5.
@@ -180,8 +187,15 @@ settings! {
         micro_batch_size: usize = 0,
         /// Tokens in a sequence.
         seq_len: usize = 128,
+        /// What updates the weights: adamw, or muon for the matrices of the layers.
+        optimizer: OptimizerKind = OptimizerKind::Adamw,
         /// Peak learning rate; ternary models want 4 to 6 times that of dense ones.
         lr: f64 = 3e-3,
+        /// With muon, peak learning rate of what AdamW updates beside it: embedding, head and
+        /// norms; 0 for `lr`.
+        adamw_lr: f64 = 0.0,
+        /// Decay of Muon's momentum.
+        muon_momentum: f64 = 0.95,
         /// Last learning rate as a share of the peak.
         min_lr_ratio: f64 = 0.1,
         /// Steps in which the learning rate rises to its peak.
@@ -204,6 +218,11 @@ settings! {
         optimizer_state: OptimizerState = OptimizerState::F32,
         /// Largest gradient norm, larger ones are scaled down to it; 0 for off.
         grad_clip: f64 = 1.0,
+        /// Weight of the squared log-sum-exp of the logits in the loss that is learned, not in
+        /// the one that is reported; 0 for none, 1e-4 is usual.
+        z_loss: f64 = 0.0,
+        /// How the gradient passes the projection: clipped stops it where `|w| > 1.5 s`.
+        ste: Ste = Ste::Identity,
         /// Whether activations are computed again in the backward pass, for less memory.
         recompute: bool = false,
         /// Standard deviations above the mean of the last 128 accepted steps from which on a

@@ -1,8 +1,11 @@
 //! Settings that cannot be run, each refused with what to do about it.
 
-use super::{Override, ScheduleKind, Settings, SettingsError, SplitOn, schema};
+use super::{
+    OptimizerKind, OptimizerState, Override, ScaleRounding, ScheduleKind, Settings, SettingsError,
+    SplitOn, Ste, schema,
+};
 use setun_backend::kernels::project::MAX_GROUP;
-use setun_ternary::Numerics;
+use setun_ternary::{Numerics, ScaleRule};
 
 type Checked = Result<(), SettingsError>;
 
@@ -15,6 +18,7 @@ pub(super) fn validate(settings: &Settings) -> Checked {
     validate_data(settings)?;
     validate_number_format(settings)?;
     validate_training(settings)?;
+    validate_optimizer(settings)?;
     validate_adaptation(settings)?;
     validate_schedule(settings)?;
     validate_sampling(settings)
@@ -132,6 +136,15 @@ fn validate_number_format(settings: &Settings) -> Checked {
         || "model.numerics = \"int8\" needs ternary weights, but model.ternary = false".to_owned(),
         "set model.numerics to auto, bf16 or f32",
     )?;
+    refuse_if(
+        model.scale_rounding == ScaleRounding::F16 && model.scale_rule != ScaleRule::Mean,
+        || {
+            let rule = model.scale_rule.name();
+            format!("model.scale_rounding = \"f16\" is measured with the rule mean, not {rule}")
+        },
+        "drop one of the two",
+    )?;
+    validate_experiment(settings)?;
     let formats = &settings.export.formats;
     let of_trits = formats.iter().find(|format| !format.holds_floats());
     refuse_if(
@@ -141,6 +154,58 @@ fn validate_number_format(settings: &Settings) -> Checked {
             format!("a dense model (model.ternary = false) cannot be exported as {name}")
         },
         "set export.formats to hf or gguf-bf16",
+    )
+}
+
+/// What is no model that files know has no exports, and no samples, which are drawn from one.
+fn validate_experiment(settings: &Settings) -> Checked {
+    let Some(experiment) = settings.experiment() else {
+        return Ok(());
+    };
+    refuse_if(
+        !settings.export.formats.is_empty(),
+        || format!("{experiment} is an experiment that no format can hold"),
+        "set export.formats = []",
+    )?;
+    refuse_if(
+        settings.sample.prompts > 0,
+        || format!("{experiment} is an experiment whose model no engine runs"),
+        "set sample.prompts = 0",
+    )?;
+    refuse_if(
+        settings.model.init_from.is_some(),
+        || format!("{experiment} is an experiment that starts from nothing"),
+        "drop --init, or the experiment",
+    )
+}
+
+/// Options of the optimizers.
+fn validate_optimizer(settings: &Settings) -> Checked {
+    let train = &settings.train;
+    let muon = train.optimizer == OptimizerKind::Muon;
+    not_negative("train.adamw_lr", train.adamw_lr)?;
+    let momentum = train.muon_momentum;
+    within("train.muon_momentum", momentum, 0.0, 1.0, Upper::Excluded)?;
+    refuse_if(
+        !muon && train.adamw_lr > 0.0,
+        || "train.adamw_lr is for train.optimizer = \"muon\"".to_owned(),
+        "set train.lr, which is AdamW's without Muon",
+    )?;
+    refuse_if(
+        muon && train.optimizer_state != OptimizerState::F32,
+        || "train.optimizer = \"muon\" keeps its momentum in f32".to_owned(),
+        "set train.optimizer_state = \"f32\"",
+    )?;
+    not_negative("train.z_loss", train.z_loss)?;
+    refuse_if(
+        train.z_loss > 0.0 && settings.distill.weight > 0.0,
+        || "train.z_loss and distill.weight are both above 0".to_owned(),
+        "drop one of the two: a teacher keeps logits in place",
+    )?;
+    refuse_if(
+        train.ste == Ste::Clipped && !settings.model.ternary,
+        || "train.ste = \"clipped\" needs a ternary model, but model.ternary = false".to_owned(),
+        "drop one of the two",
     )
 }
 

@@ -303,6 +303,36 @@ choice! {
 }
 
 choice! {
+    /// What the scales of groups are rounded to.
+    ScaleRounding {
+        /// bf16: what every file format holds.
+        Bf16 = "bf16",
+        /// f16, an experiment: no export.
+        F16 = "f16",
+    }
+}
+
+choice! {
+    /// How the gradient passes the projection.
+    Ste {
+        /// As it is.
+        Identity = "identity",
+        /// Not where the projection clips: `|w| > 1.5 s`.
+        Clipped = "clipped",
+    }
+}
+
+choice! {
+    /// What updates the weights.
+    OptimizerKind {
+        /// AdamW for all parameters.
+        Adamw = "adamw",
+        /// Muon for the matrices of the layers, AdamW for embedding, head and norms.
+        Muon = "muon",
+    }
+}
+
+choice! {
     /// How the optimizer's moments are stored.
     OptimizerState {
         /// f32.
@@ -361,7 +391,7 @@ impl Choice for Format {
 }
 
 impl Choice for ScaleRule {
-    const ALL: &'static [Self] = &[Self::Mean, Self::Max, Self::MeanNonzero];
+    const ALL: &'static [Self] = &ScaleRule::ALL;
 
     fn name(self) -> &'static str {
         ScaleRule::name(self)

@@ -330,6 +330,8 @@ train: RECIPE.toml --init --resume --dry-run --profile
   --model.ternary
   --model.group_size
   --model.scale_rule
+  --model.scale_rounding
+  --model.ternary_embedding
   --model.numerics
   --model.init_std
   --model.init_depth_scale
@@ -338,7 +340,10 @@ train: RECIPE.toml --init --resume --dry-run --profile
   --train.batch_size
   --train.micro_batch_size
   --train.seq_len
+  --train.optimizer
   --train.lr
+  --train.adamw_lr
+  --train.muon_momentum
   --train.min_lr_ratio
   --train.warmup_steps
   --train.schedule
@@ -350,6 +355,8 @@ train: RECIPE.toml --init --resume --dry-run --profile
   --train.eps
   --train.optimizer_state
   --train.grad_clip
+  --train.z_loss
+  --train.ste
   --train.recompute
   --train.spike_sigma
   --train.max_bad_steps
@@ -388,6 +395,8 @@ tokenizer show: FILE --text
 convert: IN OUT --to --ternarize --group-size --scale-rule --numerics --lossy --shard-bytes --checkpoint
 inspect: FILE --json
 report: RUN
+compare: RUNS --output
+sweep: SPEC.toml --output --seeds --cells --set --dry-run --table
 bench:
 bench peak: --threads --repeat --json
 bench bandwidth: --threads --repeat --json

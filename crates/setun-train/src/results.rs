@@ -1,0 +1,124 @@
+//! What finished runs came down to, read from their directories.
+
+use crate::TrainError;
+use crate::metrics;
+use crate::report::record::{FinalResults, RunRecord, Timeline, VerificationTable};
+use serde::Deserialize;
+use setun_io::IoError;
+use std::path::{Path, PathBuf};
+
+/// File that a run writes last but for its page: it is finished when this is there.
+pub const REPORT_FILE: &str = "report.json";
+
+/// A run, as its files tell it.
+#[derive(Clone, Debug)]
+pub struct RunResults {
+    /// The run directory.
+    pub path: PathBuf,
+    /// `run.json`.
+    pub record: RunRecord,
+    /// `metrics.jsonl`.
+    pub timeline: Timeline,
+    /// The timeline, summed up.
+    pub results: FinalResults,
+    /// Whether the model files hold what they should; none where nothing was verified.
+    pub verified: Option<bool>,
+}
+
+/// The part of `report.json` that is in no other file.
+#[derive(Deserialize)]
+struct Verified {
+    verification: Option<VerificationTable>,
+}
+
+impl RunResults {
+    /// Reads the run in `path`, which may be unfinished.
+    ///
+    /// # Errors
+    /// A directory that is no run, or one that has not made a step.
+    pub fn read(path: &Path) -> Result<Self, TrainError> {
+        let file = path.join("run.json");
+        let bytes = std::fs::read(&file).map_err(|e| {
+            TrainError::refused(format!(
+                "cannot read {}: {e}; name a run directory, as setun train writes it",
+                file.display()
+            ))
+        })?;
+        let record: RunRecord = serde_json::from_slice(&bytes)
+            .map_err(|e| TrainError::refused(format!("{}: {e}", file.display())))?;
+        let timeline = Timeline::new(&metrics::read(path, u64::MAX)?);
+        let results = FinalResults::from_timeline(&timeline).ok_or_else(|| {
+            TrainError::refused(format!(
+                "{} has no finished step yet: train it first",
+                path.display()
+            ))
+        })?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            verified: verified(path)?,
+            record,
+            timeline,
+            results,
+        })
+    }
+
+    /// Training tokens of a step.
+    pub fn tokens_per_step(&self) -> u64 {
+        let train = &self.record.settings["train"];
+        let size = |key: &str| train[key].as_u64().unwrap_or(0);
+        size("batch_size") * size("seq_len")
+    }
+
+    /// Training tokens of the whole run.
+    pub fn num_tokens(&self) -> u64 {
+        self.results.final_step * self.tokens_per_step()
+    }
+
+    /// Whether a loss in nats per token means the same in both: equal held-out tokens of
+    /// equal tokenizers.
+    pub fn same_held_out(&self, other: &Self) -> bool {
+        let (a, b) = (&self.record.data, &other.record.data);
+        // Records of earlier versions do not name the tokenizer.
+        let known = !a.tokenizer_hash.is_empty() && !b.tokenizer_hash.is_empty();
+        a.valid_hash == b.valid_hash
+            && a.valid_tokens == b.valid_tokens
+            && a.vocab_size == b.vocab_size
+            && (!known || a.tokenizer_hash == b.tokenizer_hash)
+    }
+
+    /// Last held-out loss over the best one: above 1 after overfitting.
+    pub fn last_over_best(&self) -> Option<f64> {
+        let (last, best) = (&self.results.final_eval, &self.results.best_eval);
+        Some(last.as_ref()?.loss / best.as_ref()?.loss)
+    }
+
+    /// Last held-out loss over the training loss of the same time.
+    pub fn held_out_over_train(&self) -> Option<f64> {
+        let last = self.results.final_eval.as_ref()?;
+        (self.results.train_loss > 0.0).then_some(last.loss / self.results.train_loss)
+    }
+
+    /// Share of zeros among the trits in the end; none for a dense model.
+    pub fn zero_share(&self) -> Option<f64> {
+        self.timeline.ternary.last().map(|look| look.zero_share)
+    }
+
+    /// Measured memory in bytes, or the plan's where the system did not tell it.
+    pub fn memory_bytes(&self) -> u64 {
+        let memory = &self.record.memory;
+        let planned = memory.plan.iter().map(|row| row.bytes).sum();
+        memory.peak_bytes.unwrap_or(planned)
+    }
+}
+
+/// What the report says about the model files.
+fn verified(run: &Path) -> Result<Option<bool>, TrainError> {
+    let file = run.join(REPORT_FILE);
+    if !file.exists() {
+        return Ok(None);
+    }
+    let bytes = std::fs::read(&file).map_err(|e| IoError::file("read", &file, e))?;
+    let report: Verified = serde_json::from_slice(&bytes)
+        .map_err(|e| TrainError::refused(format!("{}: {e}", file.display())))?;
+    Ok(report.verification.map(|table| table.passed()))
+}

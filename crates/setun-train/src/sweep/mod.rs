@@ -1,0 +1,476 @@
+//! Many runs that differ in a few settings, one after the other, and what they came to.
+//!
+//! The runs of one seed share initial weights (drawn by name and shape of a parameter) and
+//! the order of the data: both follow from `run.seed`. So differences are taken between
+//! runs of the same seed, and their spread over the seeds is that of the difference.
+
+mod spec;
+mod table;
+
+pub use spec::{Cell, Spec, Twin};
+pub use table::{CellRow, Difference, Row, SweepTable};
+
+use crate::TrainError;
+use crate::models::{open_init, open_teacher};
+use crate::results::{REPORT_FILE, RunResults};
+use crate::run::{Observer, RunEnd, RunOptions, dry_run, train};
+use crate::settings::{Assignment, Override, SETTINGS_FILE, Settings, SettingsError};
+use setun_io::{IoError, RunLock, write_atomic};
+use setun_ternary::Numerics;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use toml::Value;
+
+/// Keys that mean nothing to a dense model.
+const TERNARY_ONLY: [&str; 7] = [
+    "model.ternary",
+    "model.ternary_embedding",
+    "model.group_size",
+    "model.scale_rule",
+    "model.scale_rounding",
+    "train.ste",
+    "train.blend_steps",
+];
+/// Keys that may differ between a run that exists and the cell that it belongs to.
+const FREE_KEYS: [&str; 2] = ["run.output", "run.threads"];
+
+/// A sweep whose settings have all been checked.
+pub struct Sweep {
+    /// Directory of the sweep.
+    pub output: PathBuf,
+    /// The seeds of every cell.
+    pub seeds: Vec<u64>,
+    /// Index of the cell that the others are paired with.
+    pub base: usize,
+    /// The cells of the file, then the dense runs beside them.
+    pub cells: Vec<PlannedCell>,
+}
+
+/// A cell with its runs.
+pub struct PlannedCell {
+    /// Name.
+    pub name: String,
+    /// Keys and values that this cell sets.
+    pub set: Vec<(String, String)>,
+    /// Whether its model is ternary.
+    pub ternary: bool,
+    /// Index of the dense cell that it is compared with.
+    pub twin: Option<usize>,
+    /// One for each seed.
+    pub runs: Vec<PlannedRun>,
+}
+
+/// One training of a sweep.
+pub struct PlannedRun {
+    /// Its seed.
+    pub seed: u64,
+    /// The run directory.
+    pub directory: PathBuf,
+    /// Its settings.
+    pub settings: Settings,
+    /// How far it is.
+    pub state: RunState,
+}
+
+/// How far a run of a sweep is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// There is nothing yet.
+    New,
+    /// It was begun; it goes on from its newest checkpoint.
+    Interrupted,
+    /// Its report is there.
+    Finished,
+}
+
+impl RunState {
+    /// A word for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Interrupted => "interrupted",
+            Self::Finished => "finished",
+        }
+    }
+}
+
+/// What a user says about a sweep besides its file.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SweepOptions {
+    /// Directory instead of the file's.
+    pub output: Option<PathBuf>,
+    /// Seeds instead of the file's; empty for those.
+    pub seeds: Vec<u64>,
+    /// Names of the cells to run, besides the base and dense twins; empty for all.
+    pub cells: Vec<String>,
+    /// Settings of all runs, over file and recipe.
+    pub overrides: Vec<Override>,
+}
+
+/// How a sweep ended.
+pub struct SweepEnd {
+    /// What has been measured so far.
+    pub table: SweepTable,
+    /// Whether the user stopped it.
+    pub stopped: bool,
+}
+
+/// What a sweep would do.
+pub struct SweepPlan {
+    /// Parameters and training tokens of each cell's runs.
+    pub sizes: Vec<(usize, u64)>,
+    /// Training tokens of the runs that are not finished.
+    pub tokens_left: u64,
+}
+
+impl Sweep {
+    /// Reads a sweep and checks the settings of every run.
+    ///
+    /// # Errors
+    /// A file that is no sweep, settings that cannot be run, a directory that holds a run
+    /// with other settings.
+    pub fn load(path: &Path, options: &SweepOptions) -> Result<Self, TrainError> {
+        let mut spec = Spec::read(path)?;
+        spec.select(&options.cells)?;
+        check_overrides(&spec, &options.overrides)?;
+        let output = options.output.as_ref().unwrap_or(&spec.output);
+        let output =
+            std::path::absolute(output).map_err(|e| IoError::file("resolve", output, e))?;
+        let mut planner = Planner {
+            spec: &spec,
+            overrides: &options.overrides,
+            output: &output,
+            seeds: match options.seeds.is_empty() {
+                true => spec.seeds.clone(),
+                false => options.seeds.clone(),
+            },
+        };
+        if planner.seeds.is_empty() {
+            let first = planner.settings(&spec.cells[0].name, &spec.cells[0].set, None)?;
+            planner.seeds = vec![first.run.seed];
+        }
+        let cells = planner.cells()?;
+        let base = spec.base.as_ref().and_then(|name| index_of(&cells, name));
+        Ok(Self {
+            seeds: planner.seeds,
+            base: base.unwrap_or(0),
+            cells,
+            output,
+        })
+    }
+
+    /// What is to be done, without doing it.
+    ///
+    /// # Errors
+    /// A tokenizer or a model that cannot be opened.
+    pub fn plan(&self) -> Result<SweepPlan, TrainError> {
+        let (mut sizes, mut tokens_left) = (Vec::new(), 0);
+        for cell in &self.cells {
+            let settings = &cell.runs[0].settings;
+            let layout = dry_run(settings.clone())?;
+            let parameters = layout.model.parameters.list.iter().map(|p| p.numel());
+            let train = &settings.train;
+            let tokens = train.steps * (train.batch_size * train.seq_len) as u64;
+            sizes.push((parameters.sum(), tokens));
+            let open = |run: &&PlannedRun| run.state != RunState::Finished;
+            tokens_left += tokens * cell.runs.iter().filter(open).count() as u64;
+        }
+        Ok(SweepPlan { sizes, tokens_left })
+    }
+
+    /// Writes the table of the runs that are finished, and makes none.
+    ///
+    /// # Errors
+    /// Files that cannot be read or written.
+    pub fn summarize(&self) -> Result<SweepTable, TrainError> {
+        std::fs::create_dir_all(&self.output)
+            .map_err(|e| IoError::file("create", &self.output, e))?;
+        self.write_table(&[])
+    }
+
+    /// Makes or finishes every run, the first seed of all cells before the second; after
+    /// each of them the table is written. A run that fails is noted, and the next one
+    /// begins.
+    ///
+    /// # Errors
+    /// Files that cannot be written, settings or data that no run can use.
+    pub fn run(
+        &mut self,
+        options: &RunOptions<'_>,
+        observer: &mut dyn Observer,
+    ) -> Result<SweepEnd, TrainError> {
+        std::fs::create_dir_all(&self.output)
+            .map_err(|e| IoError::file("create", &self.output, e))?;
+        let _lock = RunLock::acquire(&self.output)?;
+        let num_runs = self.seeds.len() * self.cells.len();
+        let mut failures = Vec::new();
+        let mut stopped = false;
+        'all: for seed in 0..self.seeds.len() {
+            for cell in 0..self.cells.len() {
+                if options.stop.load(Ordering::Relaxed) {
+                    stopped = true;
+                    break 'all;
+                }
+                let number = seed * self.cells.len() + cell + 1;
+                let name = self.cells[cell].name.clone();
+                let run = &mut self.cells[cell].runs[seed];
+                if run.state == RunState::Finished {
+                    continue;
+                }
+                observer.message(&format!(
+                    "== {name}, seed {} (run {number} of {num_runs})",
+                    run.seed
+                ));
+                match run.train(options, observer) {
+                    Ok(RunEnd::Finished(_)) => {}
+                    Ok(RunEnd::Stopped { .. }) => stopped = true,
+                    Err(error @ (TrainError::Refused(_) | TrainError::Project(_))) => {
+                        let failure = format!("{name}, seed {}: {error}", run.seed);
+                        observer.message(&failure);
+                        failures.push(failure);
+                    }
+                    Err(error) => return Err(error),
+                }
+                if stopped {
+                    break 'all;
+                }
+                self.write_table(&failures)?;
+            }
+        }
+        let table = self.write_table(&failures)?;
+        Ok(SweepEnd { table, stopped })
+    }
+
+    /// Reads the finished runs and writes `sweep.md` and `sweep.json`.
+    fn write_table(&self, failures: &[String]) -> Result<SweepTable, TrainError> {
+        let mut results = Vec::new();
+        for cell in &self.cells {
+            let runs = cell.runs.iter().map(|run| {
+                let finished = run.state == RunState::Finished;
+                finished
+                    .then(|| RunResults::read(&run.directory))
+                    .transpose()
+            });
+            results.push(runs.collect::<Result<Vec<_>, _>>()?);
+        }
+        let table = SweepTable::new(self, &results, failures);
+        write_atomic(
+            &self.output.join("sweep.md"),
+            table.to_markdown().as_bytes(),
+        )?;
+        write_atomic(&self.output.join("sweep.json"), table.to_json().as_bytes())?;
+        Ok(table)
+    }
+}
+
+impl PlannedRun {
+    fn train(
+        &mut self,
+        options: &RunOptions<'_>,
+        observer: &mut dyn Observer,
+    ) -> Result<RunEnd, TrainError> {
+        let resume = self.state == RunState::Interrupted;
+        let settings = match resume {
+            true => Settings::load_run(&self.directory, &[])?,
+            false => self.settings.clone(),
+        };
+        let options = RunOptions {
+            resume: resume.then_some(self.directory.as_path()),
+            profile: options.profile,
+            files: options.files.clone(),
+            ..RunOptions::new(options.isa, options.stop)
+        };
+        self.state = RunState::Interrupted;
+        let end = train(settings, &options, observer)?;
+        if matches!(end, RunEnd::Finished(_)) {
+            self.state = RunState::Finished;
+        }
+        Ok(end)
+    }
+}
+
+/// Makes runs of a sweep's cells.
+struct Planner<'a> {
+    spec: &'a Spec,
+    overrides: &'a [Override],
+    output: &'a Path,
+    seeds: Vec<u64>,
+}
+
+impl Planner<'_> {
+    fn cells(&self) -> Result<Vec<PlannedCell>, TrainError> {
+        let mut cells = Vec::new();
+        for cell in &self.spec.cells {
+            cells.push(self.cell(&cell.name, &cell.set)?);
+        }
+        for (index, cell) in self.spec.cells.iter().enumerate() {
+            if !cells[index].ternary {
+                continue;
+            }
+            cells[index].twin = match cell.twin.as_ref().unwrap_or(&self.spec.twin) {
+                Twin::None => None,
+                Twin::Named(name) => Some(self.named_twin(&cells, name)?),
+                Twin::Own => {
+                    let twin = self.own_twin(cell, &cells[index])?;
+                    let same = cells.iter().position(|other| same_runs(other, &twin));
+                    Some(same.unwrap_or_else(|| {
+                        cells.push(twin);
+                        cells.len() - 1
+                    }))
+                }
+            };
+        }
+        Ok(cells)
+    }
+
+    fn named_twin(&self, cells: &[PlannedCell], name: &str) -> Result<usize, TrainError> {
+        let twin = index_of(cells, name).filter(|&twin| !cells[twin].ternary);
+        twin.ok_or_else(|| {
+            let problem = format!("dense_twin names {name}, whose model is ternary");
+            let remedy = "set \"model.ternary\" = false in that cell".to_owned();
+            SettingsError::Impossible { problem, remedy }.into()
+        })
+    }
+
+    /// The cell with the same settings and a dense model.
+    fn own_twin(&self, cell: &Cell, planned: &PlannedCell) -> Result<PlannedCell, TrainError> {
+        let settings = &planned.runs[0].settings;
+        let mut set = cell.set.clone();
+        set.retain(|a| !TERNARY_ONLY.contains(&a.key.as_str()));
+        let mut add = |key: &str, value: Value| {
+            set.push(Assignment {
+                key: key.to_owned(),
+                value,
+                base: PathBuf::new(),
+                place: format!("the dense twin of {}", cell.name),
+            });
+        };
+        add("model.ternary", Value::Boolean(false));
+        add("train.blend_steps", Value::Integer(0));
+        add("train.ste", Value::String("identity".to_owned()));
+        if settings.numerics() == Numerics::Int8 {
+            add("model.numerics", Value::String("auto".to_owned()));
+        }
+        let formats = settings.export.formats.iter();
+        let floats = formats.filter(|format| format.holds_floats());
+        let floats = floats.map(|format| Value::String(format.name().to_owned()));
+        add("export.formats", Value::Array(floats.collect()));
+        self.cell(&format!("{}-dense", cell.name), &set)
+    }
+
+    fn cell(&self, name: &str, set: &[Assignment]) -> Result<PlannedCell, TrainError> {
+        let mut runs = Vec::new();
+        for &seed in &self.seeds {
+            let mut settings = self.settings(name, set, Some(seed))?;
+            check_split(&settings, self.seeds.len())?;
+            open_init(&mut settings)?;
+            open_teacher(&mut settings)?;
+            let directory = settings.output().to_path_buf();
+            runs.push(PlannedRun {
+                state: state_of(&directory, &settings)?,
+                seed,
+                directory,
+                settings,
+            });
+        }
+        let value = |a: &Assignment| (a.key.clone(), a.value.to_string());
+        Ok(PlannedCell {
+            name: name.to_owned(),
+            set: set.iter().map(value).collect(),
+            ternary: runs[0].settings.model.ternary,
+            twin: None,
+            runs,
+        })
+    }
+
+    fn settings(
+        &self,
+        name: &str,
+        set: &[Assignment],
+        seed: Option<u64>,
+    ) -> Result<Settings, TrainError> {
+        let assignments: Vec<_> = self.spec.set.iter().chain(set).cloned().collect();
+        let mut overrides = self.overrides.to_vec();
+        let mut add = |key: &str, value: String| {
+            let key = key.to_owned();
+            overrides.push(Override { key, value });
+        };
+        if let Some(seed) = seed {
+            let run = self.output.join(name).join(format!("seed-{seed}"));
+            add("run.name", format!("{name}-seed-{seed}"));
+            add("run.output", run.to_string_lossy().into_owned());
+            add("run.seed", seed.to_string());
+        }
+        let recipe = Some(self.spec.recipe.as_path());
+        Ok(Settings::load_with(recipe, &assignments, &overrides)?)
+    }
+}
+
+fn index_of(cells: &[PlannedCell], name: &str) -> Option<usize> {
+    cells.iter().position(|cell| cell.name == name)
+}
+
+/// Whether two cells train the same thing under different names.
+fn same_runs(a: &PlannedCell, b: &PlannedCell) -> bool {
+    let values = |cell: &PlannedCell| {
+        let mut values = cell.runs[0].settings.values();
+        values.retain(|(key, _)| !key.starts_with("run."));
+        if !cell.ternary {
+            values.retain(|(key, _)| !TERNARY_ONLY.contains(key));
+        }
+        values
+    };
+    a.ternary == b.ternary && values(a) == values(b)
+}
+
+fn check_overrides(spec: &Spec, overrides: &[Override]) -> Result<(), SettingsError> {
+    for Override { key, .. } in overrides {
+        let key = key.replace('-', "_");
+        let varied = spec.cells.iter().flat_map(|cell| &cell.set);
+        let problem = if varied.into_iter().any(|a| a.key == key) {
+            format!("--{key} would take away what the cells differ in")
+        } else if key == "run.name" || key == "run.output" || key == "run.seed" {
+            format!("--{key} belongs to a single run")
+        } else {
+            continue;
+        };
+        let remedy = "leave it out; --output names the directory of the sweep".to_owned();
+        return Err(SettingsError::Impossible { problem, remedy });
+    }
+    Ok(())
+}
+
+/// Seeds can only be paired if they are judged on the same text.
+fn check_split(settings: &Settings, num_seeds: usize) -> Result<(), SettingsError> {
+    if num_seeds == 1 || !settings.data.valid.is_empty() {
+        return Ok(());
+    }
+    Err(SettingsError::Impossible {
+        problem: "data.valid is empty, so that every seed would hold out other documents".into(),
+        remedy: "name held-out files in data.valid, or use one seed".to_owned(),
+    })
+}
+
+/// How far the run in `directory` is, which must have these settings.
+fn state_of(directory: &Path, settings: &Settings) -> Result<RunState, TrainError> {
+    if !directory.join(SETTINGS_FILE).exists() {
+        return Ok(RunState::New);
+    }
+    let found = Settings::load_run(directory, &[])?.values();
+    let pairs = found.into_iter().zip(settings.values());
+    let mut pairs = pairs.filter(|((key, _), _)| !FREE_KEYS.contains(key));
+    if let Some(((key, found), (_, wanted))) = pairs.find(|(found, wanted)| found != wanted) {
+        return Err(TrainError::refused(format!(
+            "{} holds a run with {key} = {found}, but in this sweep the cell has {wanted}; \
+             give the cell another name, or move that directory away",
+            directory.display()
+        )));
+    }
+    Ok(match directory.join(REPORT_FILE).exists() {
+        true => RunState::Finished,
+        false => RunState::Interrupted,
+    })
+}
+
+#[cfg(test)]
+mod tests;
