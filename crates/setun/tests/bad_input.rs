@@ -93,8 +93,8 @@ fn settings_that_make_no_model_or_no_sense() {
         ),
         (&["--model.head_dim", "31"], &["model.head_dim = 31 is odd"]),
         (
-            &["--train.stepz", "5"],
-            &["--train.stepz", "'--train.steps'"],
+            &["--train.stepps", "5"],
+            &["--train.stepps", "'--train.steps'"],
         ),
         (
             &["--train.steps", "many"],

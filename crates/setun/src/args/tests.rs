@@ -387,7 +387,7 @@ train: RECIPE.toml --init --resume --dry-run --profile
   --log.tensorboard
 verify: PATH --json
 generate: --model --prompt --prompts --beams --length-penalty --kv --draft --checkpoint --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --threads --stats
-eval: --model --data --checkpoint --seq-len --batch-size --threads --numerics --logits --json --split-on --text-field --min-document-chars
+eval: --model --data --checkpoint --seq-len --batch-size --threads --numerics --kv --logits --json --split-on --text-field --min-document-chars
 tokenize: --tokenizer --model --output SOURCES --split-on --text-field --min-document-chars
 tokenizer:
 tokenizer train: --vocab-size --output SOURCES --split-on --text-field --min-document-chars
