@@ -85,8 +85,10 @@ small() {
 }
 small encyclopedia-continued "${from[@]}" --train.lr 6e-4 --train.steps 80 --eval.every 20 \
     --train.warmup_steps 5 --train.weight_decay 0.1
-small encyclopedia-distilled "${student[@]}" --distill.weight 0.9 --train.lr 2e-3 \
-    --train.steps 480 --eval.every 60 --distill.teacher "$out/encyclopedia-continued/export/hf"
+soft=("${student[@]}" --distill.weight 0.9 --train.lr 2e-3 --eval.every 60
+    --distill.teacher "$out/encyclopedia-continued/export/hf")
+small encyclopedia-distilled "${soft[@]}" --train.steps "$STEPS"
+small encyclopedia-distilled-longer "${soft[@]}" --train.steps $((2 * STEPS))
 small encyclopedia-tuned "${student[@]}" --train.lr 2e-3 --train.steps "$STEPS" --eval.every 40
 small encyclopedia-scratch --model.ternary true --train.lr 3e-3 --train.steps "$STEPS" \
     --eval.every 40
