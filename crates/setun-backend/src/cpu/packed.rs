@@ -20,6 +20,7 @@ use crate::cpu::{Isa, Pool};
 use crate::real::Real;
 use half::f16;
 use setun_ternary::groups_per_row;
+use std::cell::RefCell;
 
 /// Outputs of a panel.
 pub const PANEL: usize = 32;
@@ -174,6 +175,11 @@ pub(crate) struct PanelScratch {
     pub(super) codes: [u8; PANEL * MANY_GROUP],
 }
 
+thread_local! {
+    /// Filling it anew for every product would take longer than a small product of one row.
+    static SCRATCH: RefCell<PanelScratch> = RefCell::default();
+}
+
 /// Longest group whose codes fit into [`PanelScratch`], and whose sums fit into an i16:
 /// `254 * 127 < 2^15`, with codes up to 2 and two products in each pair.
 pub(super) const MANY_GROUP: usize = 256;
@@ -305,20 +311,21 @@ pub fn packed_linear<R: Real>(
     for first in (0..rows).step_by(MAX_ROWS) {
         let inputs = InputRows::pack(shape, MAX_ROWS.min(rows - first), x, first, scratch);
         pool.run(shape.panels().div_ceil(step), &|task, _| {
-            let mut scratch = PanelScratch::default();
-            for panel in task * step..shape.panels().min((task + 1) * step) {
-                inputs.panel(isa, w, panel, &mut scratch);
-                let n = PANEL.min(shape.out - panel * PANEL);
-                for (row, values) in scratch.y.iter().enumerate().take(inputs.rows) {
-                    let at = (first + row) * shape.out + panel * PANEL;
-                    assert!(at + n <= out.len);
-                    // SAFETY: inside `y` by the assertion; a panel's columns belong to one task.
-                    let y = unsafe { std::slice::from_raw_parts_mut(out.start.add(at), n) };
-                    for (y, &v) in y.iter_mut().zip(values) {
-                        *y = R::from_f32(v);
+            SCRATCH.with_borrow_mut(|scratch| {
+                for panel in task * step..shape.panels().min((task + 1) * step) {
+                    inputs.panel(isa, w, panel, scratch);
+                    let n = PANEL.min(shape.out - panel * PANEL);
+                    for (row, values) in scratch.y.iter().enumerate().take(inputs.rows) {
+                        let at = (first + row) * shape.out + panel * PANEL;
+                        assert!(at + n <= out.len);
+                        // SAFETY: inside `y` by the assertion; a panel's columns belong to one task.
+                        let y = unsafe { std::slice::from_raw_parts_mut(out.start.add(at), n) };
+                        for (y, &v) in y.iter_mut().zip(values) {
+                            *y = R::from_f32(v);
+                        }
                     }
                 }
-            }
+            });
         });
     }
 }
