@@ -24,7 +24,7 @@
 
 use crate::cpu::{Isa, multiversion};
 use crate::kernels::attention::{
-    Saved, View, dkdv_tile, dq_block, forward_block, row_delta, scratch_len,
+    Saved, Sight, View, dkdv_tile, dq_block, forward_block, row_delta, scratch_len,
 };
 use crate::ops::Segment;
 use crate::real::Real;
@@ -229,7 +229,7 @@ impl AttentionShape {
             // A tile beyond the sequence would be all padding.
             tile: self.tile.min(self.seq),
             isa: Isa::detect(),
-            first_key,
+            sight: first_key.map_or(Sight::Causal, Sight::From),
         }
     }
 

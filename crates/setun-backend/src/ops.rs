@@ -140,6 +140,17 @@ impl Segment {
     }
 }
 
+/// Queries of a block drafter (`DFlash`): block `n` of `size` rows sees the first
+/// `anchors[n]` keys of its segment, and all of its own keys, in both directions. The keys
+/// of the queries are the last `q_len` of the segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DraftBlocks<'a> {
+    /// Rows of a block; segments begin and end with whole blocks.
+    pub size: usize,
+    /// For each block of all queries: at most `kv_len - q_len` of its segment.
+    pub anchors: &'a [u32],
+}
+
 /// Causal attention with grouped heads: query head `h` reads key head
 /// `h / (num_heads / num_kv_heads)`.
 #[derive(Clone, Copy, Debug)]
@@ -156,6 +167,8 @@ pub struct Attention<'a, R> {
     pub lse: Buf<R>,
     /// Who attends to whom.
     pub segments: &'a [Segment],
+    /// In place of the causal order.
+    pub blocks: Option<DraftBlocks<'a>>,
     /// Query heads.
     pub num_heads: usize,
     /// Key and value heads.

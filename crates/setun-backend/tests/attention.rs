@@ -351,6 +351,7 @@ fn on_host(
         out: rig.put(&x.out),
         lse: rig.put(&x.lse),
         segments: &segments,
+        blocks: None,
         num_heads: shape.num_heads,
         num_kv_heads: shape.num_kv_heads,
         head_dim: shape.head_dim,

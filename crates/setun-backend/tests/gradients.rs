@@ -9,8 +9,8 @@ mod rig;
 use rig::{Rig, content, numbers, randoms, scales, trits};
 use setun_backend::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Distillation,
-    Host, Isa, LayerNorm, LayerNormBackward, Limits, NormRope, RmsNorm, Segment, StoredBuf,
-    TernaryBuf, WeightBuf, WeightData,
+    DraftBlocks, Host, Isa, LayerNorm, LayerNormBackward, Limits, NormRope, RmsNorm, Segment,
+    StoredBuf, TernaryBuf, WeightBuf, WeightData,
 };
 
 /// Step of the central differences.
@@ -385,16 +385,21 @@ fn attentions() -> Vec<Case> {
     // More than one tile; then queries that are the last of a longer run of keys.
     let long = vec![Segment::own(0, 67), Segment::own(67, 3)];
     let cached = vec![segment(0, 3, 0, 71), segment(3, 9, 71, 9)];
+    // Blocks of three behind contexts of 5 and of 70 keys, which is more than a tile.
+    let drafts = vec![segment(0, 6, 0, 11), segment(6, 66, 11, 136)];
+    let anchors = [5, 1].into_iter().chain((0..22).map(|n| 3 * n + 4));
+    let anchors: Vec<u32> = anchors.collect();
     vec![
-        attention([1, 1, 1], whole),
-        attention([3, 3, 5], packed.clone()),
-        attention([6, 2, 7], packed),
-        attention([2, 1, 6], long),
-        attention([4, 2, 3], cached),
+        attention([1, 1, 1], whole, None),
+        attention([3, 3, 5], packed.clone(), None),
+        attention([6, 2, 7], packed, None),
+        attention([2, 1, 6], long, None),
+        attention([4, 2, 3], cached, None),
+        attention([2, 1, 3], drafts, Some((3, anchors))),
     ]
 }
 
-fn attention(heads: [usize; 3], segments: Vec<Segment>) -> Case {
+fn attention(heads: [usize; 3], segments: Vec<Segment>, blocks: Option<(usize, Vec<u32>)>) -> Case {
     let [num_heads, num_kv_heads, head_dim] = heads;
     let queries: usize = segments.iter().map(|s| s.q_len).sum();
     let keys: usize = segments.iter().map(|s| s.kv_len).sum();
@@ -420,6 +425,10 @@ fn attention(heads: [usize; 3], segments: Vec<Segment>) -> Case {
                 out: stale(&mut rig, q_len),
                 lse: rig.room(queries * num_heads),
                 segments: &segments,
+                blocks: blocks.as_ref().map(|(size, anchors)| DraftBlocks {
+                    size: *size,
+                    anchors,
+                }),
                 num_heads,
                 num_kv_heads,
                 head_dim,

@@ -263,6 +263,7 @@ fn a_prompt_in_chunks_equals_the_whole_prompt() {
                     out,
                     lse,
                     segments,
+                    blocks: None,
                     num_heads: HEADS,
                     num_kv_heads: KV_HEADS,
                     head_dim: DIM,

@@ -229,6 +229,23 @@ impl Allocator<'_> {
     }
 }
 
+/// Activations `[rows, width]` as the products of a model read them.
+pub(crate) fn activation<R: Real>(
+    plan: &mut Plan,
+    spec: &ModelSpec,
+    name: &str,
+    rows: usize,
+    width: usize,
+) -> ActBuf<R> {
+    let mut allocator = Allocator {
+        plan,
+        numerics: spec.numerics,
+        group_size: spec.scheme.map_or(1, |s| s.group_size),
+        rows,
+    };
+    allocator.act(name, width)
+}
+
 impl<R: Real> Buffers<R> {
     pub fn reserve(plan: &mut Plan, spec: &ModelSpec, purpose: Purpose) -> Self {
         let c = &spec.config;

@@ -7,12 +7,14 @@
 //! f `intermediate_size`, h query heads, k key heads, e `head_dim`, v vocabulary, l layers.
 #![forbid(unsafe_code)]
 
+mod block_drafter;
 mod buffers;
 mod init;
 mod parameters;
 mod qwen3;
 mod rope;
 
+pub use block_drafter::{BlockDrafter, DraftBatch, DrafterSpec, drafter_parameters};
 pub use buffers::{DecodeShape, Purpose, TrainShape};
 pub use parameters::{
     Form, Parameter, ParameterUse, Parameters, ProjectFailure, Scheme, SetError, is_embedding,

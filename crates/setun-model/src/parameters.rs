@@ -3,7 +3,7 @@
 use setun_backend::{
     Backend, Buf, Category, PackedBuf, Plan, ProjectStats, Real, TernaryBuf, WeightBuf, WeightData,
 };
-use setun_formats::Qwen3Config;
+use setun_formats::{ParameterInfo, Qwen3Config};
 use setun_ternary::reconstruct_latents;
 use setun_ternary::{PackError, PackedMatrix, ScaleError, ScaleRule, groups_per_row};
 use thiserror::Error;
@@ -203,13 +203,27 @@ impl<R: Real> Parameters<R> {
         scheme: Option<Scheme>,
         purpose: ParameterUse<'_>,
     ) -> Self {
-        let mut list = Vec::new();
-        for info in config.parameters() {
+        let mut parameters = Self {
+            list: Vec::new(),
+            scheme,
+        };
+        parameters.extend(plan, config.parameters(), purpose);
+        parameters
+    }
+
+    /// Reserves memory for more parameters, behind those that there are.
+    pub(crate) fn extend(
+        &mut self,
+        plan: &mut Plan,
+        infos: Vec<ParameterInfo>,
+        purpose: ParameterUse<'_>,
+    ) {
+        for info in infos {
             let is_matrix = info.is_matrix();
             let cols = *info.shape.last().unwrap_or(&1);
             let rows = info.numel() / cols;
             let dense = !is_matrix || (purpose.dense_embedding && is_embedding(&info.name));
-            let packed = scheme.filter(|_| !dense).zip(purpose.packed);
+            let packed = self.scheme.filter(|_| !dense).zip(purpose.packed);
             let packed = packed.map(|(scheme, packed_len)| PackedBuf {
                 bytes: plan.alloc(
                     Category::Parameters,
@@ -218,7 +232,7 @@ impl<R: Real> Parameters<R> {
                 ),
                 group_size: scheme.group_size,
             });
-            let trits = scheme.filter(|_| !dense && packed.is_none());
+            let trits = self.scheme.filter(|_| !dense && packed.is_none());
             let ternary = trits.map(|scheme| {
                 let group_size = scheme.group_size;
                 let scales = rows * groups_per_row(cols, group_size);
@@ -246,7 +260,7 @@ impl<R: Real> Parameters<R> {
             // The gradient of a frozen norm costs next to nothing; nobody reads it.
             let grad = (purpose.train && !(frozen && is_matrix))
                 .then(|| plan.alloc(Category::Gradients, format!("d {}", info.name), rows * cols));
-            list.push(Parameter {
+            self.list.push(Parameter {
                 name: info.name,
                 rows,
                 cols,
@@ -260,7 +274,6 @@ impl<R: Real> Parameters<R> {
                 frozen,
             });
         }
-        Self { list, scheme }
     }
 
     /// The parameter called `name`.

@@ -11,7 +11,7 @@ use crate::rope::RopeTable;
 use setun_backend::topk::{Kept, TopK};
 use setun_backend::{
     ActBuf, Attention, AttentionBackward, Backend, Buf, CacheStore, CachedAttention, CachedSegment,
-    CrossEntropy, Distillation, NormRope, Plan, Real, RmsNorm, Segment,
+    CrossEntropy, Distillation, DraftBlocks, NormRope, Plan, Real, RmsNorm, Segment,
 };
 use setun_formats::Qwen3Config;
 use setun_ternary::Numerics;
@@ -49,7 +49,18 @@ pub struct Qwen3<R: Real> {
     /// Weight of the squared log-sum-exp in the loss that is learned, see [`CrossEntropy`];
     /// 0 unless set.
     pub z_loss: f64,
-    buffers: Buffers<R>,
+    /// Where a drafter reads hidden states.
+    pub(crate) taps: Vec<Tap<R>>,
+    pub(crate) buffers: Buffers<R>,
+}
+
+/// Hidden states of a layer, rounded for the product that reads them.
+#[derive(Clone, Copy)]
+pub(crate) struct Tap<R> {
+    /// The layer behind which they are taken.
+    pub(crate) layer: usize,
+    /// `[rows, hidden_size]`
+    pub(crate) act: ActBuf<R>,
 }
 
 /// A model whose distribution another one learns.
@@ -63,21 +74,54 @@ pub struct Teacher<'a, R: Real> {
     pub temperature: f64,
 }
 
+/// Rows of the buffers.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows {
+    pub(crate) first: usize,
+    pub(crate) len: usize,
+}
+
+impl Rows {
+    /// Those from the first of all.
+    fn from_start(self) -> Self {
+        Self {
+            first: 0,
+            len: self.first + self.len,
+        }
+    }
+}
+
 /// One call of the forward pass.
 #[derive(Clone, Copy)]
-struct Call<'a> {
+pub(crate) struct Call<'a, R> {
     /// Rows in use.
-    rows: usize,
-    keys: Keys<'a>,
+    pub(crate) rows: Rows,
+    pub(crate) keys: Keys<'a, R>,
 }
 
 /// What the rows of a call attend to.
 #[derive(Clone, Copy)]
-enum Keys<'a> {
+pub(crate) enum Keys<'a, R> {
     /// The call's own rows.
     Own(&'a [Segment]),
     /// A cache, to which the rows are added first.
     Cached(CachedRows<'a>),
+    /// The rows before the call's, and its own.
+    Draft(DraftKeys<'a, R>),
+}
+
+/// Keys of a block drafter in training: the rows before those of the call are a context, of
+/// which layers make keys and values and nothing else.
+#[derive(Clone, Copy)]
+pub(crate) struct DraftKeys<'a, R> {
+    /// One run of queries behind the context.
+    pub(crate) segments: &'a [Segment],
+    /// Which of the context they see.
+    pub(crate) blocks: DraftBlocks<'a>,
+    /// What all layers read in the rows of the context.
+    pub(crate) context: RmsNorm<R>,
+    /// Gradient of the context before its norm, `+=`, and of the norm's weight.
+    pub(crate) gradients: Option<(Buf<R>, Buf<R>)>,
 }
 
 /// Rows of a call that has a cache.
@@ -89,12 +133,33 @@ pub struct CachedRows<'a> {
     pub segments: &'a [CachedSegment<'a>],
 }
 
-fn rows_of<R>(buf: Buf<R>, rows: usize, width: usize) -> Buf<R> {
-    buf.part(0, rows * width)
+pub(crate) fn rows_of<R>(buf: Buf<R>, rows: Rows, width: usize) -> Buf<R> {
+    buf.part(rows.first * width, rows.len * width)
+}
+
+pub(crate) fn act_rows<R>(act: ActBuf<R>, rows: Rows, width: usize) -> ActBuf<R> {
+    act.rows(rows.first, rows.len, width)
+}
+
+impl<'a, R> Call<'a, R> {
+    fn own(len: usize, segments: &'a [Segment]) -> Self {
+        Self {
+            rows: Rows { first: 0, len },
+            keys: Keys::Own(segments),
+        }
+    }
+
+    pub(crate) fn cached(cached: CachedRows<'a>) -> Self {
+        let len = cached.slots.len();
+        Self {
+            rows: Rows { first: 0, len },
+            keys: Keys::Cached(cached),
+        }
+    }
 }
 
 /// `dw += dy * x`, unless the matrix is frozen.
-fn weight_gradient<R: Real, B: Backend<Real = R>>(
+pub(crate) fn weight_gradient<R: Real, B: Backend<Real = R>>(
     b: &mut B,
     p: &Parameter<R>,
     dy: Buf<R>,
@@ -129,6 +194,7 @@ impl<R: Real> Qwen3<R> {
             spec,
             parameters,
             z_loss: 0.0,
+            taps: Vec::new(),
             buffers,
         }
     }
@@ -168,16 +234,13 @@ impl<R: Real> Qwen3<R> {
     /// Forward pass of the batch in the buffers: `rows` tokens, attention within
     /// `segments`.
     pub fn forward<B: Backend<Real = R>>(&self, b: &mut B, rows: usize, segments: &[Segment]) {
-        let keys = Keys::Own(segments);
-        self.run(b, Call { rows, keys });
+        self.run(b, Call::own(rows, segments));
     }
 
     /// As [`forward`](Self::forward), of a model laid out for decoding: the tokens are
     /// added to the cache and attend to what their sequences have there.
     pub fn forward_cached<B: Backend<Real = R>>(&self, b: &mut B, cached: CachedRows<'_>) {
-        let keys = Keys::Cached(cached);
-        let rows = cached.slots.len();
-        self.run(b, Call { rows, keys });
+        self.run(b, Call::cached(cached));
     }
 
     /// Copies slots `(from, to)` of the cache, in every layer, in this order.
@@ -187,19 +250,30 @@ impl<R: Real> Qwen3<R> {
         }
     }
 
-    fn run<B: Backend<Real = R>>(&self, b: &mut B, call: Call<'_>) {
-        let rows = call.rows;
-        let d = self.spec.config.hidden_size;
+    fn run<B: Backend<Real = R>>(&self, b: &mut B, call: Call<'_, R>) {
         let embedding = self.parameters.list[0].weight();
-        let first = rows_of(self.residual(0), rows, d);
-        b.embedding(self.buffers.ids.part(0, rows), embedding, first);
+        let ids = rows_of(self.buffers.ids, call.rows, 1);
+        b.embedding(ids, embedding, self.first_residual(call.rows));
+        self.run_layers(b, call);
+    }
+
+    /// The residual stream before the first layer.
+    pub(crate) fn first_residual(&self, rows: Rows) -> Buf<R> {
+        rows_of(self.residual(0), rows, self.spec.config.hidden_size)
+    }
+
+    /// All layers and the last norm, from the residual stream before the first one.
+    pub(crate) fn run_layers<B: Backend<Real = R>>(&self, b: &mut B, call: Call<'_, R>) {
+        let (rows, d) = (call.rows, self.spec.config.hidden_size);
         for l in 0..self.spec.config.num_hidden_layers {
             self.layer_forward(b, l, call);
+            for tap in self.taps.iter().filter(|tap| tap.layer == l) {
+                let x = rows_of(self.residual(l + 1), rows, d);
+                b.round_activation(x, d, act_rows(tap.act, rows, d));
+            }
         }
-        b.rms_norm(
-            self.final_norm(rows),
-            self.buffers.act_head.rows(0, rows, d),
-        );
+        let y = act_rows(self.buffers.act_head, rows, d);
+        b.rms_norm(self.final_norm(rows), y);
     }
 
     /// Losses of the last forward pass, one for each row; `loss(rows)` reads them. With
@@ -216,8 +290,12 @@ impl<R: Real> Qwen3<R> {
     ) {
         self.head(b, rows, gradient_scale, teacher);
         if gradient_scale.is_some() {
-            let keys = Keys::Own(segments);
-            self.backward(b, Call { rows, keys });
+            let call = Call::own(rows, segments);
+            self.backward(b, call);
+            if let Some(gradient) = self.parameters.list[0].grad {
+                let dx = self.first_gradient(call.rows);
+                b.embedding_backward(rows_of(self.buffers.ids, call.rows, 1), dx, gradient);
+            }
         }
     }
 
@@ -235,11 +313,16 @@ impl<R: Real> Qwen3<R> {
         );
     }
 
+    /// Room for `n` rows of logits.
+    pub(crate) fn logits(&self, n: usize) -> Buf<R> {
+        self.buffers.logits.part(0, n * self.head_parameter().rows)
+    }
+
     /// Logits of `n` rows from `start` of the last forward pass, `[n, v]`, in a buffer of
     /// the model.
     fn chunk_of_logits<B: Backend<Real = R>>(&self, b: &mut B, start: usize, n: usize) -> Buf<R> {
         let head = self.head_parameter().weight();
-        let logits = rows_of(self.buffers.logits, n, head.out);
+        let logits = self.logits(n);
         b.linear(self.buffers.act_head.rows(start, n, head.inp), head, logits);
         logits
     }
@@ -264,7 +347,7 @@ impl<R: Real> Qwen3<R> {
     ) {
         let head = self.head_parameter().weight();
         let x = self.buffers.act_head.rows(start, n, head.inp);
-        let logits = rows_of(self.buffers.logits, n, head.out);
+        let logits = self.logits(n);
         b.linear_topk(x, head, logits, wanted, kept);
     }
 
@@ -293,7 +376,7 @@ impl<R: Real> Qwen3<R> {
         &self.parameters.list[1 + self.spec.config.num_hidden_layers * PER_LAYER]
     }
 
-    fn head_parameter(&self) -> &Parameter<R> {
+    pub(crate) fn head_parameter(&self) -> &Parameter<R> {
         if self.spec.config.tie_word_embeddings {
             &self.parameters.list[0]
         } else {
@@ -301,18 +384,18 @@ impl<R: Real> Qwen3<R> {
         }
     }
 
-    fn final_norm(&self, rows: usize) -> RmsNorm<R> {
+    fn final_norm(&self, rows: Rows) -> RmsNorm<R> {
         let c = &self.spec.config;
         RmsNorm {
             x: rows_of(self.residual(c.num_hidden_layers), rows, c.hidden_size),
             weight: self.final_norm_parameter().values(),
-            inv: self.buffers.inv_final.part(0, rows),
+            inv: rows_of(self.buffers.inv_final, rows, 1),
             width: c.hidden_size,
             eps: c.rms_norm_eps,
         }
     }
 
-    fn layer_norm(&self, l: usize, post: bool, rows: usize) -> RmsNorm<R> {
+    fn layer_norm(&self, l: usize, post: bool, rows: Rows) -> RmsNorm<R> {
         let c = &self.spec.config;
         let s = &self.buffers.layers[l];
         let (x, inv, which) = if post {
@@ -323,13 +406,13 @@ impl<R: Real> Qwen3<R> {
         RmsNorm {
             x: rows_of(x, rows, c.hidden_size),
             weight: self.layer_parameter(l, which).values(),
-            inv: inv.part(0, rows),
+            inv: rows_of(inv, rows, 1),
             width: c.hidden_size,
             eps: c.rms_norm_eps,
         }
     }
 
-    fn head_norm(&self, l: usize, keys: bool, rows: usize) -> NormRope<R> {
+    fn head_norm(&self, l: usize, keys: bool, rows: Rows) -> NormRope<R> {
         let c = &self.spec.config;
         let s = &self.buffers.layers[l];
         let (x, inv, which, heads) = if keys {
@@ -348,25 +431,26 @@ impl<R: Real> Qwen3<R> {
             heads,
             cos: self.buffers.cos,
             sin: self.buffers.sin,
-            positions: self.buffers.positions.part(0, rows),
+            positions: rows_of(self.buffers.positions, rows, 1),
         }
     }
 
     fn attention<'a>(
         &self,
         s: &LayerBuffers<R>,
-        rows: usize,
-        segments: &'a [Segment],
+        rows: Rows,
+        (segments, blocks): (&'a [Segment], Option<DraftBlocks<'a>>),
     ) -> Attention<'a, R> {
         let c = &self.spec.config;
         let width = c.num_attention_heads * c.head_dim;
         Attention {
-            q: s.q.rows(0, rows, width),
+            q: s.q.rows(rows.first, rows.len, width),
             k: s.k,
             v: s.v,
             out: rows_of(s.attn, rows, width),
             lse: rows_of(s.lse, rows, c.num_attention_heads),
             segments,
+            blocks,
             num_heads: c.num_attention_heads,
             num_kv_heads: c.num_key_value_heads,
             head_dim: c.head_dim,
@@ -374,27 +458,24 @@ impl<R: Real> Qwen3<R> {
     }
 
     /// Attention of a call's queries, behind norm and RoPE, to the call's keys.
-    fn attend<B: Backend<Real = R>>(&self, b: &mut B, l: usize, call: Call<'_>) {
+    fn attend<B: Backend<Real = R>>(&self, b: &mut B, l: usize, call: Call<'_, R>) {
         let c = &self.spec.config;
         let s = &self.buffers.layers[l];
-        let (qw, kw) = (
-            c.num_attention_heads * c.head_dim,
-            c.num_key_value_heads * c.head_dim,
-        );
+        let qw = c.num_attention_heads * c.head_dim;
         match call.keys {
-            Keys::Own(segments) => b.attention(self.attention(s, call.rows, segments)),
+            Keys::Own(segments) => {
+                b.attention(self.attention(s, call.rows, (segments, None)));
+            }
+            Keys::Draft(draft) => {
+                let seen = (draft.segments, Some(draft.blocks));
+                b.attention(self.attention(s, call.rows, seen));
+            }
             Keys::Cached(cached) => {
-                let cache = self.buffers.caches[l];
-                b.cache_store(CacheStore {
-                    k: s.k.rows(0, call.rows, kw),
-                    v: s.v.rows(0, call.rows, kw),
-                    slots: cached.slots,
-                    cache,
-                });
+                self.store(b, l, cached.slots);
                 b.cached_attention(CachedAttention {
-                    q: s.q.rows(0, call.rows, qw),
+                    q: s.q.rows(0, call.rows.len, qw),
                     out: rows_of(s.attn, call.rows, qw),
-                    cache,
+                    cache: self.buffers.caches[l],
                     segments: cached.segments,
                     num_heads: c.num_attention_heads,
                 });
@@ -402,50 +483,93 @@ impl<R: Real> Qwen3<R> {
         }
     }
 
-    fn layer_forward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, call: Call<'_>) {
+    /// Adds the first rows of keys and values to the cache.
+    fn store<B: Backend<Real = R>>(&self, b: &mut B, l: usize, slots: &[u32]) {
+        let c = &self.spec.config;
+        let (s, kw) = (&self.buffers.layers[l], c.num_key_value_heads * c.head_dim);
+        b.cache_store(CacheStore {
+            k: s.k.rows(0, slots.len(), kw),
+            v: s.v.rows(0, slots.len(), kw),
+            slots,
+            cache: self.buffers.caches[l],
+        });
+    }
+
+    /// Adds rows to the cache that are a context only: `context` is what all layers read.
+    pub(crate) fn store_context<B: Backend<Real = R>>(
+        &self,
+        b: &mut B,
+        context: RmsNorm<R>,
+        slots: &[u32],
+    ) {
+        let d = self.spec.config.hidden_size;
+        for l in 0..self.spec.config.num_hidden_layers {
+            let act = self.buffers.layers[l].act_qkv.rows(0, slots.len(), d);
+            b.rms_norm(context, act);
+            let len = slots.len();
+            self.keys_and_values(b, l, Rows { first: 0, len });
+            self.store(b, l, slots);
+        }
+    }
+
+    fn layer_forward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, call: Call<'_, R>) {
         self.attention_forward(b, l, call);
         self.mlp_forward(b, l, call.rows);
     }
 
     /// `x_mid = x + o_proj(attention(norm(x)))`
-    fn attention_forward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, call: Call<'_>) {
+    fn attention_forward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, call: Call<'_, R>) {
         let c = &self.spec.config;
         let s = &self.buffers.layers[l];
         let weight = |which| self.layer_parameter(l, which).weight();
         let (rows, d) = (call.rows, c.hidden_size);
-        let (qw, kw) = (
-            c.num_attention_heads * c.head_dim,
-            c.num_key_value_heads * c.head_dim,
-        );
-        let act_qkv = s.act_qkv.rows(0, rows, d);
+        let qw = c.num_attention_heads * c.head_dim;
+        let act_qkv = act_rows(s.act_qkv, rows, d);
         b.rms_norm(self.layer_norm(l, false, rows), act_qkv);
+        if let Keys::Draft(draft) = call.keys {
+            b.rms_norm(draft.context, s.act_qkv.rows(0, rows.first, d));
+        }
         b.linear(act_qkv, weight(Q_PROJ), rows_of(s.q_pre, rows, qw));
-        b.linear(act_qkv, weight(K_PROJ), rows_of(s.k_pre, rows, kw));
-        let v_pre = rows_of(self.buffers.v_pre, rows, kw);
-        b.linear(act_qkv, weight(V_PROJ), v_pre);
-        b.norm_rope(self.head_norm(l, false, rows), s.q.rows(0, rows, qw));
-        b.norm_rope(self.head_norm(l, true, rows), s.k.rows(0, rows, kw));
-        b.round_attention(v_pre, s.v.rows(0, rows, kw));
+        let q = s.q.rows(rows.first, rows.len, qw);
+        b.norm_rope(self.head_norm(l, false, rows), q);
+        self.keys_and_values(b, l, rows.from_start());
         self.attend(b, l, call);
-        let act_o = s.act_o.rows(0, rows, qw);
+        let act_o = act_rows(s.act_o, rows, qw);
         b.round_activation(rows_of(s.attn, rows, qw), qw, act_o);
         let x_mid = rows_of(s.x_mid, rows, d);
         b.linear(act_o, weight(O_PROJ), x_mid);
         b.add(rows_of(self.residual(l), rows, d), x_mid);
     }
 
+    /// Keys, behind norm and RoPE, and values of a layer's normed input.
+    fn keys_and_values<B: Backend<Real = R>>(&self, b: &mut B, l: usize, rows: Rows) {
+        let c = &self.spec.config;
+        let s = &self.buffers.layers[l];
+        let weight = |which| self.layer_parameter(l, which).weight();
+        let kw = c.num_key_value_heads * c.head_dim;
+        let act_qkv = act_rows(s.act_qkv, rows, c.hidden_size);
+        b.linear(act_qkv, weight(K_PROJ), rows_of(s.k_pre, rows, kw));
+        let v_pre = rows_of(self.buffers.v_pre, rows, kw);
+        b.linear(act_qkv, weight(V_PROJ), v_pre);
+        b.norm_rope(
+            self.head_norm(l, true, rows),
+            s.k.rows(rows.first, rows.len, kw),
+        );
+        b.round_attention(v_pre, s.v.rows(rows.first, rows.len, kw));
+    }
+
     /// `x = x_mid + down_proj(silu(gate_proj(n)) * up_proj(n))`, `n = norm(x_mid)`
-    fn mlp_forward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, rows: usize) {
+    fn mlp_forward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, rows: Rows) {
         let c = &self.spec.config;
         let s = &self.buffers.layers[l];
         let weight = |which| self.layer_parameter(l, which).weight();
         let (d, f) = (c.hidden_size, c.intermediate_size);
-        let act_mlp = s.act_mlp.rows(0, rows, d);
+        let act_mlp = act_rows(s.act_mlp, rows, d);
         b.rms_norm(self.layer_norm(l, true, rows), act_mlp);
         let (gate, up) = (rows_of(s.gate, rows, f), rows_of(s.up, rows, f));
         b.linear(act_mlp, weight(GATE_PROJ), gate);
         b.linear(act_mlp, weight(UP_PROJ), up);
-        let act_down = s.act_down.rows(0, rows, f);
+        let act_down = act_rows(s.act_down, rows, f);
         b.swiglu(gate, up, f, act_down);
         let next = rows_of(self.residual(l + 1), rows, d);
         b.linear(act_down, weight(DOWN_PROJ), next);
@@ -497,17 +621,25 @@ impl<R: Real> Qwen3<R> {
         }
     }
 
-    fn exact(&self) -> bool {
+    pub(crate) fn exact(&self) -> bool {
         self.spec.numerics == Numerics::F32
     }
 
-    fn backward_buffers(&self) -> crate::buffers::BackwardBuffers<R> {
+    pub(crate) fn backward_buffers(&self) -> crate::buffers::BackwardBuffers<R> {
         self.buffers
             .backward
             .expect("a model that is trained has these buffers")
     }
 
-    fn backward<B: Backend<Real = R>>(&self, b: &mut B, call: Call<'_>) {
+    /// Gradient of the residual stream, before the first layer once a backward pass is done.
+    pub(crate) fn first_gradient(&self, rows: Rows) -> Buf<R> {
+        let d = self.spec.config.hidden_size;
+        rows_of(self.backward_buffers().dx, rows, d)
+    }
+
+    /// From the gradient of the normed residual stream in `dnorm` to that of the residual
+    /// stream before the first layer.
+    pub(crate) fn backward<B: Backend<Real = R>>(&self, b: &mut B, call: Call<'_, R>) {
         let c = &self.spec.config;
         let g = self.backward_buffers();
         let (rows, d) = (call.rows, c.hidden_size);
@@ -523,23 +655,20 @@ impl<R: Real> Qwen3<R> {
             self.mlp_backward(b, l, rows);
             self.attention_backward(b, l, call);
         }
-        if let Some(gradient) = self.parameters.list[0].grad {
-            b.embedding_backward(self.buffers.ids.part(0, rows), dx, gradient);
-        }
     }
 
-    fn mlp_backward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, rows: usize) {
+    fn mlp_backward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, rows: Rows) {
         let c = &self.spec.config;
         let (s, g) = (&self.buffers.layers[l], self.backward_buffers());
         let (d, f) = (c.hidden_size, c.intermediate_size);
         let p = |which| self.layer_parameter(l, which);
         let (dx, dnorm) = (rows_of(g.dx, rows, d), rows_of(g.dnorm, rows, d));
         let dmlp = rows_of(g.dmlp, rows, f);
-        weight_gradient(b, p(DOWN_PROJ), dx, s.act_down.rows(0, rows, f));
+        weight_gradient(b, p(DOWN_PROJ), dx, act_rows(s.act_down, rows, f));
         b.linear_dx(dx, p(DOWN_PROJ).weight(), dmlp, self.exact(), false);
         let (gate, up) = (rows_of(s.gate, rows, f), rows_of(s.up, rows, f));
         b.swiglu_backward(dmlp, gate, up);
-        let act_mlp = s.act_mlp.rows(0, rows, d);
+        let act_mlp = act_rows(s.act_mlp, rows, d);
         weight_gradient(b, p(GATE_PROJ), gate, act_mlp);
         weight_gradient(b, p(UP_PROJ), up, act_mlp);
         b.linear_dx(gate, p(GATE_PROJ).weight(), dnorm, self.exact(), false);
@@ -552,7 +681,7 @@ impl<R: Real> Qwen3<R> {
         );
     }
 
-    fn attention_backward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, call: Call<'_>) {
+    fn attention_backward<B: Backend<Real = R>>(&self, b: &mut B, l: usize, call: Call<'_, R>) {
         let c = &self.spec.config;
         let (s, g) = (&self.buffers.layers[l], self.backward_buffers());
         let (rows, d) = (call.rows, c.hidden_size);
@@ -563,14 +692,17 @@ impl<R: Real> Qwen3<R> {
         let p = |which| self.layer_parameter(l, which);
         let (dx, dnorm) = (rows_of(g.dx, rows, d), rows_of(g.dnorm, rows, d));
         let (dattn, dq) = (rows_of(g.dattn, rows, qw), rows_of(g.dq, rows, qw));
-        let (dk, dv) = (rows_of(g.dk, rows, kw), rows_of(g.dv, rows, kw));
-        weight_gradient(b, p(O_PROJ), dx, s.act_o.rows(0, rows, qw));
+        let keys = rows.from_start();
+        let (dk, dv) = (rows_of(g.dk, keys, kw), rows_of(g.dv, keys, kw));
+        weight_gradient(b, p(O_PROJ), dx, act_rows(s.act_o, rows, qw));
         b.linear_dx(dx, p(O_PROJ).weight(), dattn, self.exact(), false);
-        let Keys::Own(segments) = call.keys else {
-            unreachable!("a backward pass has no cache")
+        let seen = match call.keys {
+            Keys::Own(segments) => (segments, None),
+            Keys::Draft(draft) => (draft.segments, Some(draft.blocks)),
+            Keys::Cached(_) => unreachable!("a backward pass has no cache"),
         };
         b.attention_backward(AttentionBackward {
-            forward: self.attention(s, rows, segments),
+            forward: self.attention(s, rows, seen),
             dout: dattn,
             delta: rows_of(g.delta, rows, c.num_attention_heads),
             dq,
@@ -578,14 +710,19 @@ impl<R: Real> Qwen3<R> {
             dv,
         });
         b.norm_rope_backward(self.head_norm(l, false, rows), dq, p(Q_NORM).gradient());
-        b.norm_rope_backward(self.head_norm(l, true, rows), dk, p(K_NORM).gradient());
-        let act_qkv = s.act_qkv.rows(0, rows, d);
-        for (i, (dy, which)) in [(dq, Q_PROJ), (dk, K_PROJ), (dv, V_PROJ)]
-            .into_iter()
-            .enumerate()
-        {
-            weight_gradient(b, p(which), dy, act_qkv);
+        b.norm_rope_backward(self.head_norm(l, true, keys), dk, p(K_NORM).gradient());
+        let context = g.dnorm.part(0, rows.first * d);
+        b.zero(context);
+        let terms = [(dq, Q_PROJ, rows), (dk, K_PROJ, keys), (dv, V_PROJ, keys)];
+        for (i, (dy, which, rows)) in terms.into_iter().enumerate() {
+            weight_gradient(b, p(which), dy, act_rows(s.act_qkv, rows, d));
+            let dnorm = rows_of(g.dnorm, rows, d);
             b.linear_dx(dy, p(which).weight(), dnorm, self.exact(), i > 0);
+        }
+        if let Keys::Draft(draft) = call.keys
+            && let Some((dcontext, dweight)) = draft.gradients
+        {
+            b.rms_norm_backward(draft.context, context, dcontext, dweight);
         }
         b.rms_norm_backward(
             self.layer_norm(l, false, rows),

@@ -5,7 +5,7 @@ use super::*;
 use crate::cache::{CacheBuf, CacheStore, CachedAttention};
 use crate::cpu::multiversion;
 use crate::cpu::packed::{self, PackedShape};
-use crate::kernels::attention::{Saved, Store, View, dkdv_tile, dq_block, forward_block};
+use crate::kernels::attention::{Saved, Sight, Store, View, dkdv_tile, dq_block, forward_block};
 use crate::kernels::{norm::Rotation, project::project_rows};
 use crate::memory::{Extent, Lease, Shared};
 use crate::ops::*;
@@ -630,7 +630,7 @@ fn norm_rope_rows_kernel<R: Real>(
 
 fn view<'a, R, S>(
     isa: Isa,
-    op: &Attention<'_, R>,
+    op: &Attention<'a, R>,
     q: &'a [S],
     k: &'a [S],
     v: &'a [S],
@@ -644,7 +644,7 @@ fn view<'a, R, S>(
         head_dim: op.head_dim,
         tile: TILE,
         isa,
-        first_key: None,
+        sight: op.blocks.map_or(Sight::Causal, Sight::Blocks),
     }
 }
 

@@ -14,7 +14,7 @@
 use crate::cpu::Isa;
 use crate::kernels::loss::row_max;
 use crate::kernels::product::{Order, ROWS_TOGETHER, needs_flush, rows_mat, transpose, vec_mat};
-use crate::ops::Segment;
+use crate::ops::{DraftBlocks, Segment};
 use crate::real::{Real, sum_slices};
 use bytemuck::Pod;
 use half::bf16;
@@ -73,8 +73,28 @@ pub struct View<'a, S> {
     pub tile: usize,
     /// Instruction set; results do not depend on it.
     pub isa: Isa,
-    /// First position that each query row sees, or all from 0.
-    pub first_key: Option<&'a [u32]>,
+    /// Which keys a query sees.
+    pub sight: Sight<'a>,
+}
+
+/// Which of a segment's keys its queries see.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Sight<'a> {
+    /// Those up to their own position.
+    #[default]
+    Causal,
+    /// Of those, the ones from the position that is given for each query row.
+    From(&'a [u32]),
+    /// Those of a block drafter.
+    Blocks(DraftBlocks<'a>),
+}
+
+/// Positions that a query sees: `first..gap.0` and `gap.1..end`.
+#[derive(Clone, Copy)]
+struct Visible {
+    first: usize,
+    gap: (usize, usize),
+    end: usize,
 }
 
 /// What the backward pass reads beside [`View`].
@@ -98,13 +118,20 @@ impl<S> View<'_, S> {
         head / (self.num_heads / self.num_kv_heads)
     }
 
-    /// Positions `first..end` that query `i` of `segment` sees.
-    fn visible(&self, segment: Segment, i: usize) -> (usize, usize) {
-        let end = segment.kv_len - segment.q_len + i + 1;
-        let first = self
-            .first_key
-            .map_or(0, |f| f[segment.q_start + i] as usize);
-        (first, end)
+    /// What query `i` of `segment` sees. The end does not fall with `i`.
+    fn visible(&self, segment: Segment, i: usize) -> Visible {
+        let context = segment.kv_len - segment.q_len;
+        let end = context + i + 1;
+        let (first, gap, end) = match self.sight {
+            Sight::Causal => (0, (end, end), end),
+            Sight::From(first) => (first[segment.q_start + i] as usize, (end, end), end),
+            Sight::Blocks(DraftBlocks { size, anchors }) => {
+                let start = i / size * size;
+                let anchor = anchors[(segment.q_start + start) / size] as usize;
+                (0, (anchor, context + start), context + start + size)
+            }
+        };
+        Visible { first, gap, end }
     }
 
     /// Queries `rows` of one head, `[rows, head_dim]`.
@@ -130,6 +157,18 @@ impl<S> View<'_, S> {
 
     fn scale<R: Real>(&self) -> R {
         R::ONE / R::from_f64(self.head_dim as f64).sqrt()
+    }
+}
+
+impl Visible {
+    /// Scales the scores of a tile from position `j0`, before the end, and masks those that
+    /// are not seen.
+    #[inline(always)]
+    fn mask<R: Real>(self, scores: &mut [R], scale: R, j0: usize) {
+        let lane = |position: usize| position.saturating_sub(j0).min(scores.len());
+        let gap = lane(self.gap.0)..lane(self.gap.1);
+        mask(scores, scale, self.first.saturating_sub(j0), self.end - j0);
+        scores[gap].fill(R::NEG_INFINITY);
     }
 }
 
@@ -276,7 +315,7 @@ pub fn forward_block<R: Real, S: Store<R>>(
     let queries = view.pack_queries(segment, head, rows, q_rows);
     let kv_at = (view.num_kv_heads * e, view.key_head(head) * e, e);
     let scale = view.scale::<R>();
-    let last_end = view.visible(segment, end_row - 1).1;
+    let last_end = view.visible(segment, end_row - 1).end;
     for j0 in (0..last_end).step_by(tile) {
         let n = tile.min(segment.kv_len - j0);
         let keys = pack_rows(view.k, (segment.kv_start + j0, n), kv_at, S::load, k_rows);
@@ -285,16 +324,16 @@ pub fn forward_block<R: Real, S: Store<R>>(
         scores.fill(R::ZERO);
         multiply_rows::<R, S>(view.isa, queries, (e, e), &keys, tile, scores);
         for (r, scores) in scores.chunks_mut(tile).enumerate() {
-            let (first, end) = view.visible(segment, first_row + r);
-            if end > j0 {
-                mask(scores, scale, first.saturating_sub(j0), end - j0);
+            let visible = view.visible(segment, first_row + r);
+            if visible.end > j0 {
+                visible.mask(scores, scale, j0);
                 let acc = &mut acc[r * e..(r + 1) * e];
                 online_softmax::<R, S>(scores, &mut max[r], &mut sum[r], acc);
             }
         }
         // A row that has seen no key yet has no maximum; it takes no part.
         let seen =
-            |r: usize| view.visible(segment, first_row + r).1 > j0 && max[r] != R::NEG_INFINITY;
+            |r: usize| view.visible(segment, first_row + r).end > j0 && max[r] != R::NEG_INFINITY;
         multiply_active::<R, S>(view.isa, scores, (tile, n), &values, e, acc, seen);
     }
     for r in 0..num_rows {
@@ -392,7 +431,7 @@ impl QueryBlock {
     /// Whether query `r` sees a key at or behind the tile's first.
     #[inline(always)]
     fn sees<R: Real, S>(&self, view: View<'_, S>, saved: Saved<'_, R>, r: usize) -> bool {
-        let end = view.visible(self.segment, self.rows.0 + r).1;
+        let end = view.visible(self.segment, self.rows.0 + r).end;
         end > self.j0 && saved.lse[self.row_head(view, r)] != R::NEG_INFINITY
     }
 
@@ -418,13 +457,8 @@ impl QueryBlock {
                 ds.fill(R::ZERO);
                 continue;
             }
-            let (first, end) = view.visible(self.segment, self.rows.0 + r);
-            mask(
-                p,
-                view.scale(),
-                first.saturating_sub(self.j0),
-                end - self.j0,
-            );
+            let visible = view.visible(self.segment, self.rows.0 + r);
+            visible.mask(p, view.scale(), self.j0);
             let row_head = self.row_head(view, r);
             let (lse, delta) = (saved.lse[row_head], saved.delta[row_head]);
             // One step a loop: all in one, compilers do not vectorise it.
@@ -490,7 +524,7 @@ pub fn dq_block<R: Real, S: Store<R>>(
     let queries = view.pack_queries(segment, head, rows, q_rows);
     let douts = block.pack_douts(view, saved, dout_rows).values;
     let kv_at = (view.num_kv_heads * e, view.key_head(head) * e, e);
-    for j0 in (0..view.visible(segment, rows.1 - 1).1).step_by(tile) {
+    for j0 in (0..view.visible(segment, rows.1 - 1).end).step_by(tile) {
         block.j0 = j0;
         let n = tile.min(segment.kv_len - j0);
         let keys = pack_rows(view.k, (segment.kv_start + j0, n), kv_at, S::load, k_rows);
@@ -541,7 +575,7 @@ pub fn dkdv_tile<R: Real, S: Store<R>>(
     for head in key_head * group..(key_head + 1) * group {
         for i0 in (0..segment.q_len).step_by(tile) {
             let i1 = segment.q_len.min(i0 + tile);
-            if view.visible(segment, i1 - 1).1 <= j0 {
+            if view.visible(segment, i1 - 1).end <= j0 {
                 continue;
             }
             let block = QueryBlock {

@@ -272,6 +272,7 @@ impl EveryOp {
                 out: d.part(0, ROWS * query),
                 lse: d.part(ROWS * query, ROWS * NUM_HEADS),
                 segments: &segments,
+                blocks: None,
                 num_heads: NUM_HEADS,
                 num_kv_heads: NUM_KV_HEADS,
                 head_dim: HEAD_DIM,

@@ -45,6 +45,7 @@ fn measure(bench: &Bench, seq: usize, heads: usize, head_dim: usize, peaks: &Pea
         out,
         lse,
         segments: &segments,
+        blocks: None,
         num_heads: heads,
         num_kv_heads: heads,
         head_dim,
