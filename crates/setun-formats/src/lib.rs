@@ -9,6 +9,7 @@
 
 pub mod chat;
 pub mod config;
+pub mod drafter;
 pub mod generation_config;
 pub mod gguf;
 pub mod packed;
@@ -17,6 +18,7 @@ pub mod tokenizer;
 
 pub use chat::{ChatError, ChatLimits, ChatRequest, ChatTemplate, Clock, Message};
 pub use config::{ConfigError, ParameterInfo, Qwen3Config, RopeConfig, YarnConfig};
+pub use drafter::{DrafterFile, DrafterHeader, drafter_parameters};
 pub use gguf::{GgufError, GgufHeader, GgufLimits, GgufTensorInfo, GgufType, GgufValue};
 pub use packed::{PackedError, PackedFile, PackedHeader, TernaryInfo};
 pub use tensors::{Dtype, SafeTensors, TensorInfo, TensorView, TensorsError};

@@ -5,7 +5,7 @@
 //! byte boundary), and `NAME.scales`, f16 `[out, groups]`. Norms are f32 under their own
 //! name. The metadata says how to read and to run them.
 
-use crate::config::{ConfigError, Qwen3Config};
+use crate::config::{ConfigError, ParameterInfo, Qwen3Config};
 use crate::tensors::{self, Dtype, SafeTensors, TensorInfo, TensorsError};
 use half::{bf16, f16};
 use setun_ternary::{
@@ -131,8 +131,13 @@ pub enum PackedError {
 /// The tensors of a packed file in the order in which they are written: parameters in
 /// canonical order, trits before scales. `group_size` is at least 1.
 pub fn packed_tensor_infos(config: &Qwen3Config, group_size: usize) -> Vec<TensorInfo> {
+    tensor_infos(config.parameters(), group_size)
+}
+
+/// As [`packed_tensor_infos`], of any parameters.
+pub(crate) fn tensor_infos(parameters: Vec<ParameterInfo>, group_size: usize) -> Vec<TensorInfo> {
     let mut infos = Vec::new();
-    for parameter in config.parameters() {
+    for parameter in parameters {
         let name = parameter.name;
         let [rows, cols] = parameter.shape[..] else {
             let (dtype, shape) = (Dtype::F32, parameter.shape);
@@ -169,8 +174,7 @@ pub fn packed_metadata(header: &PackedHeader) -> BTreeMap<String, String> {
 #[derive(Debug)]
 pub struct PackedFile<'a> {
     header: PackedHeader,
-    shapes: BTreeMap<String, Vec<usize>>,
-    tensors: SafeTensors<'a>,
+    tensors: PackedTensors<'a>,
 }
 
 impl<'a> PackedFile<'a> {
@@ -182,8 +186,54 @@ impl<'a> PackedFile<'a> {
     /// Everything that is not so, by key or tensor.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, PackedError> {
         let header = parse_header(&tensors::metadata(bytes)?)?;
+        let parameters = header.config.parameters();
+        let tensors = PackedTensors::open(bytes, parameters, header.ternary.group_size)?;
+        Ok(Self { header, tensors })
+    }
+
+    /// Configuration and ternary format.
+    pub fn header(&self) -> &PackedHeader {
+        &self.header
+    }
+
+    /// See [`PackedTensors::matrix`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn matrix(&self, name: &str) -> Result<PackedMatrix, PackedError> {
+        self.tensors.matrix(name)
+    }
+
+    /// See [`PackedTensors::norm`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn norm(&self, name: &str) -> Result<Vec<f32>, PackedError> {
+        self.tensors.norm(name)
+    }
+}
+
+/// Trits, scales and norms of a file that holds these parameters and nothing else.
+#[derive(Debug)]
+pub struct PackedTensors<'a> {
+    group_size: usize,
+    shapes: BTreeMap<String, Vec<usize>>,
+    tensors: SafeTensors<'a>,
+}
+
+impl<'a> PackedTensors<'a> {
+    /// Opens the bytes of a whole file. Checks that every tensor is there with its type and
+    /// shape, and no other; the values are checked when they are read.
+    ///
+    /// # Errors
+    /// Everything that is not so, by tensor.
+    pub fn open(
+        bytes: &'a [u8],
+        parameters: Vec<ParameterInfo>,
+        group_size: usize,
+    ) -> Result<Self, PackedError> {
         let tensors = tensors::open(bytes)?;
-        let expected = packed_tensor_infos(&header.config, header.ternary.group_size);
+        let expected = tensor_infos(parameters.clone(), group_size);
         for info in &expected {
             check_tensor(&tensors, info)?;
         }
@@ -197,18 +247,11 @@ impl<'a> PackedFile<'a> {
                 return Err(PackedError::ExtraTensor { name });
             }
         }
-        let parameters = header.config.parameters().into_iter();
-        let shapes = parameters.map(|p| (p.name, p.shape)).collect();
         Ok(Self {
-            header,
-            shapes,
+            group_size,
+            shapes: parameters.into_iter().map(|p| (p.name, p.shape)).collect(),
             tensors,
         })
-    }
-
-    /// Configuration and ternary format.
-    pub fn header(&self) -> &PackedHeader {
-        &self.header
     }
 
     /// The matrix called `name`, such as `model.embed_tokens.weight`, with every trit
@@ -228,7 +271,7 @@ impl<'a> PackedFile<'a> {
         let matrix = PackedMatrix {
             rows: *rows,
             cols: *cols,
-            group_size: self.header.ternary.group_size,
+            group_size: self.group_size,
             trits: trits.data().to_vec(),
             scales: scales
                 .map(|b| f16::from_bits(u16::from_le_bytes([b[0], b[1]])))
@@ -316,14 +359,21 @@ pub fn ternary_entries(ternary: &TernaryInfo, prefix: &str) -> [(String, String)
     .map(|(key, value)| (format!("{prefix}{key}"), value))
 }
 
-fn value<'a>(metadata: &'a BTreeMap<String, String>, key: &str) -> Result<&'a str, PackedError> {
+pub(crate) fn value<'a>(
+    metadata: &'a BTreeMap<String, String>,
+    key: &str,
+) -> Result<&'a str, PackedError> {
     let value = metadata.get(key).map(String::as_str);
     value.ok_or_else(|| PackedError::MissingMetadata {
         key: key.to_owned(),
     })
 }
 
-fn bad_value(metadata: &BTreeMap<String, String>, key: &str, expected: String) -> PackedError {
+pub(crate) fn bad_value(
+    metadata: &BTreeMap<String, String>,
+    key: &str,
+    expected: String,
+) -> PackedError {
     PackedError::BadMetadata {
         key: key.to_owned(),
         found: metadata.get(key).cloned().unwrap_or_default(),

@@ -1,14 +1,17 @@
 //! Drafts: trees of guessed tokens, and what makes them.
 
 mod automaton;
+mod block;
 mod lookup;
 mod model;
 
+pub use block::BlockGuesses;
 pub use lookup::PromptLookup;
 pub use model::ModelDrafter;
 
 use crate::distribution::Distribution;
-use crate::engine::EngineError;
+use crate::engine::{Engine, EngineError};
+use crate::kv::Sequence;
 use setun_backend::ROOT;
 use thiserror::Error;
 
@@ -311,18 +314,12 @@ impl Draft {
     }
 }
 
-/// What a cycle of drafting and verifying came to.
-#[derive(Clone, Copy, Debug)]
-pub struct Settled<'a> {
-    /// Prompt and text, the new tokens at its end.
-    pub context: &'a [u32],
-    /// How many are new.
-    pub num_new: usize,
-    /// Rows of the verifying step that are part of the text now: row 0 is the token before
-    /// the draft, row `n + 1` node `n`. A drafter that conditions on hidden states of the
-    /// target (a block drafter such as DFlash) takes them from these rows here, before the
-    /// next step overwrites them.
-    pub rows: &'a [usize],
+/// The target at the time of a draft: the sequence holds the text but for its last token.
+pub struct Target<'a> {
+    /// The engine.
+    pub engine: &'a mut Engine,
+    /// The text's sequence, which a drafter leaves as it is.
+    pub sequence: Sequence,
 }
 
 /// Something that guesses how a text goes on. What it guesses changes the speed of a text,
@@ -333,15 +330,20 @@ pub trait Drafter {
     ///
     /// # Errors
     /// Whatever keeps it from guessing at all; without a guess the draft is empty.
-    fn draft(&mut self, context: &[u32], budget: Budget) -> Result<Draft, EngineError>;
+    fn draft(
+        &mut self,
+        target: Target<'_>,
+        context: &[u32],
+        budget: Budget,
+    ) -> Result<Draft, EngineError>;
+}
 
-    /// Told after each cycle, whether or not it had a draft.
-    ///
-    /// # Errors
-    /// Whatever keeps it from going on.
-    fn settled(&mut self, _cycle: Settled<'_>) -> Result<(), EngineError> {
-        Ok(())
-    }
+/// Class of [`Draft::evidence`] of a token to which a drafter gives this probability.
+fn class_of(probability: f64) -> u8 {
+    const BOUNDS: [f64; 15] = [
+        0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003,
+    ];
+    BOUNDS.iter().filter(|&&bound| probability < bound).count() as u8
 }
 
 #[cfg(test)]

@@ -13,10 +13,13 @@ use setun_backend::{
 };
 use setun_io::{IoError, Matrix, OpenModel};
 use setun_model::{
-    CachedRows, DecodeShape, ModelSpec, ParameterUse, Parameters, Purpose, Qwen3, Scheme, SetError,
+    BlockDrafter, CachedRows, DecodeShape, DrafterSpec, ModelSpec, ParameterUse, Parameters,
+    Purpose, Qwen3, Scheme, SetError,
 };
 use setun_ternary::Numerics;
 use thiserror::Error;
+
+mod blocks;
 
 /// Rows of logits that exist at a time.
 const HEAD_ROWS: usize = 64;
@@ -253,6 +256,8 @@ enum Output<'a, 'b> {
 pub struct Engine {
     backend: Host<f32>,
     model: Qwen3<f32>,
+    /// A block drafter, whose cache has the slots of the model's.
+    drafter: Option<BlockDrafter<f32>>,
     context: usize,
     tables: KvTables,
     /// The tree of each sequence that waits for its commit.
@@ -306,6 +311,14 @@ impl Engine {
     /// An engine whose weights are all zero, for [`Parameters::set_ternary`] and
     /// [`Parameters::set_values`] by way of [`parts`](Self::parts).
     pub fn reserve(spec: ModelSpec, options: EngineOptions) -> Self {
+        Self::reserve_parts(spec, None, options)
+    }
+
+    fn reserve_parts(
+        spec: ModelSpec,
+        drafter: Option<DrafterSpec>,
+        options: EngineOptions,
+    ) -> Self {
         let c = &spec.config;
         let context = options.context.clamp(1, c.max_position_embeddings);
         let limits = Limits {
@@ -338,12 +351,26 @@ impl Engine {
         };
         let mut plan = Plan::new();
         let workspace = HostWorkspace::reserve(&mut plan, options.threads, limits);
-        let model = Qwen3::reserve_with(&mut plan, spec, Purpose::Decode(shape), parameters);
+        let mut model = Qwen3::reserve_with(&mut plan, spec, Purpose::Decode(shape), parameters);
+        let drafter = drafter.map(|spec| {
+            let purpose = Purpose::Decode(DecodeShape {
+                rows: rows.max(spec.block_size),
+                // The last block may begin at the last position.
+                positions: context + spec.block_size,
+                head_chunk: 1,
+                ..shape
+            });
+            BlockDrafter::reserve(&mut plan, &spec, (purpose, parameters), &mut model)
+        });
         let mut backend = Host::new(&plan, workspace, options.isa);
         model.prepare(&mut backend);
+        if let Some(drafter) = &drafter {
+            drafter.prepare(&mut backend);
+        }
         Self {
             backend,
             model,
+            drafter,
             context,
             tables: KvTables::new(shape.num_blocks),
             pending: Vec::new(),
@@ -432,7 +459,7 @@ impl Engine {
         self.batch.moves.clear();
         self.tables
             .commit(sequence, rows, path, &mut self.batch.moves)?;
-        self.model.move_cached(&mut self.backend, &self.batch.moves);
+        self.move_cached();
         Ok(())
     }
 
@@ -542,6 +569,14 @@ impl Engine {
         }
     }
 
+    /// Copies what the tables have moved.
+    fn move_cached(&mut self) {
+        self.model.move_cached(&mut self.backend, &self.batch.moves);
+        if let Some(drafter) = &self.drafter {
+            drafter.move_cached(&mut self.backend, &self.batch.moves);
+        }
+    }
+
     /// Adds `n` tokens of a chunk to the batch.
     fn add(
         &mut self,
@@ -553,7 +588,7 @@ impl Engine {
         self.batch.moves.clear();
         self.tables
             .reserve(chunk.sequence, n, &mut self.batch.moves)?;
-        self.model.move_cached(&mut self.backend, &self.batch.moves);
+        self.move_cached();
         let past = self.len(chunk.sequence)?;
         let tree = CachedSegment {
             q_start: 0,
@@ -595,6 +630,9 @@ impl Engine {
             segments: &segments,
         };
         self.model.forward_cached(&mut self.backend, rows);
+        if let Some(drafter) = &self.drafter {
+            drafter.absorb(&mut self.backend, &batch.slots, &batch.positions);
+        }
         for &(index, first, n) in &self.batch.pieces {
             let chunk = &chunks[index];
             match chunk.parents {

@@ -17,7 +17,9 @@ pub mod verify;
 
 pub use beam::{BeamOptions, BeamRequest, EarlyStopping, Hypothesis, LengthPenalty, Ranking};
 pub use distribution::Distribution;
-pub use draft::{Budget, Draft, DraftTree, Drafter, ModelDrafter, PromptLookup, TreeError};
+pub use draft::{
+    BlockGuesses, Budget, Draft, DraftTree, Drafter, ModelDrafter, PromptLookup, Target, TreeError,
+};
 pub use engine::{
     Chunk, Engine, EngineError, EngineOptions, OnLogits, OnTopK, Shaped, Wanted, load_parameters,
     spec_of,

@@ -335,7 +335,7 @@ impl Planner {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::draft::{DraftTree, Drafter, PromptLookup};
+    use crate::draft::{DraftTree, PromptLookup};
     use setun_backend::philox::Philox;
 
     #[test]
@@ -503,7 +503,7 @@ mod tests {
             let budget = planner.budget(room);
             let asked = !budget.is_empty();
             let draft = match asked {
-                true => lookup.draft(&text[..at], budget).unwrap(),
+                true => lookup.guess(&text[..at], budget),
                 false => Draft::default(),
             };
             let chosen = planner.choose(&draft);

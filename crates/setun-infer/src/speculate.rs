@@ -7,7 +7,7 @@
 //! texts than plain sampling, of the same distribution.
 
 use crate::distribution::Distribution;
-use crate::draft::{Budget, Draft, DraftTree, Drafter, MAX_NODES, Settled};
+use crate::draft::{Budget, Draft, DraftTree, Drafter, MAX_NODES, Target};
 use crate::engine::{Chunk, Engine, EngineError, Shaped, Wanted};
 use crate::generate::{Active, Generation, Request};
 use crate::kept::{self, needed, shaping};
@@ -60,7 +60,12 @@ impl<'a> Speculator<'a> {
     }
 
     /// A draft for a step with `room`: as it was made, and the part to verify.
-    fn draft(&mut self, context: &[u32], room: Budget) -> Result<Drafted, EngineError> {
+    fn draft(
+        &mut self,
+        target: Target<'_>,
+        context: &[u32],
+        room: Budget,
+    ) -> Result<Drafted, EngineError> {
         let budget = match &mut self.size {
             TreeSize::Fixed(budget) => budget.min(room),
             TreeSize::Adaptive(planner) => planner.budget(room),
@@ -73,7 +78,7 @@ impl<'a> Speculator<'a> {
             return Ok(drafted);
         }
         let start = self.time();
-        let whole = self.drafter.draft(context, budget)?.cut(budget);
+        let whole = self.drafter.draft(target, context, budget)?.cut(budget);
         drafted.seconds = self.time() - start;
         drafted.verified = match &self.size {
             TreeSize::Fixed(_) => whole.clone(),
@@ -134,7 +139,11 @@ impl Engine {
             }
             self.catch_up(active)?;
             let room = self.room(request, active)?;
-            let drafted = speculator.draft(&active.history, room)?;
+            let target = Target {
+                sequence: active.sequence,
+                engine: &mut *self,
+            };
+            let drafted = speculator.draft(target, &active.history, room)?;
             let start = speculator.time();
             let said = self.verify(request, active, &drafted.verified)?;
             let (mut walk, chosen) = said.walk(request, active, &drafted.verified);
@@ -154,12 +163,6 @@ impl Engine {
                     tokens: &active.history[new..],
                 });
             }
-            let rows: Vec<usize> = rows_of(&walk).collect();
-            speculator.drafter.settled(Settled {
-                context: &active.history,
-                num_new: emitted,
-                rows: &rows,
-            })?;
         }
     }
 

@@ -17,7 +17,7 @@ use setun_infer::draft::visibility_mask;
 use setun_infer::{
     Budget, Chunk, Draft, DraftStats, DraftTree, Drafter, Engine, EngineError, EngineOptions,
     FinishReason, Generation, ModelDrafter, Planner, PromptLookup, Request, SamplerOptions,
-    Speculator, StopRules, TreeSize, Wanted,
+    Speculator, StopRules, Target, TreeSize, Wanted,
 };
 use setun_ternary::Numerics;
 
@@ -419,7 +419,7 @@ fn texts_end_inside_of_trees_as_without_them() {
 struct Right<'a>(&'a [u32]);
 
 impl Drafter for Right<'_> {
-    fn draft(&mut self, context: &[u32], _: Budget) -> Result<Draft, EngineError> {
+    fn draft(&mut self, _: Target<'_>, context: &[u32], _: Budget) -> Result<Draft, EngineError> {
         let left = self.0.get(context.len()..).unwrap_or_default();
         let beyond = [&left[..left.len().min(9)], &[1, 1, 1]].concat();
         Ok(Draft::guesses(DraftTree::chain(&beyond)))

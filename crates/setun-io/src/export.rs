@@ -18,7 +18,7 @@ use crate::{DirWriter, IoError, TensorSource};
 use half::{bf16, f16};
 use serde_json::{Value, json};
 use settings::{check_tokenizer, generation_config, tokenizer_settings};
-use setun_formats::config::Qwen3Config;
+use setun_formats::config::{ParameterInfo, Qwen3Config};
 use setun_formats::generation_config::GenerationConfig;
 use setun_formats::packed::{PackedHeader, TernaryInfo, packed_metadata, ternary_entries};
 use setun_formats::tensors::{Dtype, TensorInfo, write_header};
@@ -146,11 +146,22 @@ pub fn write_packed(
     header: &PackedHeader,
     source: &dyn TensorSource,
 ) -> Result<String, IoError> {
-    let ternary = Some(&header.ternary);
-    let items = items(&header.config, ternary, |_| Encoding::Packed);
-    let mut encoder = Encoder::new(source, ternary);
-    write_tensors(out, &items, &packed_metadata(header), &mut encoder)
-        .map_err(|e| IoError::file("write", Path::new(PACKED), e))?;
+    let (parameters, metadata) = (header.config.parameters(), packed_metadata(header));
+    write_parameters(out, (parameters, &header.ternary), &metadata, source)
+        .map_err(|e| IoError::file("write", Path::new(PACKED), e))
+}
+
+/// Trits, scales and norms of `parameters`, with `metadata`; returns their ternary hash.
+pub(crate) fn write_parameters(
+    out: &mut dyn Write,
+    (parameters, ternary): (Vec<ParameterInfo>, &TernaryInfo),
+    metadata: &BTreeMap<String, String>,
+    source: &dyn TensorSource,
+) -> io::Result<String> {
+    let item = |parameter| Item::new(parameter, Encoding::Packed, Some(ternary));
+    let items: Vec<Item> = parameters.into_iter().map(item).collect();
+    let mut encoder = Encoder::new(source, Some(ternary));
+    write_tensors(out, &items, metadata, &mut encoder)?;
     Ok(encoder.finish())
 }
 
@@ -321,7 +332,7 @@ pub(crate) fn items(
     encoding: impl Fn(&str) -> Encoding,
 ) -> Vec<Item> {
     let parameters = config.parameters().into_iter();
-    let item = |parameter: setun_formats::ParameterInfo| {
+    let item = |parameter: ParameterInfo| {
         let encoding = encoding(&parameter.name);
         Item::new(parameter, encoding, ternary)
     };

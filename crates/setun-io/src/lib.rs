@@ -17,6 +17,7 @@
 mod checkpoints;
 mod commit;
 mod convert;
+mod drafter;
 mod encode;
 mod error;
 mod export;
@@ -43,6 +44,7 @@ pub use checkpoints::{
 };
 pub use commit::{DirWriter, write_atomic, write_atomic_with};
 pub use convert::{ConvertOptions, ConvertSummary, Format, convert};
+pub use drafter::{DRAFTER_DIRECTORY, OpenDrafter, export_drafter, find_drafter};
 pub use error::IoError;
 pub use export::{
     ExportDtype, GgufWeights, MAX_SHARD_BYTES, export_huggingface, export_packed, write_packed,

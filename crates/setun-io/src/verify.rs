@@ -15,6 +15,7 @@ mod scan;
 pub use report::{ModelReport, TensorReport, VerifyReport};
 
 use crate::checkpoints::{CHECKPOINTS, checkpoints, entry_names, verify_checkpoint};
+use crate::drafter::verify_drafter;
 use crate::huggingface::{Storage, check_tensors, read_checkpoint};
 use crate::layout::{
     CONFIG, LATENTS, Located, PACKED, Shards, check_latents, is_run, locate, packed_header, read,
@@ -72,6 +73,14 @@ fn verify_run(run: &Path, report: &mut VerifyReport) -> Result<(), IoError> {
         if let Err(error) = verify_checkpoint(step, &path) {
             report.fail(error);
         }
+    }
+    match verify_drafter(run) {
+        Ok(None) => {}
+        Ok(Some((file, weights))) => {
+            let file = file.display();
+            report.note(format!("{file}: a drafter, {weights} weights, all ternary"));
+        }
+        Err(error) => report.fail(error),
     }
     let recorded = recorded_hashes(run, report);
     for name in exported.iter().filter(|name| !name.starts_with('.')) {

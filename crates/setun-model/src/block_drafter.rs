@@ -11,7 +11,7 @@
 //! map, and needs no copy.
 
 use crate::buffers::{Purpose, activation};
-use crate::parameters::{Parameter, ParameterUse};
+use crate::parameters::{Parameter, ParameterUse, Scheme};
 use crate::qwen3::{
     CachedRows, Call, DraftKeys, Keys, ModelSpec, Qwen3, Rows, Tap, act_rows, rows_of,
     weight_gradient,
@@ -21,7 +21,8 @@ use setun_backend::{
     Backend, Buf, Category, CrossEntropy, DraftBlocks, Plan, Real, RmsNorm, Segment, WeightBuf,
     WeightData,
 };
-use setun_formats::{ParameterInfo, Qwen3Config};
+use setun_formats::{DrafterHeader, ParameterInfo, drafter_parameters};
+use setun_ternary::Numerics;
 
 /// What a drafter computes.
 #[derive(Clone, Debug)]
@@ -35,26 +36,26 @@ pub struct DrafterSpec {
 }
 
 impl DrafterSpec {
+    /// What the file of a drafter computes beside a target that runs in `numerics`.
+    pub fn new(header: &DrafterHeader, numerics: Numerics) -> Self {
+        Self {
+            model: ModelSpec {
+                config: header.config.clone(),
+                scheme: Some(Scheme {
+                    group_size: header.ternary.group_size,
+                    scale_rule: header.ternary.scale_rule,
+                }),
+                numerics,
+            },
+            block_size: header.block_size,
+            target_layer_ids: header.target_layer_ids.clone(),
+        }
+    }
+
     /// Every parameter in canonical order: those of the layers, then what makes the context.
     pub fn parameters(&self) -> Vec<ParameterInfo> {
         drafter_parameters(&self.model.config, self.target_layer_ids.len())
     }
-}
-
-/// Parameters of a drafter whose layers are those of `config`, reading from `num_taps` of
-/// the target's layers.
-pub fn drafter_parameters(config: &Qwen3Config, num_taps: usize) -> Vec<ParameterInfo> {
-    let d = config.hidden_size;
-    let mut parameters = config.parameters();
-    parameters.extend((0..num_taps).map(|i| ParameterInfo {
-        name: format!("fc.{i}.weight"),
-        shape: vec![d, d],
-    }));
-    parameters.push(ParameterInfo {
-        name: "hidden_norm.weight".to_owned(),
-        shape: vec![d],
-    });
-    parameters
 }
 
 /// Blocks of one text, for training.

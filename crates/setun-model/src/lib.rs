@@ -14,7 +14,7 @@ mod parameters;
 mod qwen3;
 mod rope;
 
-pub use block_drafter::{BlockDrafter, DraftBatch, DrafterSpec, drafter_parameters};
+pub use block_drafter::{BlockDrafter, DraftBatch, DrafterSpec};
 pub use buffers::{DecodeShape, Purpose, TrainShape};
 pub use parameters::{
     Form, Parameter, ParameterUse, Parameters, ProjectFailure, Scheme, SetError, is_embedding,

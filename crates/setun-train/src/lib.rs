@@ -6,6 +6,7 @@
 pub mod checkpoint;
 pub mod clip;
 pub mod data;
+pub mod drafter;
 pub mod evaluate;
 pub mod finish;
 pub mod guard;

@@ -439,7 +439,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
 }
 
 /// Factor that brings the norm down to `clip` (0: off), as PyTorch's `clip_grad_norm_`.
-fn clip_scale(grad_norm: f64, clip: f64) -> f64 {
+pub(crate) fn clip_scale(grad_norm: f64, clip: f64) -> f64 {
     if clip > 0.0 {
         (clip / (grad_norm + 1e-6)).min(1.0)
     } else {

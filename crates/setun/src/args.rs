@@ -60,6 +60,8 @@ pub struct TrainArgs {
     pub overrides: Vec<Override>,
     /// Run to go on with; excludes a recipe and `--init`.
     pub resume: Option<PathBuf>,
+    /// Model to train a block drafter for; excludes all of the others.
+    pub drafter_for: Option<PathBuf>,
     /// Whether to stop before the first step.
     pub dry_run: bool,
     /// Whether to measure the time of each operation.
@@ -363,6 +365,7 @@ fn train(matches: &ArgMatches) -> TrainArgs {
         recipe: matches.get_one("recipe").cloned(),
         overrides,
         resume: matches.get_one("resume").cloned(),
+        drafter_for: matches.get_one("drafter-for").cloned(),
         dry_run: matches.get_flag("dry-run"),
         profile: matches.get_flag("profile"),
     }

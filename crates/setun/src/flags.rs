@@ -90,6 +90,7 @@ Examples:
   setun train --data.train notes.txt --run.name notes
   setun train recipes/quickstart.toml --init runs/quickstart --run.output runs/more
   setun train --resume runs/quickstart
+  setun train --drafter-for runs/quickstart
   setun train recipes/path-b.toml --data.train books --dry-run";
     let settings = format!(
         "{EXAMPLES}\n\n\
@@ -100,7 +101,8 @@ Examples:
     Command::new("train")
         .about("Train a model from text; writes a run directory")
         .override_usage(
-            "setun train [RECIPE.toml] [--SECTION.KEY VALUE]...\n       setun train --resume RUN",
+            "setun train [RECIPE.toml] [--SECTION.KEY VALUE]...\n       setun train --resume RUN\n       \
+             setun train --drafter-for MODEL [--SECTION.KEY VALUE]...",
         )
         .arg(
             Arg::new("recipe")
@@ -116,6 +118,14 @@ Examples:
             path_flag("resume", "RUN")
                 .conflicts_with_all(["recipe", "init"])
                 .help("Go on with a run from its newest checkpoint, bit for bit"),
+        )
+        .arg(
+            path_flag("drafter-for", "MODEL")
+                .conflicts_with_all(["recipe", "init", "resume", "dry-run", "profile"])
+                .help(
+                    "Train a block drafter for the ternary model of a run or an export; it goes \
+                     to MODEL/drafter, for setun generate --draft MODEL/drafter",
+                ),
         )
         .arg(switch("dry-run").help("Check settings and data, print the memory plan, and stop"))
         .arg(

@@ -1,7 +1,7 @@
 //! Guessing that a text goes on as it did before.
 
 use super::automaton::{Automaton, Edge, START};
-use super::{Budget, Draft, Drafter};
+use super::{Budget, Draft, Drafter, Target};
 use crate::engine::EngineError;
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
@@ -126,7 +126,20 @@ impl PromptLookup {
 }
 
 impl Drafter for PromptLookup {
-    fn draft(&mut self, context: &[u32], budget: Budget) -> Result<Draft, EngineError> {
+    fn draft(
+        &mut self,
+        _: Target<'_>,
+        context: &[u32],
+        budget: Budget,
+    ) -> Result<Draft, EngineError> {
+        Ok(self.guess(context, budget))
+    }
+}
+
+impl PromptLookup {
+    /// Guesses what follows `context`; most of the work on a context that goes on from the
+    /// last one is done already.
+    pub fn guess(&mut self, context: &[u32], budget: Budget) -> Draft {
         self.follow(context);
         let mut draft = Draft::default();
         let mut open = BinaryHeap::new();
@@ -160,7 +173,7 @@ impl Drafter for PromptLookup {
             let ways = self.ways(next.way.to, next.way.matched + 1, budget.width);
             add(&mut open, (Some(node), next.depth + 1), ways, next.score);
         }
-        Ok(draft)
+        draft
     }
 }
 
@@ -200,7 +213,7 @@ mod tests {
     }
 
     fn draft(context: &[u32], budget: Budget) -> DraftTree {
-        let draft = PromptLookup::new().draft(context, budget).unwrap();
+        let draft = PromptLookup::new().guess(context, budget);
         assert_eq!(draft.evidence.len(), draft.tree.len());
         draft.tree
     }
@@ -248,11 +261,11 @@ mod tests {
         let text: Vec<u32> = (0..200u32).map(|i| i * i % 23 % 7).collect();
         let mut lookup = PromptLookup::new();
         for len in (0..200).step_by(3) {
-            let grown = lookup.draft(&text[..len], budget(20, 6, 3)).unwrap();
+            let grown = lookup.guess(&text[..len], budget(20, 6, 3));
             assert_eq!(grown.tree, draft(&text[..len], budget(20, 6, 3)));
         }
         let other = [5, 6, 5];
-        let found = lookup.draft(&other, budget(20, 2, 3)).unwrap();
+        let found = lookup.guess(&other, budget(20, 2, 3));
         assert_eq!(found.tree, draft(&other, budget(20, 2, 3)));
     }
 }

@@ -1,6 +1,6 @@
 //! Guessing with a smaller model.
 
-use super::{Budget, Draft, Drafter};
+use super::{Budget, Draft, Drafter, Target, class_of};
 use crate::engine::{Chunk, Engine, EngineError, Wanted};
 use crate::kv::Sequence;
 use setun_model::ModelSpec;
@@ -52,7 +52,12 @@ impl ModelDrafter {
 }
 
 impl Drafter for ModelDrafter {
-    fn draft(&mut self, context: &[u32], budget: Budget) -> Result<Draft, EngineError> {
+    fn draft(
+        &mut self,
+        _: Target<'_>,
+        context: &[u32],
+        budget: Budget,
+    ) -> Result<Draft, EngineError> {
         let mut draft = Draft::default();
         let room = (self.engine.context() + 1).saturating_sub(context.len());
         let depth = budget.depth.min(budget.nodes).min(room);
@@ -81,7 +86,7 @@ impl Drafter for ModelDrafter {
                 let nodes = draft.tree.len();
                 let node = draft.tree.grow(parent, token);
                 if draft.tree.len() > nodes {
-                    draft.evidence.push(evidence(p));
+                    draft.evidence.push(class_of(p));
                 }
                 likeliest = likeliest.or(node);
             }
@@ -97,12 +102,4 @@ impl Drafter for ModelDrafter {
         }
         Ok(draft)
     }
-}
-
-/// By the drafter's probability of the token.
-fn evidence(probability: f64) -> u8 {
-    const BOUNDS: [f64; 15] = [
-        0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003,
-    ];
-    BOUNDS.iter().filter(|&&bound| probability < bound).count() as u8
 }

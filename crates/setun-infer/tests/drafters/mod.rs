@@ -2,7 +2,7 @@
 
 use crate::model::Numbers;
 use setun_infer::{
-    Budget, Chunk, Distribution, Draft, DraftTree, Drafter, Engine, EngineError, Wanted,
+    Budget, Chunk, Distribution, Draft, DraftTree, Drafter, Engine, EngineError, Target, Wanted,
 };
 
 /// What `engine` says greedily behind a text.
@@ -86,7 +86,7 @@ impl<'a> Mixed<'a> {
 }
 
 impl Drafter for Mixed<'_> {
-    fn draft(&mut self, context: &[u32], _: Budget) -> Result<Draft, EngineError> {
+    fn draft(&mut self, _: Target<'_>, context: &[u32], _: Budget) -> Result<Draft, EngineError> {
         let left = self.truth.get(context.len()..).unwrap_or_default();
         let mut tree = DraftTree::default();
         match self.numbers.between(0, 59) {
@@ -119,7 +119,7 @@ pub struct Wrong<'a> {
 }
 
 impl Drafter for Wrong<'_> {
-    fn draft(&mut self, context: &[u32], _: Budget) -> Result<Draft, EngineError> {
+    fn draft(&mut self, _: Target<'_>, context: &[u32], _: Budget) -> Result<Draft, EngineError> {
         let left = self.truth.get(context.len()..).unwrap_or_default();
         let next = left.first().copied().unwrap_or(0);
         let mut tree = DraftTree::default();
@@ -138,7 +138,7 @@ impl Drafter for Wrong<'_> {
 pub struct Scripted(pub Vec<DraftTree>);
 
 impl Drafter for Scripted {
-    fn draft(&mut self, _: &[u32], _: Budget) -> Result<Draft, EngineError> {
+    fn draft(&mut self, _: Target<'_>, _: &[u32], _: Budget) -> Result<Draft, EngineError> {
         self.0.rotate_left(1);
         Ok(Draft::guesses(self.0[self.0.len() - 1].clone()))
     }
@@ -162,7 +162,7 @@ impl Draws {
 }
 
 impl Drafter for Draws {
-    fn draft(&mut self, _: &[u32], _: Budget) -> Result<Draft, EngineError> {
+    fn draft(&mut self, _: Target<'_>, _: &[u32], _: Budget) -> Result<Draft, EngineError> {
         let mut tree = DraftTree::default();
         self.children(&mut tree, None, 2);
         for root in 0..2 {

@@ -112,7 +112,9 @@ fn names_and_sizes_are_those_of_the_table() {
 fn whatever_fits_round_trips() {
     let mut numbers = Numbers(3);
     let mut round_trips = 0;
-    for seed in 0..400 {
+    // Miri checks every access and takes thousands of times as long.
+    let cases = if cfg!(miri) { 8 } else { 400 };
+    for seed in 0..cases {
         let block = BlockType::ALL[numbers.below(5) as usize];
         let weights = block.block_weights();
         let cols = weights * (1 + numbers.below(4) as usize);
@@ -136,7 +138,7 @@ fn whatever_fits_round_trips() {
             }
         }
     }
-    assert!(round_trips > 150, "{round_trips}");
+    assert!(3 * round_trips > cases, "{round_trips}");
 }
 
 #[test]

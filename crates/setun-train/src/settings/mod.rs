@@ -22,8 +22,9 @@ use toml::de::DeTable;
 
 pub use crate::data::SplitOn;
 pub use schema::{
-    CheckpointSettings, DataSettings, DistillSettings, EvalSettings, ExportSettings, LogSettings,
-    ModelSettings, RunSettings, SampleSettings, TokenizerSettings, TrainSettings,
+    CheckpointSettings, DataSettings, DistillSettings, DrafterSettings, EvalSettings,
+    ExportSettings, LogSettings, ModelSettings, RunSettings, SampleSettings, TokenizerSettings,
+    TrainSettings,
 };
 pub use value::{
     Choice, NumericsChoice, OptimizerKind, OptimizerState, ScaleRounding, ScheduleKind, Ste,
@@ -49,6 +50,8 @@ pub struct Settings {
     pub train: TrainSettings,
     /// `[distill]`: Learning from another model's distribution.
     pub distill: DistillSettings,
+    /// `[drafter]`: A block drafter.
+    pub drafter: DrafterSettings,
     /// `[eval]`: Held-out loss.
     pub eval: EvalSettings,
     /// `[checkpoint]`: Checkpoints to resume from.

@@ -259,6 +259,24 @@ settings! {
         /// Softmax temperature of both sides of the divergence.
         temperature: f64 = 1.0,
     }
+    /// A block drafter for speculative decoding (setun train --drafter-for RUN).
+    drafter: DrafterSettings {
+        /// Its layers.
+        num_hidden_layers: usize = 1,
+        /// Rows of a block: the last token of the text and the guesses behind it.
+        block_size: usize = 6,
+        /// Layers of the target whose hidden states it reads; 0 for three, or all of fewer.
+        num_target_layers: usize = 0,
+        /// Blocks in a window of `train.seq_len` tokens; 0 for one in eight tokens.
+        anchors: usize = 0,
+        /// Windows of the target's own text to learn from.
+        windows: usize = 512,
+        /// Windows of held-out text.
+        valid_windows: usize = 16,
+        /// Tokens of the corpus at the beginning of a window, which the target continues; 0
+        /// for an eighth.
+        prompt_tokens: usize = 0,
+    }
     /// Held-out loss.
     eval: EvalSettings {
         /// Steps between evaluations; 0 for only one at the end.

@@ -301,7 +301,7 @@ fn list_flags(command: &clap::Command, name: &str, lines: &mut Vec<String>) {
 }
 
 const FLAGS: &str = "
-train: RECIPE.toml --init --resume --dry-run --profile
+train: RECIPE.toml --init --resume --drafter-for --dry-run --profile
   --run.name
   --run.output
   --run.seed

@@ -46,8 +46,8 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
         });
     }
     let options = engine_options(&args, &model, &requests, super::isa(environment)?);
-    let mut drafter = drafts::drafter(&args.draft, &model, &tokenizer, options)?;
-    let mut engine = Engine::load(&model, options)?;
+    let (mut engine, mut drafter) =
+        drafts::engine_and_drafter(&args.draft, &model, &tokenizer, options)?;
     let start = Instant::now();
     let mut clock = || start.elapsed().as_secs_f64();
     let mut decoder = Decoder::new(drafter.as_deref_mut(), &mut clock);

@@ -4,24 +4,42 @@ use crate::args::Drafting;
 use crate::console;
 use setun_formats::Tokenizer;
 use setun_infer::{
-    Clock, Drafter, Engine, EngineError, EngineOptions, Generation, ModelDrafter, PromptLookup,
-    Request, Speculator, spec_of,
+    BlockGuesses, Clock, Drafter, Engine, EngineError, EngineOptions, Generation, ModelDrafter,
+    PromptLookup, Request, Speculator, spec_of,
 };
-use setun_io::OpenModel;
+use setun_io::{OpenDrafter, OpenModel, find_drafter};
 use std::error::Error;
+use std::path::Path;
 
-/// The drafter that was asked for, for a target with `options`.
-pub(super) fn drafter(
+/// The target's engine, and the drafter that was asked for.
+pub(super) fn engine_and_drafter(
     drafting: &Drafting,
     target: &OpenModel,
     tokenizer: &Tokenizer,
     options: EngineOptions,
-) -> Result<Option<Box<dyn Drafter>>, Box<dyn Error>> {
+) -> Result<(Engine, Option<Box<dyn Drafter>>), Box<dyn Error>> {
+    let plain = || Engine::load(target, options);
     let path = match drafting {
-        Drafting::None => return Ok(None),
-        Drafting::Ngram => return Ok(Some(Box::new(PromptLookup::new()))),
+        Drafting::None => return Ok((plain()?, None)),
+        Drafting::Ngram => return Ok((plain()?, Some(Box::new(PromptLookup::new())))),
         Drafting::Model(path) => path,
     };
+    if let Some(file) = find_drafter(path) {
+        let drafter = OpenDrafter::open(&file)?;
+        let engine = Engine::load_with_drafter(target, &drafter, options)?;
+        return Ok((engine, Some(Box::new(BlockGuesses))));
+    }
+    let helper = model_drafter(path, target, tokenizer, options)?;
+    Ok((plain()?, Some(Box::new(helper))))
+}
+
+/// A smaller model with the same tokenizer.
+fn model_drafter(
+    path: &Path,
+    target: &OpenModel,
+    tokenizer: &Tokenizer,
+    options: EngineOptions,
+) -> Result<ModelDrafter, Box<dyn Error>> {
     let model = OpenModel::open(path)?;
     if super::super::tokenizer_of(&model)?.to_json() != tokenizer.to_json() {
         let place = path.display();
@@ -40,8 +58,7 @@ pub(super) fn drafter(
         ..options
     };
     let engine = Engine::load(&model, options)?;
-    let helper = ModelDrafter::new(engine, &spec_of(target, None)?)?;
-    Ok(Some(Box::new(helper)))
+    Ok(ModelDrafter::new(engine, &spec_of(target, None)?)?)
 }
 
 /// Decoding, with drafts if there is a drafter.

@@ -1,0 +1,123 @@
+//! A block drafter on the engine of its target: it reads the hidden states of every step,
+//! and its cache has the slots of the target's, so that what is forked, kept or forgotten
+//! there is here too.
+
+use super::{Engine, EngineError, EngineOptions, load_parameters, spec_of};
+use crate::kv::Sequence;
+use setun_backend::topk::Candidate;
+use setun_backend::{CachedSegment, Host};
+use setun_io::{OpenDrafter, OpenModel};
+use setun_model::{BlockDrafter, CachedRows, DrafterSpec, ModelSpec, Parameters};
+
+impl Engine {
+    /// As [`load`](Self::load), with a block drafter, for
+    /// [`BlockGuesses`](crate::BlockGuesses).
+    ///
+    /// # Errors
+    /// What the files refuse; a drafter of another model.
+    pub fn load_with_drafter(
+        model: &OpenModel,
+        drafter: &OpenDrafter,
+        options: EngineOptions,
+    ) -> Result<Self, EngineError> {
+        drafter.check_target(model)?;
+        let spec = spec_of(model, options.numerics)?;
+        let of_drafter = DrafterSpec::new(drafter.header(), spec.numerics);
+        let mut engine = Self::reserve_with_drafter(spec, of_drafter, options);
+        load_parameters(model, &engine.model.parameters, &mut engine.backend)?;
+        if let Some((parameters, backend)) = engine.drafter_parts() {
+            for p in &parameters.list {
+                match p.is_matrix {
+                    true => parameters.set_ternary(backend, &p.name, &drafter.matrix(&p.name)?)?,
+                    false => parameters.set_values(backend, &p.name, &drafter.norm(&p.name)?)?,
+                }
+            }
+        }
+        Ok(engine)
+    }
+
+    /// As [`reserve`](Self::reserve), with a block drafter of the model's width and
+    /// numerics; see [`drafter_parts`](Self::drafter_parts).
+    pub fn reserve_with_drafter(
+        spec: ModelSpec,
+        drafter: DrafterSpec,
+        options: EngineOptions,
+    ) -> Self {
+        Self::reserve_parts(spec, Some(drafter), options)
+    }
+
+    /// Parameters of the block drafter, where there is one, and the backend.
+    pub fn drafter_parts(&mut self) -> Option<(&Parameters<f32>, &mut Host<f32>)> {
+        let drafter = self.drafter.as_ref()?;
+        Some((&drafter.body.parameters, &mut self.backend))
+    }
+
+    /// Rows of the block drafter's blocks: an anchor and the guesses behind it.
+    pub fn block_size(&self) -> Option<usize> {
+        self.drafter.as_ref().map(BlockDrafter::block_size)
+    }
+
+    /// Guesses of the block drafter behind `anchor`, the token behind those of `sequence`:
+    /// for each of `num_guesses` positions, at most one less than a block has rows, the `k`
+    /// best tokens with their log-probabilities, best first. Nothing without a drafter or
+    /// without room in the cache.
+    ///
+    /// # Errors
+    /// A sequence that is not in the cache, a token outside of the vocabulary.
+    pub fn guess_block(
+        &mut self,
+        sequence: Sequence,
+        anchor: u32,
+        num_guesses: usize,
+        k: usize,
+    ) -> Result<Vec<Vec<(u32, f64)>>, EngineError> {
+        let (past, vocab_size) = (self.len(sequence)?, self.spec().config.vocab_size);
+        if anchor as usize >= vocab_size {
+            let token = anchor;
+            return Err(EngineError::BadToken { token, vocab_size });
+        }
+        let n = (num_guesses + 1).min(self.block_size().unwrap_or(0));
+        self.batch.moves.clear();
+        if n < 2
+            || self
+                .tables
+                .reserve(sequence, n, &mut self.batch.moves)
+                .is_err()
+        {
+            return Ok(Vec::new());
+        }
+        self.move_cached();
+        let slots: Result<Vec<u32>, _> = (past..past + n)
+            .map(|p| self.tables.slot(sequence, p))
+            .collect();
+        let blocks = self.tables.blocks(sequence)?;
+        // Each row is the last of its own segment, which is the text and the whole block.
+        let segments: Vec<_> = (0..n)
+            .map(|q_start| CachedSegment {
+                q_start,
+                q_len: 1,
+                past: past + n - 1,
+                blocks,
+                parents: None,
+            })
+            .collect();
+        let cached = CachedRows {
+            slots: &slots?,
+            segments: &segments,
+        };
+        let Some(drafter) = &self.drafter else {
+            return Ok(Vec::new());
+        };
+        let anchor = (anchor, past as u32);
+        let (b, kept) = (&mut self.backend, &mut self.kept);
+        drafter.draft(b, &self.model, anchor, cached, k.max(1), kept);
+        // The guesses take no part in the text: their slots are free again.
+        self.tables.truncate(sequence, past)?;
+        let each = self.kept.candidates.iter().zip(&self.kept.totals);
+        let rows = each.map(|(candidates, total)| {
+            let of = |c: &Candidate| (c.id, total.log_probability(c.value));
+            candidates.iter().map(of).collect()
+        });
+        Ok(rows.collect())
+    }
+}
