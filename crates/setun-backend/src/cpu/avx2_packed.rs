@@ -154,6 +154,10 @@ pub(super) fn multiply_many(
             &group[SCALE_BYTES..][..words * WORD_BYTES],
             &mut scratch.codes,
         );
+        let mut weights = [_mm256_setzero_ps(); PANEL / LANES];
+        for (v, weight) in weights.iter_mut().enumerate() {
+            *weight = scales(&group[2 * LANES * v..]);
+        }
         for first in (0..rows).step_by(MR) {
             let at = first * groups + g * MR;
             let q = &x.q[(first * all_words + word * MR) * 16..][..words * 16 * MR];
@@ -161,14 +165,14 @@ pub(super) fn multiply_many(
                 let codes = &scratch.codes[v0 * 4 * LANES..];
                 // SAFETY: codes of `words` words have been spread, and `v0` and the next
                 // vector are below `PANEL / LANES`.
-                let dots = unsafe { byte_dots(codes, 4 * words, q) };
-                for v in 0..MANY.1 {
-                    let scale = scales(&group[2 * LANES * (v0 + v)..]);
-                    for (m, dots) in dots.iter().enumerate() {
-                        let sum = _mm256_set1_epi32(x.sums[at + m]);
+                let dots = unsafe { byte_dots(codes, words, q) };
+                for (m, dots) in dots.iter().enumerate() {
+                    let sum = _mm256_set1_epi32(x.sums[at + m]);
+                    let scale = _mm256_set1_ps(x.scales[at + m]);
+                    let y = &mut scratch.y[first + m][v0 * LANES..][..MANY.1 * LANES];
+                    for (v, y) in y.chunks_exact_mut(LANES).enumerate() {
                         let dot = _mm256_cvtepi32_ps(_mm256_sub_epi32(dots[v], sum));
-                        let factor = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[at + m]));
-                        let y = &mut scratch.y[first + m][(v0 + v) * LANES..][..LANES];
+                        let factor = _mm256_mul_ps(weights[v0 + v], scale);
                         // SAFETY: eight values are there, and no alignment is needed.
                         unsafe {
                             let so_far = _mm256_loadu_ps(y.as_ptr());
@@ -220,26 +224,31 @@ fn spread(words: &[u8], codes: &mut [u8]) {
 /// Exact dots of the codes of two vectors of outputs with [`MR`] rows.
 ///
 /// # Safety
-/// `codes` holds `steps - 1` times [`WORD_BYTES`] bytes and two vectors more, `q` `steps`
-/// times `4 MR` values, and `steps` is at most [`MANY_GROUP`] / 4.
+/// `codes` holds `4 words - 1` times [`WORD_BYTES`] bytes and two vectors more, `q` `words`
+/// times `16 MR` values, and `words` is at most [`MANY_GROUP`] / 16.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn byte_dots(codes: &[u8], steps: usize, q: &[i8]) -> [[__m256i; MANY.1]; MR] {
-    debug_assert!(codes.len() + WORD_BYTES >= steps * WORD_BYTES + 8 * LANES);
-    debug_assert!(q.len() >= steps * 4 * MR);
+unsafe fn byte_dots(codes: &[u8], words: usize, q: &[i8]) -> [[__m256i; MANY.1]; MR] {
+    debug_assert!(codes.len() + WORD_BYTES >= 4 * words * WORD_BYTES + 8 * LANES);
+    debug_assert!(q.len() >= words * 16 * MR);
     let mut sums = [[_mm256_setzero_si256(); MANY.1]; MR];
-    for step in 0..steps {
-        // SAFETY: the caller's promise; loads need no alignment.
-        let (codes, q) = unsafe {
-            let codes = codes.as_ptr().add(step * WORD_BYTES).cast::<__m256i>();
-            let codes = [_mm256_loadu_si256(codes), _mm256_loadu_si256(codes.add(1))];
-            (codes, q.as_ptr().add(step * 4 * MR).cast::<i32>())
-        };
-        for (m, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: as above: four values for each row.
-            let x = unsafe { _mm256_set1_epi32(q.add(m).read_unaligned()) };
-            for (sum, code) in sums.iter_mut().zip(codes) {
-                *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(code, x));
+    let (mut codes, mut q) = (codes.as_ptr(), q.as_ptr());
+    for _ in 0..words {
+        // Four steps at a time: counting would cost a quarter of a step.
+        for _ in 0..4 {
+            // SAFETY: the caller's promise; loads need no alignment, and the pointers move
+            // on by what a step reads, at most to the end.
+            unsafe {
+                let step = codes.cast::<__m256i>();
+                let code = [_mm256_loadu_si256(step), _mm256_loadu_si256(step.add(1))];
+                for (m, sums) in sums.iter_mut().enumerate() {
+                    let x = _mm256_set1_epi32(q.cast::<i32>().add(m).read_unaligned());
+                    for (sum, code) in sums.iter_mut().zip(code) {
+                        *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(code, x));
+                    }
+                }
+                codes = codes.wrapping_add(WORD_BYTES);
+                q = q.wrapping_add(4 * MR);
             }
         }
     }
@@ -248,6 +257,39 @@ unsafe fn byte_dots(codes: &[u8], steps: usize, q: &[i8]) -> [[__m256i; MANY.1];
         *sum = _mm256_madd_epi16(*sum, ones);
     }
     sums
+}
+
+/// Lays out the values of a group as row `i` of `m`, four for each word and shift, and
+/// returns their sum. Their number is a multiple of 32.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn spread_group(values: &[i8], (m, i): (usize, usize), to: &mut [i8]) -> i32 {
+    assert!(values.len().is_multiple_of(32) && i < m && to.len() >= values.len() * m);
+    // Values 4 j + s of 16 to place 4 s + j.
+    let turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    let turn = _mm256_broadcastsi128_si256(turn);
+    let (ones, one_words) = (_mm256_set1_epi8(1), _mm256_set1_epi16(1));
+    let mut sums = _mm256_setzero_si256();
+    for (values, to) in values.chunks_exact(32).zip(to.chunks_exact_mut(32 * m)) {
+        // SAFETY: 32 values are there; the load needs no alignment.
+        let x = unsafe { _mm256_loadu_si256(values.as_ptr().cast()) };
+        let pairs = _mm256_maddubs_epi16(ones, x);
+        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, one_words));
+        let mut turned = [0i32; 8];
+        // SAFETY: eight numbers are there; the store needs no alignment.
+        unsafe {
+            let x = _mm256_shuffle_epi8(x, turn);
+            _mm256_storeu_si256(turned.as_mut_ptr().cast(), x);
+        }
+        for (four, to) in turned.iter().zip(to.chunks_exact_mut(4 * m)) {
+            let bytes = four.to_le_bytes().map(|b| b as i8);
+            to[4 * i..4 * i + 4].copy_from_slice(&bytes);
+        }
+    }
+    let mut lanes = [0i32; 8];
+    // SAFETY: as above.
+    unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), sums) };
+    lanes.iter().sum()
 }
 
 /// Asks for the line at `address`, wherever that is: panels follow each other in memory.

@@ -206,11 +206,12 @@ pub(crate) struct InputRows<'s> {
 }
 
 impl<'s> InputRows<'s> {
+    /// Lays out `rows` rows of `x` from row `first`.
     pub(crate) fn pack(
+        isa: Isa,
         shape: PackedShape,
-        rows: usize,
+        (first, rows): (usize, usize),
         x: Int8Rows<'_>,
-        first: usize,
         scratch: &'s mut [u8],
     ) -> Self {
         let (groups, words) = (shape.groups(), shape.words());
@@ -226,36 +227,29 @@ impl<'s> InputRows<'s> {
             sums: bytemuck::cast_slice_mut(sums),
             scales: bytemuck::cast_slice_mut(scales),
         };
-        inputs.q.fill(0);
-        inputs.sums.fill(0);
-        inputs.scales.fill(0.0);
+        if rows < places {
+            inputs.q.fill(0);
+            inputs.sums.fill(0);
+            inputs.scales.fill(0.0);
+        }
         for r in 0..rows {
-            inputs.pack_row(x, first + r, r);
+            inputs.pack_row(isa, x, first + r, r);
         }
         inputs
     }
 
-    fn pack_row(&mut self, x: Int8Rows<'_>, from: usize, r: usize) {
+    fn pack_row(&mut self, isa: Isa, x: Int8Rows<'_>, from: usize, r: usize) {
         let (width, group_size) = (self.shape.width, self.shape.group_size);
         let (groups, words) = (self.shape.groups(), self.shape.words());
         let (m, i) = (self.block, r % self.block);
         let first = r - i;
-        let to = &mut self.q[first * words * WORD..];
+        let mut to = &mut self.q[first * words * WORD..(first + m) * words * WORD];
         let row = &x.q[from * width..(from + 1) * width];
-        let mut word = 0;
         for (g, group) in row.chunks(group_size).enumerate() {
-            let sum: i32 = group.iter().map(|&q| i32::from(q)).sum();
-            self.sums[first * groups + g * m + i] = sum;
+            let (part, rest) = to.split_at_mut(group.len().div_ceil(WORD) * WORD * m);
+            to = rest;
+            self.sums[first * groups + g * m + i] = spread_group(isa, group, (m, i), part);
             self.scales[first * groups + g * m + i] = x.scales[from * groups + g];
-            for values in group.chunks(WORD) {
-                let mut sixteen = [0i8; WORD];
-                sixteen[..values.len()].copy_from_slice(values);
-                for shift in 0..4 {
-                    let four = [0, 4, 8, 12].map(|j| sixteen[j + shift]);
-                    to[((word * 4 + shift) * m + i) * 4..][..4].copy_from_slice(&four);
-                }
-                word += 1;
-            }
         }
     }
 
@@ -277,6 +271,25 @@ impl<'s> InputRows<'s> {
             scratch,
         );
     }
+}
+
+/// Lays out the values of a group as row `i` of `m` and returns their sum.
+fn spread_group(isa: Isa, values: &[i8], (m, i): (usize, usize), to: &mut [i8]) -> i32 {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx2 && values.len().is_multiple_of(2 * WORD) {
+        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
+        return unsafe { super::avx2_packed::spread_group(values, (m, i), to) };
+    }
+    let _ = isa;
+    for (word, values) in values.chunks(WORD).enumerate() {
+        let mut sixteen = [0i8; WORD];
+        sixteen[..values.len()].copy_from_slice(values);
+        for shift in 0..4 {
+            let four = [0, 4, 8, 12].map(|j| sixteen[j + shift]);
+            to[((word * 4 + shift) * m + i) * 4..][..4].copy_from_slice(&four);
+        }
+    }
+    values.iter().map(|&q| i32::from(q)).sum()
 }
 
 struct Columns<R> {
@@ -309,7 +322,8 @@ pub fn packed_linear<R: Real>(
     // Some tasks for each thread, so that a slow one does not hold up the others.
     let step = shape.panels().div_ceil(4 * pool.threads());
     for first in (0..rows).step_by(MAX_ROWS) {
-        let inputs = InputRows::pack(shape, MAX_ROWS.min(rows - first), x, first, scratch);
+        let part = (first, MAX_ROWS.min(rows - first));
+        let inputs = InputRows::pack(isa, shape, part, x, scratch);
         pool.run(shape.panels().div_ceil(step), &|task, _| {
             SCRATCH.with_borrow_mut(|scratch| {
                 for panel in task * step..shape.panels().min((task + 1) * step) {

@@ -4,6 +4,8 @@
 //! machines. Which thread runs a task never shows in a result; a task's outputs are its
 //! own. Nothing is allocated after [`Pool::new`].
 
+use std::cell::{Cell, UnsafeCell};
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -17,22 +19,39 @@ const SPIN: Duration = Duration::from_micros(50);
 type Body<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
 /// The threads.
+///
+/// Only one thread at a time runs jobs, so a pool is not `Sync`: it runs one job, and a task
+/// cannot start another one.
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    not_sync: PhantomData<Cell<()>>,
 }
 
 struct Shared {
-    /// Rises by one for each job; odd means that the pool is closing.
+    /// Rises by two for each job; odd means that the pool is closing.
     generation: AtomicUsize,
     next_task: AtomicUsize,
     /// Workers that have not finished the current job.
     busy: AtomicUsize,
     panicked: AtomicBool,
-    job: Mutex<Option<Job>>,
+    /// Written by [`Pool::run`] while no worker is busy, read by workers while they are.
+    job: UnsafeCell<Option<Job>>,
+    /// Workers that are parked, or about to be. Waking costs a system call, which takes
+    /// longer than many a job, so it is left out where nobody sleeps.
+    sleeping: AtomicUsize,
+    /// Whether [`Pool::run`] is parked, or about to be.
+    waiting: AtomicBool,
+    /// Held while going to sleep and while waking, so that neither misses the other.
+    park: Mutex<()>,
     wake: Condvar,
     done: Condvar,
 }
+
+// SAFETY: all but `job` is `Sync`. `job` is written by the one thread that runs jobs, before
+// the release of `generation` that workers acquire, and not again before they have let go
+// of `busy`, which that thread acquires.
+unsafe impl Sync for Shared {}
 
 #[derive(Clone, Copy)]
 struct Job {
@@ -52,7 +71,10 @@ impl Pool {
             next_task: AtomicUsize::new(0),
             busy: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
-            job: Mutex::new(None),
+            job: UnsafeCell::new(None),
+            sleeping: AtomicUsize::new(0),
+            waiting: AtomicBool::new(false),
+            park: Mutex::new(()),
             wake: Condvar::new(),
             done: Condvar::new(),
         });
@@ -64,7 +86,11 @@ impl Pool {
                 .expect("the system to start a thread")
         };
         let workers = (1..threads.max(1)).map(spawn).collect();
-        Self { shared, workers }
+        Self {
+            shared,
+            workers,
+            not_sync: PhantomData,
+        }
     }
 
     /// Number of threads.
@@ -88,14 +114,12 @@ impl Pool {
         // the closure any more, also when this thread's own tasks panic.
         let body = unsafe { std::mem::transmute::<*const Body<'_>, *const Body<'static>>(body) };
         let job = Job { body, tasks };
-        {
-            let mut slot = shared.job.lock().expect("no panic while the lock is held");
-            *slot = Some(job);
-            shared.next_task.store(0, Ordering::Relaxed);
-            shared.busy.store(self.workers.len(), Ordering::Relaxed);
-            shared.generation.fetch_add(2, Ordering::Release);
-            shared.wake.notify_all();
-        }
+        // SAFETY: the last job is finished, so no worker reads.
+        unsafe { *shared.job.get() = Some(job) };
+        shared.next_task.store(0, Ordering::Relaxed);
+        shared.busy.store(self.workers.len(), Ordering::Relaxed);
+        shared.generation.fetch_add(2, Ordering::SeqCst);
+        shared.rouse();
         shared.drain(job, 0);
         shared.finish();
         if shared.panicked.swap(false, Ordering::Relaxed) {
@@ -135,11 +159,8 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        {
-            let _slot = self.shared.job.lock();
-            self.shared.generation.fetch_add(1, Ordering::Release);
-            self.shared.wake.notify_all();
-        }
+        self.shared.generation.fetch_add(1, Ordering::SeqCst);
+        self.shared.rouse();
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }
@@ -147,13 +168,24 @@ impl Drop for Pool {
 }
 
 impl Shared {
+    /// Wakes the workers that sleep, behind a new generation. One that is about to sleep
+    /// has counted itself before it looks at the generation for the last time: in the one
+    /// order of those four accesses, either it sees the new generation or it is seen here.
+    fn rouse(&self) {
+        if self.sleeping.load(Ordering::SeqCst) > 0 {
+            let _park = self.park.lock();
+            self.wake.notify_all();
+        }
+    }
+
     fn work(&self, worker: usize) {
         let mut seen = 0;
         while let Some((generation, job)) = self.next_job(seen) {
             seen = generation;
             self.drain(job, worker);
-            if self.busy.fetch_sub(1, Ordering::AcqRel) == 1 {
-                let _slot = self.job.lock();
+            let last = self.busy.fetch_sub(1, Ordering::SeqCst) == 1;
+            if last && self.waiting.load(Ordering::SeqCst) {
+                let _park = self.park.lock();
                 self.done.notify_all();
             }
         }
@@ -165,17 +197,21 @@ impl Shared {
         while self.generation.load(Ordering::Acquire) == seen && start.elapsed() < SPIN {
             std::hint::spin_loop();
         }
-        let mut slot = self.job.lock().ok()?;
-        loop {
-            let generation = self.generation.load(Ordering::Acquire);
-            if generation % 2 == 1 {
-                return None;
+        if self.generation.load(Ordering::Acquire) == seen {
+            let mut park = self.park.lock().ok()?;
+            self.sleeping.fetch_add(1, Ordering::SeqCst);
+            while self.generation.load(Ordering::SeqCst) == seen {
+                park = self.wake.wait(park).ok()?;
             }
-            if let (true, Some(job)) = (generation != seen, *slot) {
-                return Some((generation, job));
-            }
-            slot = self.wake.wait(slot).ok()?;
+            self.sleeping.fetch_sub(1, Ordering::SeqCst);
         }
+        let generation = self.generation.load(Ordering::Acquire);
+        if generation % 2 == 1 {
+            return None;
+        }
+        // SAFETY: this worker is busy with the new job, so `Pool::run` does not write.
+        let job = unsafe { *self.job.get() };
+        Some((generation, job?))
     }
 
     fn drain(&self, job: Job, worker: usize) {
@@ -194,19 +230,25 @@ impl Shared {
         }
     }
 
+    /// Waits until no worker is busy.
     fn finish(&self) {
         let start = Instant::now();
         while self.busy.load(Ordering::Acquire) > 0 && start.elapsed() < SPIN {
             std::hint::spin_loop();
         }
-        let mut slot = self.job.lock().expect("no panic while the lock is held");
-        while self.busy.load(Ordering::Acquire) > 0 {
-            slot = self
+        if self.busy.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let mut park = self.park.lock().expect("no panic while the lock is held");
+        // As in `rouse`: the last worker sees this, or is seen to be done.
+        self.waiting.store(true, Ordering::SeqCst);
+        while self.busy.load(Ordering::SeqCst) > 0 {
+            park = self
                 .done
-                .wait(slot)
+                .wait(park)
                 .expect("no panic while the lock is held");
         }
-        *slot = None;
+        self.waiting.store(false, Ordering::SeqCst);
     }
 }
 
@@ -230,7 +272,7 @@ pub struct RowsMut<'a, T> {
     start: *mut T,
     len: usize,
     width: usize,
-    borrow: std::marker::PhantomData<&'a mut [T]>,
+    borrow: PhantomData<&'a mut [T]>,
 }
 
 impl<'a, T> RowsMut<'a, T> {
@@ -241,7 +283,7 @@ impl<'a, T> RowsMut<'a, T> {
             start,
             len,
             width,
-            borrow: std::marker::PhantomData,
+            borrow: PhantomData,
         }
     }
 }

@@ -68,13 +68,14 @@ impl<'a, R: Real> Run<'a, '_, R> {
     ) {
         let width = affine.0.len();
         let rows = x.len() / width;
+        let (isa, all) = (self.isa, &self.scratch);
         self.pool
             .by_rows_worker(rows, GRAIN, out, |rows, (kept, mut y), worker| {
                 let (center, (rest, inv)) = kept;
                 let keep = Statistics { center, rest, inv };
                 let x = rows_of(x, &rows, width);
-                let scratch = &mut self.scratch.of(worker)[..width];
-                forward_all(self.isa, x, affine, eps, keep, &mut y, scratch);
+                let scratch = &mut all.of(worker)[..width];
+                forward_all(isa, x, affine, eps, keep, &mut y, scratch);
             });
     }
 
@@ -95,6 +96,7 @@ impl<'a, R: Real> Run<'a, '_, R> {
         let partial = &mut lease.write(op.partial)[..blocks * 2 * width];
         let sums = RowsMut::new(&mut *partial, 2 * width);
         let dx = RowsMut::new(lease.write(op.dx), BLOCK_ROWS * width);
+        let (isa, scratch) = (self.isa, &self.scratch);
         self.pool
             .by_rows_worker(blocks, 1, (dx, sums), |block, (dx, sums), worker| {
                 let first = block.start * BLOCK_ROWS;
@@ -107,13 +109,13 @@ impl<'a, R: Real> Run<'a, '_, R> {
                     inv: &all.inv[rows],
                     ..all
                 };
-                backward_block(self.isa, part, dx, sums, self.scratch.of(worker));
+                backward_block(isa, part, dx, sums, scratch.of(worker));
             });
         let partial = &*partial;
         for (which, sum) in [op.dgamma, op.dbeta].into_iter().enumerate() {
             let sum = RowsMut::new(lease.write(sum), 1);
             self.pool.by_rows(width, COLUMNS, sum, |columns, sum| {
-                sum_blocks(self.isa, partial, width, which, columns.start, sum);
+                sum_blocks(isa, partial, width, which, columns.start, sum);
             });
         }
     }

@@ -165,7 +165,8 @@ impl<R: Real> Host<R> {
             let weights = lease.read(packed.bytes);
             let scratch = lease.write(self.workspace.int8);
             let shape = packed_shape(w.out, w.inp, packed.group_size);
-            let inputs = InputRows::pack(shape, rows, Int8Rows { q, scales }, 0, scratch);
+            let inputs =
+                InputRows::pack(self.isa, shape, (0, rows), Int8Rows { q, scales }, scratch);
             let source = Source::Head {
                 weights,
                 inputs: &inputs,

@@ -155,10 +155,15 @@ impl Model {
     /// The model in an engine.
     pub fn engine(&self, options: EngineOptions) -> Engine {
         let mut engine = Engine::reserve(self.spec.clone(), options);
+        self.fill(&mut engine);
+        engine
+    }
+
+    /// Gives an engine the weights.
+    pub fn fill(&self, engine: &mut Engine) {
         let (parameters, backend) = engine.parts();
         let parameters = parameters.clone();
         self.load(&parameters, backend);
-        engine
     }
 
     /// The model in the forward pass of training and evaluation.
