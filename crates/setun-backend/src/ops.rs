@@ -95,6 +95,15 @@ impl<R> ActBuf<R> {
     }
 }
 
+/// A product of activations that several products share.
+#[derive(Clone, Copy, Debug)]
+pub struct Product<R> {
+    /// What they are multiplied with.
+    pub weight: WeightBuf<R>,
+    /// `[rows, out]`
+    pub y: Buf<R>,
+}
+
 /// Queries, keys or values, `[rows, heads, head_dim]`: f32 in numerics `f32`, else bf16.
 #[derive(Clone, Copy, Debug)]
 pub enum AttnBuf<R> {
@@ -487,6 +496,13 @@ pub trait Backend {
 
     /// `y[r, n] = sum_k x[r, k] * w[n, k]`.
     fn linear(&mut self, x: ActBuf<Self::Real>, w: WeightBuf<Self::Real>, y: Buf<Self::Real>);
+    /// [`linear`](Self::linear) of the same activations with several weights. A device may
+    /// do them in one go.
+    fn linears(&mut self, x: ActBuf<Self::Real>, products: &[Product<Self::Real>]) {
+        for product in products {
+            self.linear(x, product.weight, product.y);
+        }
+    }
     /// The best entries and the sums of `linear(x, w)` by row, without its result where
     /// the device can do so; `logits` `[rows, out]` is scratch.
     fn linear_topk(

@@ -167,7 +167,7 @@ impl Bench {
             }
             Source::Head { weights, inputs } => {
                 for panel in tile.start / PANEL..tile.end.div_ceil(PANEL) {
-                    inputs.panel(isa, weights, panel, &mut self.panel);
+                    inputs.panel(isa, inputs.shape(), weights, panel, &mut self.panel);
                     for (to, y) in self.tile.iter_mut().zip(&self.panel.y) {
                         to[panel * PANEL - tile.start..][..PANEL].copy_from_slice(y);
                     }

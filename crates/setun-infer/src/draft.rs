@@ -336,14 +336,35 @@ pub trait Drafter {
         context: &[u32],
         budget: Budget,
     ) -> Result<Draft, EngineError>;
+
+    /// Share of the nodes with this class of evidence that will be accepted, where that is
+    /// known before any was verified.
+    fn prior(&self, _class: usize) -> Option<f64> {
+        None
+    }
 }
+
+/// Probabilities between the classes of [`class_of`].
+const CLASS_BOUNDS: [f64; 15] = [
+    0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003,
+];
 
 /// Class of [`Draft::evidence`] of a token to which a drafter gives this probability.
 fn class_of(probability: f64) -> u8 {
-    const BOUNDS: [f64; 15] = [
-        0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003,
-    ];
-    BOUNDS.iter().filter(|&&bound| probability < bound).count() as u8
+    let above = CLASS_BOUNDS.iter().filter(|&&bound| probability < bound);
+    above.count() as u8
+}
+
+/// The probability in the middle of a class, which is the acceptance of its tokens if the
+/// drafter knows what it does not know; none for a class of another kind.
+fn middle_of(class: usize) -> Option<f64> {
+    let low = match class {
+        0..15 => CLASS_BOUNDS[class],
+        15 => 0.0,
+        _ => return None,
+    };
+    let high = class.checked_sub(1).map_or(1.0, |c| CLASS_BOUNDS[c]);
+    Some((low + high) / 2.0)
 }
 
 #[cfg(test)]

@@ -138,6 +138,9 @@ const MARGIN: f64 = 1.02;
 /// Share of the time that may be lost by drafts that do not pay.
 const LOSS: f64 = 0.02;
 
+/// Most drafts that wait for the text to go on.
+const MOST_WAITING: usize = 16;
+
 /// Most plain steps until a draft is tried again.
 const LONGEST_PAUSE: f64 = 256.0;
 
@@ -160,9 +163,32 @@ pub struct Planner {
     acceptance: [[Rate; RANKS]; NUM_EVIDENCE],
     /// That a path goes on from each depth to the next.
     deeper: [Rate; DEPTHS],
+    /// Drafts of which the text has not yet said how much is right.
+    waiting: Vec<Waiting>,
     /// Plain steps saved by a cycle with a draft, on average.
     saved: f64,
     pause: usize,
+}
+
+/// A draft with the tokens that came behind its context.
+#[derive(Clone, Debug)]
+struct Waiting {
+    draft: Draft,
+    tokens: Vec<u32>,
+}
+
+impl Waiting {
+    /// Whether the text has left the draft, or come to the end of it.
+    fn is_decided(&self) -> bool {
+        let mut at = None;
+        for &token in &self.tokens {
+            match self.draft.tree.child(at, token) {
+                Some(node) => at = Some(node),
+                None => return true,
+            }
+        }
+        self.draft.tree.children(at).next().is_none()
+    }
 }
 
 /// A cycle that is over.
@@ -202,9 +228,26 @@ impl Planner {
             draft_cost: CostModel::new(),
             acceptance: [std::array::from_fn(of_rank); NUM_EVIDENCE],
             deeper: [Rate::new(0.7); DEPTHS],
+            waiting: Vec::new(),
             saved: 0.0,
             pause: 0,
         }
+    }
+
+    /// With acceptances to begin with: that of each class of evidence, where one is known.
+    #[must_use]
+    pub fn expecting(mut self, prior: impl Fn(usize) -> Option<f64>) -> Self {
+        for (class, rates) in self.acceptance.iter_mut().enumerate() {
+            if let Some(value) = prior(class) {
+                rates.fill(Rate::new(value));
+            }
+        }
+        self
+    }
+
+    /// The next cycle is of another text.
+    pub fn begin_text(&mut self) {
+        self.waiting.clear();
     }
 
     /// What steps cost.
@@ -252,18 +295,31 @@ impl Planner {
         best.1
     }
 
-    /// Which nodes of a draft are worth their rows.
-    pub fn choose(&self, draft: &Draft) -> Vec<bool> {
+    /// Which nodes of a draft that took `seconds` are worth their rows: those that bring more
+    /// tokens than their time is worth, at the rate of the best cycle of drafting and
+    /// verifying, or of plain steps if that is better.
+    pub fn choose(&self, draft: &Draft, seconds: f64) -> Vec<bool> {
         let values = self.values(draft);
         let mut order: Vec<usize> = (0..values.len()).collect();
         order.sort_by(|&a, &b| values[b].total_cmp(&values[a]).then(a.cmp(&b)));
-        let mut best = (MARGIN / self.cost.predict(1), 0);
-        for rows in ROWS.into_iter().filter(|&rows| rows <= 1 + order.len()) {
-            let nodes = &order[..rows - 1];
-            let tokens = nodes.iter().fold(1.0, |sum, &node| sum + values[node]);
-            let rate = tokens / self.cost.predict(rows);
-            if rate > best.0 {
-                best = (rate, rows - 1);
+        let plain = self.cost.predict(1);
+        let offers = ROWS.into_iter().filter(|&rows| rows <= 1 + order.len());
+        let offers: Vec<(usize, f64, f64)> = offers
+            .map(|rows| {
+                let nodes = &order[..rows - 1];
+                let tokens = nodes.iter().fold(1.0, |sum, &node| sum + values[node]);
+                (rows - 1, tokens, self.cost.predict(rows))
+            })
+            .collect();
+        let rates = offers
+            .iter()
+            .map(|(_, tokens, cost)| tokens / (cost + seconds));
+        let rate = rates.fold(MARGIN / plain, f64::max);
+        let mut best = (1.0 - rate * plain, 0);
+        for (nodes, tokens, cost) in offers {
+            let gain = tokens - rate * cost;
+            if gain > best.0 {
+                best = (gain, nodes);
             }
         }
         let mut chosen = vec![false; values.len()];
@@ -293,10 +349,12 @@ impl Planner {
     /// Counts a cycle.
     pub fn observe(&mut self, cycle: Cycle<'_>) {
         self.cost.observe(cycle.rows, cycle.step_seconds);
-        let Some(draft) = cycle.draft else { return };
+        self.learn(cycle);
+        if cycle.draft.is_none() {
+            return;
+        }
         let depth = cycle.depth.max(1);
         self.draft_cost.observe(depth, cycle.draft_seconds);
-        self.compare(draft, cycle.tokens);
         let plain = self.cost.predict(1);
         let spent = self.cost.predict(cycle.rows) + cycle.draft_seconds.max(0.0);
         let saved = cycle.tokens.len() as f64 - spent / plain;
@@ -304,6 +362,28 @@ impl Planner {
             self.saved += (saved.clamp(-8.0, 8.0) - self.saved) / 8.0;
         }
         self.pause = (-self.saved / LOSS).clamp(0.0, LONGEST_PAUSE) as usize;
+    }
+
+    /// Compares drafts with the text as far as that goes. Of a draft that was not verified
+    /// whole, plain steps say the rest, so that one that did not seem to pay is found out
+    /// by the next tokens and not by the next drafts.
+    fn learn(&mut self, cycle: Cycle<'_>) {
+        for waiting in &mut self.waiting {
+            waiting.tokens.extend_from_slice(cycle.tokens);
+        }
+        if let Some(draft) = cycle.draft.filter(|_| self.waiting.len() < MOST_WAITING) {
+            self.waiting.push(Waiting {
+                draft: draft.clone(),
+                tokens: cycle.tokens.to_vec(),
+            });
+        }
+        let waiting = std::mem::take(&mut self.waiting);
+        let (decided, waiting) = waiting.into_iter().partition(Waiting::is_decided);
+        self.waiting = waiting;
+        let decided: Vec<Waiting> = decided;
+        for Waiting { draft, tokens } in decided {
+            self.compare(&draft, &tokens);
+        }
     }
 
     /// Follows the text through the draft: who was right?
@@ -385,47 +465,44 @@ mod tests {
         }
     }
 
-    /// Cycles of a chain of `depth` guesses, of which `right` are right.
-    fn cycles(planner: &mut Planner, n: usize, depth: u32, right: usize, slope: f64) -> f64 {
+    /// Cycles of a chain of `depth` guesses, of which `right` are right, on a text that
+    /// counts: time for each token, with a plain step as the unit.
+    fn cycles(planner: &mut Planner, n: usize, depth: u32, right: u32, slope: f64) -> f64 {
         let seconds = |rows: usize| 1e-3 * (1.0 + slope * (rows as f64 - 1.0));
-        let chain: Vec<u32> = (0..depth).collect();
-        let draft = Draft::guesses(DraftTree::chain(&chain));
-        let (mut time, mut made) = (0.0, 0.0);
+        let (mut time, mut at) = (0.0, 0);
+        planner.begin_text();
         for _ in 0..n {
+            let guess = |i| if i < right { at + i } else { u32::MAX - i };
+            let chain: Vec<u32> = (0..depth).map(guess).collect();
+            let draft = Draft::guesses(DraftTree::chain(&chain));
             let budget = planner.budget(all());
             let asked = !budget.is_empty();
             let chosen = match asked {
-                true => planner.choose(&draft),
+                true => planner.choose(&draft, 0.0),
                 false => Vec::new(),
             };
-            let kept = chosen.iter().filter(|&&c| c).count();
-            let accepted = right.min(kept);
-            let mut tokens = chain[..accepted].to_vec();
-            tokens.push(if accepted < right {
-                accepted as u32
-            } else {
-                999
-            });
-            let step_seconds = seconds(1 + kept);
+            let kept = chosen.iter().filter(|&&c| c).count() as u32;
+            let tokens: Vec<u32> = (at..=at + right.min(kept)).collect();
+            let rows = 1 + kept as usize;
             planner.observe(Cycle {
                 draft: asked.then_some(&draft),
                 depth: budget.depth,
                 draft_seconds: 0.0,
-                rows: 1 + kept,
-                step_seconds,
+                rows,
+                step_seconds: seconds(rows),
                 tokens: &tokens,
             });
-            time += step_seconds;
-            made += tokens.len() as f64;
+            time += seconds(rows);
+            at += tokens.len() as u32;
         }
-        time / made / 1e-3
+        time / f64::from(at) / 1e-3
     }
 
     #[test]
     fn trees_grow_with_acceptance_and_shrink_with_cost() {
         let kept = |planner: &Planner| {
             let draft = Draft::guesses(DraftTree::chain(&(0..40).collect::<Vec<u32>>()));
-            planner.choose(&draft).iter().filter(|&&c| c).count()
+            planner.choose(&draft, 0.0).iter().filter(|&&c| c).count()
         };
         let (mut cheap, _) = planner(0.02);
         let start = kept(&cheap);
@@ -465,8 +542,9 @@ mod tests {
         for _ in 0..2000 {
             let budget = planner.budget(all());
             let draft = (!budget.is_empty()).then_some(&draft);
-            let kept = draft.map_or(0, |d| planner.choose(d).iter().filter(|&&c| c).count());
             let seconds = 1e-3 * budget.depth as f64;
+            let choose = |d| planner.choose(d, seconds);
+            let kept = draft.map_or(0, |d| choose(d).iter().filter(|&&c| c).count());
             if draft.is_some() {
                 asked += 1;
                 lost += seconds + 1e-4 * kept as f64;
@@ -506,7 +584,7 @@ mod tests {
                 true => lookup.guess(&text[..at], budget),
                 false => Draft::default(),
             };
-            let chosen = planner.choose(&draft);
+            let chosen = planner.choose(&draft, 0.0);
             let verified = draft.keep(|node| chosen[node]).tree;
             let mut path = None;
             let mut n = 0;
@@ -572,7 +650,7 @@ mod tests {
         }
         let chains: [&[u32]; 4] = [&[1, 5], &[2, 6], &[3, 7], &[4]];
         let draft = Draft::guesses(DraftTree::merge(&chains));
-        let chosen = planner.choose(&draft);
+        let chosen = planner.choose(&draft, 0.0);
         let tree = &draft.tree;
         for node in (0..tree.len()).filter(|&n| chosen[n]) {
             assert!(tree.parent(node).is_none_or(|p| chosen[p]));

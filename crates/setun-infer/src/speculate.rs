@@ -44,9 +44,10 @@ pub struct Speculator<'a> {
 impl<'a> Speculator<'a> {
     /// With trees as large as pays.
     pub fn new(drafter: &'a mut dyn Drafter, clock: &'a mut Clock<'a>) -> Self {
+        let planner = Planner::default().expecting(|class| drafter.prior(class));
         Self {
             drafter,
-            size: TreeSize::Adaptive(Box::default()),
+            size: TreeSize::Adaptive(Box::new(planner)),
             clock,
             stats: DraftStats::default(),
         }
@@ -83,7 +84,7 @@ impl<'a> Speculator<'a> {
         drafted.verified = match &self.size {
             TreeSize::Fixed(_) => whole.clone(),
             TreeSize::Adaptive(planner) => {
-                let chosen = planner.choose(&whole);
+                let chosen = planner.choose(&whole, drafted.seconds);
                 whole.keep(|node| chosen[node])
             }
         };
@@ -121,6 +122,9 @@ impl Engine {
         mut on_token: impl FnMut(u32),
     ) -> Result<Generation, EngineError> {
         let mut active = self.admit(0, request)?;
+        if let TreeSize::Adaptive(planner) = &mut speculator.size {
+            planner.begin_text();
+        }
         let done = self.cycles(request, &mut active, speculator, &mut on_token);
         self.free(active.sequence)?;
         done

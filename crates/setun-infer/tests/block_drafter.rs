@@ -117,7 +117,7 @@ fn texts_are_those_of_plain_decoding() {
             assert!(speculator.stats.drafted > 0);
             accepted += speculator.stats.accepted;
         }
-        assert_eq!(engine.tables().available(), 3 * CONTEXT.div_ceil(16));
+        assert_eq!(engine.tables().available(), (3 * CONTEXT).div_ceil(16));
     }
     // Random weights guess right now and then.
     assert!(accepted > 20, "{accepted}");

@@ -349,8 +349,8 @@ impl<R: Real> BlockDrafter<R> {
         self.body.store_context(b, self.context_norm(rows), slots);
     }
 
-    /// Guesses behind `anchor`, which is at `position`: for each mask the best entries of
-    /// its logits. `cached` has a row for each of the block, and a segment for each row, so
+    /// Guesses behind `anchor`, which is at `position`: for each of the first masks the `k`
+    /// best entries of its logits. `cached` has a row for each of the block, and a segment for each row, so
     /// that it sees all of them.
     pub fn draft<B: Backend<Real = R>>(
         &self,
@@ -358,7 +358,7 @@ impl<R: Real> BlockDrafter<R> {
         target: &Qwen3<R>,
         (anchor, position): (u32, u32),
         cached: CachedRows<'_>,
-        k: usize,
+        (guesses, k): (usize, usize),
         kept: &mut Kept,
     ) {
         let call = Call::cached(cached);
@@ -370,7 +370,7 @@ impl<R: Real> BlockDrafter<R> {
         let head = target.head_parameter().weight();
         let masks = Rows {
             first: 1,
-            len: rows.len - 1,
+            len: guesses.min(rows.len - 1),
         };
         let wanted = TopK {
             k,

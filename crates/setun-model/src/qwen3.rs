@@ -11,7 +11,7 @@ use crate::rope::RopeTable;
 use setun_backend::topk::{Kept, TopK};
 use setun_backend::{
     ActBuf, Attention, AttentionBackward, Backend, Buf, CacheStore, CachedAttention, CachedSegment,
-    CrossEntropy, Distillation, DraftBlocks, NormRope, Plan, Real, RmsNorm, Segment,
+    CrossEntropy, Distillation, DraftBlocks, NormRope, Plan, Product, Real, RmsNorm, Segment,
 };
 use setun_formats::Qwen3Config;
 use setun_ternary::Numerics;
@@ -82,8 +82,8 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
-    /// Those from the first of all.
-    fn from_start(self) -> Self {
+    /// With all rows before them.
+    fn with_context(self) -> Self {
         Self {
             first: 0,
             len: self.first + self.len,
@@ -507,7 +507,7 @@ impl<R: Real> Qwen3<R> {
             let act = self.buffers.layers[l].act_qkv.rows(0, slots.len(), d);
             b.rms_norm(context, act);
             let len = slots.len();
-            self.keys_and_values(b, l, Rows { first: 0, len });
+            self.keys_and_values(b, l, Rows { first: 0, len }, None);
             self.store(b, l, slots);
         }
     }
@@ -529,10 +529,13 @@ impl<R: Real> Qwen3<R> {
         if let Keys::Draft(draft) = call.keys {
             b.rms_norm(draft.context, s.act_qkv.rows(0, rows.first, d));
         }
-        b.linear(act_qkv, weight(Q_PROJ), rows_of(s.q_pre, rows, qw));
+        let queries = Product {
+            weight: weight(Q_PROJ),
+            y: rows_of(s.q_pre, rows, qw),
+        };
+        self.keys_and_values(b, l, rows.with_context(), Some((act_qkv, queries)));
         let q = s.q.rows(rows.first, rows.len, qw);
         b.norm_rope(self.head_norm(l, false, rows), q);
-        self.keys_and_values(b, l, rows.from_start());
         self.attend(b, l, call);
         let act_o = act_rows(s.act_o, rows, qw);
         b.round_activation(rows_of(s.attn, rows, qw), qw, act_o);
@@ -541,16 +544,39 @@ impl<R: Real> Qwen3<R> {
         b.add(rows_of(self.residual(l), rows, d), x_mid);
     }
 
-    /// Keys, behind norm and RoPE, and values of a layer's normed input.
-    fn keys_and_values<B: Backend<Real = R>>(&self, b: &mut B, l: usize, rows: Rows) {
+    /// Keys, behind norm and RoPE, and values of a layer's normed input; and `queries`
+    /// before norm and RoPE, which are of the same input or of its last rows.
+    fn keys_and_values<B: Backend<Real = R>>(
+        &self,
+        b: &mut B,
+        l: usize,
+        rows: Rows,
+        queries: Option<(ActBuf<R>, Product<R>)>,
+    ) {
         let c = &self.spec.config;
         let s = &self.buffers.layers[l];
         let weight = |which| self.layer_parameter(l, which).weight();
         let kw = c.num_key_value_heads * c.head_dim;
         let act_qkv = act_rows(s.act_qkv, rows, c.hidden_size);
-        b.linear(act_qkv, weight(K_PROJ), rows_of(s.k_pre, rows, kw));
         let v_pre = rows_of(self.buffers.v_pre, rows, kw);
-        b.linear(act_qkv, weight(V_PROJ), v_pre);
+        let keys = Product {
+            weight: weight(K_PROJ),
+            y: rows_of(s.k_pre, rows, kw),
+        };
+        let values = Product {
+            weight: weight(V_PROJ),
+            y: v_pre,
+        };
+        match queries {
+            Some((_, queries)) if queries.y.len() == rows.len * queries.weight.out => {
+                b.linears(act_qkv, &[queries, keys, values]);
+            }
+            Some((act, queries)) => {
+                b.linear(act, queries.weight, queries.y);
+                b.linears(act_qkv, &[keys, values]);
+            }
+            None => b.linears(act_qkv, &[keys, values]),
+        }
         b.norm_rope(
             self.head_norm(l, true, rows),
             s.k.rows(rows.first, rows.len, kw),
@@ -567,8 +593,11 @@ impl<R: Real> Qwen3<R> {
         let act_mlp = act_rows(s.act_mlp, rows, d);
         b.rms_norm(self.layer_norm(l, true, rows), act_mlp);
         let (gate, up) = (rows_of(s.gate, rows, f), rows_of(s.up, rows, f));
-        b.linear(act_mlp, weight(GATE_PROJ), gate);
-        b.linear(act_mlp, weight(UP_PROJ), up);
+        let products = [(GATE_PROJ, gate), (UP_PROJ, up)].map(|(which, y)| Product {
+            weight: weight(which),
+            y,
+        });
+        b.linears(act_mlp, &products);
         let act_down = act_rows(s.act_down, rows, f);
         b.swiglu(gate, up, f, act_down);
         let next = rows_of(self.residual(l + 1), rows, d);
@@ -692,7 +721,7 @@ impl<R: Real> Qwen3<R> {
         let p = |which| self.layer_parameter(l, which);
         let (dx, dnorm) = (rows_of(g.dx, rows, d), rows_of(g.dnorm, rows, d));
         let (dattn, dq) = (rows_of(g.dattn, rows, qw), rows_of(g.dq, rows, qw));
-        let keys = rows.from_start();
+        let keys = rows.with_context();
         let (dk, dv) = (rows_of(g.dk, keys, kw), rows_of(g.dv, keys, kw));
         weight_gradient(b, p(O_PROJ), dx, act_rows(s.act_o, rows, qw));
         b.linear_dx(dx, p(O_PROJ).weight(), dattn, self.exact(), false);

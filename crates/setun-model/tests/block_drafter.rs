@@ -230,7 +230,7 @@ fn decoded(at: usize) -> Vec<Vec<f64>> {
     let mut kept = Kept::default();
     let anchor = (TEXT[at], at as u32);
     pair.drafter
-        .draft(b, &pair.target, anchor, cached, 11, &mut kept);
+        .draft(b, &pair.target, anchor, cached, (BLOCK, 11), &mut kept);
     let each = kept.candidates.iter().zip(&kept.totals);
     let rows = each.map(|(candidates, total)| {
         let mut row = vec![f64::NAN; 11];

@@ -238,6 +238,11 @@ impl<'s> InputRows<'s> {
         inputs
     }
 
+    /// Sizes of the matrix for which the rows were laid out.
+    pub(crate) fn shape(&self) -> PackedShape {
+        self.shape
+    }
+
     fn pack_row(&mut self, isa: Isa, x: Int8Rows<'_>, from: usize, r: usize) {
         let (width, group_size) = (self.shape.width, self.shape.group_size);
         let (groups, words) = (self.shape.groups(), self.shape.words());
@@ -253,23 +258,24 @@ impl<'s> InputRows<'s> {
         }
     }
 
-    /// All rows times one panel, into `scratch.y`.
-    pub(crate) fn panel(&self, isa: Isa, weights: &[u8], panel: usize, scratch: &mut PanelScratch) {
-        let bytes = self.shape.panel_bytes();
+    /// All rows times one panel of a matrix whose inner sizes are those of the rows, into
+    /// `scratch.y`.
+    pub(crate) fn panel(
+        &self,
+        isa: Isa,
+        shape: PackedShape,
+        weights: &[u8],
+        panel: usize,
+        scratch: &mut PanelScratch,
+    ) {
+        let bytes = shape.panel_bytes();
         let panel = &weights[panel * bytes..(panel + 1) * bytes];
         let inputs = PackedInputs {
             q: self.q,
             sums: self.sums,
             scales: self.scales,
         };
-        multiply(
-            isa,
-            self.shape,
-            panel,
-            (self.rows, self.block),
-            inputs,
-            scratch,
-        );
+        multiply(isa, shape, panel, (self.rows, self.block), inputs, scratch);
     }
 }
 
@@ -300,46 +306,90 @@ struct Columns<R> {
 // SAFETY: tasks write disjoint columns only.
 unsafe impl<R: Send> Sync for Columns<R> {}
 
-/// `y[r, n] = x[r] * w[n]` for any number of rows, the same bits for each as
+/// One of the matrices that the same inputs are multiplied with.
+pub struct PackedPart<'a, R> {
+    /// Its sizes; width and groups are those of the other parts.
+    pub shape: PackedShape,
+    /// Its [`PackedShape::bytes`].
+    pub weights: &'a [u8],
+    /// The results `[rows, out]`.
+    pub y: &'a mut [R],
+}
+
+/// A part with its results as columns that tasks share.
+struct Part<'a, R> {
+    shape: PackedShape,
+    weights: &'a [u8],
+    y: Columns<R>,
+}
+
+impl<R: Real> Part<'_, R> {
+    /// Multiplies one panel with all rows, the first of which is row `first` of the results.
+    fn panel(&self, isa: Isa, inputs: &InputRows<'_>, first: usize, panel: usize) {
+        SCRATCH.with_borrow_mut(|scratch| {
+            inputs.panel(isa, self.shape, self.weights, panel, scratch);
+            let n = PANEL.min(self.shape.out - panel * PANEL);
+            for (row, values) in scratch.y.iter().enumerate().take(inputs.rows) {
+                let at = (first + row) * self.shape.out + panel * PANEL;
+                assert!(at + n <= self.y.len);
+                // SAFETY: inside `y` by the assertion; a panel's columns belong to one task.
+                let y = unsafe { std::slice::from_raw_parts_mut(self.y.start.add(at), n) };
+                for (y, &v) in y.iter_mut().zip(values) {
+                    *y = R::from_f32(v);
+                }
+            }
+        });
+    }
+}
+
+/// `y[r, n] = x[r] * w[n]` of every part, for any number of rows: the same bits for each as
 /// [`int8_linear`](crate::cpu::int8::int8_linear) gives. `scratch` has [`scratch_len`] bytes.
+///
+/// # Panics
+/// If parts differ in their inner sizes or their rows, or a length is not that of its shape.
 pub fn packed_linear<R: Real>(
     pool: &Pool,
     isa: Isa,
-    shape: PackedShape,
     x: Int8Rows<'_>,
-    w: &[u8],
-    y: &mut [R],
+    parts: &mut [PackedPart<'_, R>],
     scratch: &mut [u8],
 ) {
-    let rows = y.len() / shape.out;
-    assert_eq!(y.len(), rows * shape.out);
-    assert_eq!(w.len(), shape.bytes());
-    let out = Columns {
-        start: y.as_mut_ptr(),
-        len: y.len(),
-    };
-    let out = &out;
+    let Some(first) = parts.first() else { return };
+    let (shape, rows) = (first.shape, first.y.len() / first.shape.out);
+    let parts: Vec<Part<'_, R>> = parts
+        .iter_mut()
+        .map(|part| {
+            let inner = |s: PackedShape| (s.width, s.group_size);
+            assert_eq!(inner(part.shape), inner(shape), "parts share their inputs");
+            assert_eq!(part.y.len(), rows * part.shape.out);
+            assert_eq!(part.weights.len(), part.shape.bytes());
+            Part {
+                shape: part.shape,
+                weights: part.weights,
+                y: Columns {
+                    start: part.y.as_mut_ptr(),
+                    len: part.y.len(),
+                },
+            }
+        })
+        .collect();
+    let panels: usize = parts.iter().map(|part| part.shape.panels()).sum();
     // Some tasks for each thread, so that a slow one does not hold up the others.
-    let step = shape.panels().div_ceil(4 * pool.threads());
+    let step = panels.div_ceil(4 * pool.threads());
     for first in (0..rows).step_by(MAX_ROWS) {
-        let part = (first, MAX_ROWS.min(rows - first));
-        let inputs = InputRows::pack(isa, shape, part, x, scratch);
-        pool.run(shape.panels().div_ceil(step), &|task, _| {
-            SCRATCH.with_borrow_mut(|scratch| {
-                for panel in task * step..shape.panels().min((task + 1) * step) {
-                    inputs.panel(isa, w, panel, scratch);
-                    let n = PANEL.min(shape.out - panel * PANEL);
-                    for (row, values) in scratch.y.iter().enumerate().take(inputs.rows) {
-                        let at = (first + row) * shape.out + panel * PANEL;
-                        assert!(at + n <= out.len);
-                        // SAFETY: inside `y` by the assertion; a panel's columns belong to one task.
-                        let y = unsafe { std::slice::from_raw_parts_mut(out.start.add(at), n) };
-                        for (y, &v) in y.iter_mut().zip(values) {
-                            *y = R::from_f32(v);
-                        }
-                    }
+        let chunk = (first, MAX_ROWS.min(rows - first));
+        let inputs = InputRows::pack(isa, shape, chunk, x, scratch);
+        let (parts, inputs) = (&parts, &inputs);
+        pool.run(panels.div_ceil(step), &|task, _| {
+            let mut skipped = 0;
+            let run = task * step..panels.min((task + 1) * step);
+            for part in parts {
+                let end = skipped + part.shape.panels();
+                for panel in run.start.max(skipped)..run.end.min(end) {
+                    part.panel(isa, inputs, first, panel - skipped);
                 }
-            });
+                skipped = end;
+            }
         });
     }
 }
@@ -501,15 +551,12 @@ mod tests {
                         q: &self.q,
                         scales: &self.scales,
                     };
-                    packed_linear(
-                        &pool,
-                        isa,
-                        self.shape,
-                        x,
-                        &self.packed,
-                        &mut y,
-                        &mut scratch,
-                    );
+                    let mut part = [PackedPart {
+                        shape: self.shape,
+                        weights: &self.packed,
+                        y: &mut y,
+                    }];
+                    packed_linear(&pool, isa, x, &mut part, &mut scratch);
                     let bits: Vec<u32> = y.iter().map(|y| y.to_bits()).collect();
                     assert!(
                         bits == self.expected,
@@ -539,6 +586,38 @@ mod tests {
     }
 
     #[test]
+    fn parts_are_products_of_their_own() {
+        for rows in [1, 3, 6, 66] {
+            let cases = [40, 7, 64, 100].map(|out| Case::new(out, 160, 64, rows));
+            for (isa, threads) in Isa::available().into_iter().flat_map(|i| [(i, 1), (i, 2)]) {
+                let mut results = cases.each_ref().map(|c| vec![0.0f32; rows * c.shape.out]);
+                let parts = cases.iter().zip(&mut results).map(|(case, y)| PackedPart {
+                    shape: case.shape,
+                    weights: &case.packed,
+                    y,
+                });
+                let x = Int8Rows {
+                    q: &cases[0].q,
+                    scales: &cases[0].scales,
+                };
+                let mut scratch = vec![0; scratch_len(160, 64)];
+                let mut parts: Vec<_> = parts.collect();
+                packed_linear(&Pool::new(threads), isa, x, &mut parts, &mut scratch);
+                for (case, y) in cases.iter().zip(&results) {
+                    let mut alone = vec![0.0f32; y.len()];
+                    let mut part = [PackedPart {
+                        shape: case.shape,
+                        weights: &case.packed,
+                        y: &mut alone,
+                    }];
+                    packed_linear(&Pool::new(1), Isa::Reference, x, &mut part, &mut scratch);
+                    assert_eq!(*y, alone, "{isa:?}, {threads} threads, {rows} rows");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn the_largest_sums_do_not_overflow() {
         for group_size in [128, 256, 1024] {
             let shape = PackedShape {
@@ -557,7 +636,12 @@ mod tests {
                 for isa in Isa::available() {
                     let mut y = vec![0.0f32; 4 * 32];
                     let mut scratch = vec![0; scratch_len(1024, group_size)];
-                    packed_linear(&Pool::new(1), isa, shape, x, &packed, &mut y, &mut scratch);
+                    let mut part = [PackedPart {
+                        shape,
+                        weights: &packed,
+                        y: &mut y,
+                    }];
+                    packed_linear(&Pool::new(1), isa, x, &mut part, &mut scratch);
                     assert!(y.iter().all(|&y| y == 1024.0 * f32::from(sign)));
                 }
             }

@@ -6,10 +6,10 @@ use crate::cpu::RowsMut;
 use crate::cpu::gemm::{Gemm, gemm};
 use crate::cpu::int8::{Int8Rows, Int8Shape, TernaryRows, int8_linear};
 use crate::cpu::operand::{Operand, Values};
-use crate::cpu::packed::{InputRows, MAX_ROWS, pack_panels, packed_linear};
+use crate::cpu::packed::{InputRows, MAX_ROWS, PackedPart, pack_panels, packed_linear};
 use crate::kernels::product::Order;
 use crate::memory::{Buf, Lease};
-use crate::ops::{ActBuf, PackedBuf, WeightBuf, WeightData};
+use crate::ops::{ActBuf, PackedBuf, Product, WeightBuf, WeightData};
 use crate::real::Real;
 use crate::topk::{Kept, Source, TopK, run};
 use setun_ternary::PackedMatrix;
@@ -145,7 +145,53 @@ impl<R: Real> Host<R> {
         let scratch = lease.write(self.workspace.int8);
         let x = Int8Rows { q, scales };
         let shape = packed_shape(out, inp, group_size);
-        packed_linear(&self.pool, self.isa, shape, x, bytes, y, scratch);
+        let mut part = [PackedPart {
+            shape,
+            weights: bytes,
+            y,
+        }];
+        packed_linear(&self.pool, self.isa, x, &mut part, scratch);
+    }
+
+    /// Packed matrices in one go, others one after the other.
+    pub(super) fn linears_op(&mut self, x: ActBuf<R>, products: &[Product<R>]) {
+        let packed = |p: &Product<R>| match p.weight.data {
+            WeightData::Packed(packed) => Some(packed),
+            WeightData::Dense(_) | WeightData::Ternary(_) => None,
+        };
+        let matrices: Vec<PackedBuf> = products.iter().filter_map(packed).collect();
+        let ActBuf::Int8 {
+            q,
+            scales,
+            group_size,
+        } = x
+        else {
+            return self.linear_one_by_one(x, products);
+        };
+        if matrices.len() < products.len() || matrices.iter().any(|m| m.group_size != group_size) {
+            return self.linear_one_by_one(x, products);
+        }
+        let mut lease = self.arena.lease();
+        let x = Int8Rows {
+            q: lease.read(q),
+            scales: lease.read(scales),
+        };
+        let parts = products.iter().zip(&matrices);
+        let mut parts: Vec<PackedPart<'_, R>> = parts
+            .map(|(product, matrix)| PackedPart {
+                shape: packed_shape(product.weight.out, product.weight.inp, group_size),
+                weights: lease.read(matrix.bytes),
+                y: lease.write(product.y),
+            })
+            .collect();
+        let scratch = lease.write(self.workspace.int8);
+        packed_linear(&self.pool, self.isa, x, &mut parts, scratch);
+    }
+
+    fn linear_one_by_one(&mut self, x: ActBuf<R>, products: &[Product<R>]) {
+        for product in products {
+            self.linear_op(x, product.weight, product.y);
+        }
     }
 
     pub(super) fn linear_topk_op(

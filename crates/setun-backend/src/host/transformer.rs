@@ -280,6 +280,10 @@ impl<R: Real> Backend for Host<R> {
         self.linear_op(x, w, y);
     }
 
+    fn linears(&mut self, x: ActBuf<R>, products: &[Product<R>]) {
+        self.linears_op(x, products);
+    }
+
     fn linear_topk(
         &mut self,
         x: ActBuf<R>,

@@ -1,6 +1,6 @@
 //! Guessing with a block drafter on the target's own engine.
 
-use super::{Budget, Draft, Drafter, Target, class_of};
+use super::{Budget, Draft, Drafter, Target, class_of, middle_of};
 use crate::engine::EngineError;
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
@@ -10,6 +10,8 @@ const MAX_WIDTH: usize = 8;
 /// Classes of evidence for the first positions; deeper ones, whose text the drafter has not
 /// seen, have classes of their own.
 const SHALLOW: usize = 2;
+/// The first class of deep positions.
+const DEEP_CLASSES: usize = 16;
 
 /// The guesses of the engine's block drafter ([`Engine::guess_block`]) as a tree: the
 /// likeliest paths, taking the guesses of the positions for independent (`DDTree`,
@@ -55,6 +57,15 @@ impl PartialEq for Open {
 impl Eq for Open {}
 
 impl Drafter for BlockGuesses {
+    fn prior(&self, class: usize) -> Option<f64> {
+        let shallow = middle_of(class % DEEP_CLASSES)?;
+        Some(if class < DEEP_CLASSES {
+            shallow
+        } else {
+            0.8 * shallow
+        })
+    }
+
     fn draft(
         &mut self,
         target: Target<'_>,
@@ -64,12 +75,9 @@ impl Drafter for BlockGuesses {
         let Some((&anchor, _)) = context.split_last() else {
             return Ok(Draft::default());
         };
-        let engine = target.engine;
-        let held = engine.len(target.sequence)?;
-        let room = (engine.context() - held).saturating_sub(1);
         let width = budget.width.clamp(1, MAX_WIDTH);
-        // The whole block, whatever the depth: its rows see each other.
-        let guesses = engine.guess_block(target.sequence, anchor, room, width)?;
+        let (engine, sequence) = (target.engine, target.sequence);
+        let guesses = engine.guess_block(sequence, anchor, budget.depth, width)?;
         Ok(likeliest_paths(&guesses, budget))
     }
 }
@@ -101,7 +109,7 @@ fn likeliest_paths(guesses: &[Vec<(u32, f64)>], budget: Budget) -> Draft {
             break;
         };
         let (position, rank) = next.place;
-        let deep = u8::from(position >= SHALLOW) * 16;
+        let deep = u8::from(position >= SHALLOW) * DEEP_CLASSES as u8;
         draft
             .evidence
             .push(deep + class_of(libm::exp(log_probability)));

@@ -1,6 +1,6 @@
 //! Guessing with a smaller model.
 
-use super::{Budget, Draft, Drafter, Target, class_of};
+use super::{Budget, Draft, Drafter, Target, class_of, middle_of};
 use crate::engine::{Chunk, Engine, EngineError, Wanted};
 use crate::kv::Sequence;
 use setun_model::ModelSpec;
@@ -52,6 +52,10 @@ impl ModelDrafter {
 }
 
 impl Drafter for ModelDrafter {
+    fn prior(&self, class: usize) -> Option<f64> {
+        middle_of(class)
+    }
+
     fn draft(
         &mut self,
         _: Target<'_>,

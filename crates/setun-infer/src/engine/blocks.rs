@@ -60,7 +60,8 @@ impl Engine {
     /// Guesses of the block drafter behind `anchor`, the token behind those of `sequence`:
     /// for each of `num_guesses` positions, at most one less than a block has rows, the `k`
     /// best tokens with their log-probabilities, best first. Nothing without a drafter or
-    /// without room in the cache.
+    /// without room for a block in the cache. The guesses do not depend on their number: a
+    /// block is always computed whole, since its rows see each other.
     ///
     /// # Errors
     /// A sequence that is not in the cache, a token outside of the vocabulary.
@@ -76,9 +77,10 @@ impl Engine {
             let token = anchor;
             return Err(EngineError::BadToken { token, vocab_size });
         }
-        let n = (num_guesses + 1).min(self.block_size().unwrap_or(0));
+        let n = self.block_size().unwrap_or(0);
+        let guesses = num_guesses.min(n.saturating_sub(1));
         self.batch.moves.clear();
-        if n < 2
+        if guesses == 0
             || self
                 .tables
                 .reserve(sequence, n, &mut self.batch.moves)
@@ -109,8 +111,9 @@ impl Engine {
             return Ok(Vec::new());
         };
         let anchor = (anchor, past as u32);
+        let wanted = (guesses, k.max(1));
         let (b, kept) = (&mut self.backend, &mut self.kept);
-        drafter.draft(b, &self.model, anchor, cached, k.max(1), kept);
+        drafter.draft(b, &self.model, anchor, cached, wanted, kept);
         // The guesses take no part in the text: their slots are free again.
         self.tables.truncate(sequence, past)?;
         let each = self.kept.candidates.iter().zip(&self.kept.totals);

@@ -370,6 +370,13 @@ train: RECIPE.toml --init --resume --drafter-for --dry-run --profile
   --distill.weight
   --distill.teacher
   --distill.temperature
+  --drafter.num_hidden_layers
+  --drafter.block_size
+  --drafter.num_target_layers
+  --drafter.anchors
+  --drafter.windows
+  --drafter.valid_windows
+  --drafter.prompt_tokens
   --eval.every
   --eval.batch_size
   --checkpoint.every

@@ -11,13 +11,16 @@ use setun_io::{OpenDrafter, OpenModel, find_drafter};
 use std::error::Error;
 use std::path::Path;
 
+/// The target's engine with what drafts for it.
+type Drafted = (Engine, Option<Box<dyn Drafter>>);
+
 /// The target's engine, and the drafter that was asked for.
 pub(super) fn engine_and_drafter(
     drafting: &Drafting,
     target: &OpenModel,
     tokenizer: &Tokenizer,
     options: EngineOptions,
-) -> Result<(Engine, Option<Box<dyn Drafter>>), Box<dyn Error>> {
+) -> Result<Drafted, Box<dyn Error>> {
     let plain = || Engine::load(target, options);
     let path = match drafting {
         Drafting::None => return Ok((plain()?, None)),
