@@ -137,6 +137,7 @@ impl Engine {
         speculator: &mut Speculator<'_>,
         on_token: &mut dyn FnMut(u32),
     ) -> Result<Generation, EngineError> {
+        let mut sampler = None;
         loop {
             if let Some(generation) = self.end_of(request, active) {
                 return Ok(generation);
@@ -149,7 +150,7 @@ impl Engine {
             };
             let drafted = speculator.draft(target, &active.history, room)?;
             let start = speculator.time();
-            let said = self.verify(request, active, &drafted.verified)?;
+            let said = self.verify(request, active, &drafted.verified, &mut sampler)?;
             let (mut walk, chosen) = said.walk(request, active, &drafted.verified);
             let emitted = self.emit(request, active, &drafted.verified.tree, &walk, on_token)?;
             let step_seconds = speculator.time() - start;
@@ -209,6 +210,7 @@ impl Engine {
         request: &Request,
         active: &Active,
         draft: &Draft,
+        sampler: &mut Option<Sampler>,
     ) -> Result<Said, EngineError> {
         let tree = &draft.tree;
         let mut tokens = active.history[active.history.len() - 1..].to_vec();
@@ -242,16 +244,24 @@ impl Engine {
                     false => Shaped::new(shaping(options), &active.history),
                 };
                 self.step_topk(&[chunk], k, &[shaped], &mut |_, row, best, total| {
-                    let left = kept::distribution(options, best, total);
-                    rows.add(row, left);
+                    rows.add(row, |uniform| match uniform {
+                        None => kept::distribution(options, best, total).map(Choice::Left),
+                        Some(u) => kept::choose(options, best, total, u).map(Choice::Token),
+                    });
                 })?;
             }
             None => {
                 let vocab_size = self.spec().config.vocab_size;
-                let mut sampler = Sampler::new(*options, vocab_size)?;
+                let sampler = match sampler {
+                    Some(sampler) => sampler,
+                    None => sampler.insert(Sampler::new(*options, vocab_size)?),
+                };
                 self.step(&[chunk], &mut |_, row, logits| {
-                    let left = sampler.distribution(logits, &rows.history_of(row));
-                    rows.add(row, left);
+                    let history = rows.history_of(row);
+                    rows.add(row, |uniform| match uniform {
+                        None => sampler.distribution(logits, &history).map(Choice::Left),
+                        Some(u) => sampler.sample(logits, &history, u).map(Choice::Token),
+                    });
                 })?;
             }
         }
@@ -314,6 +324,12 @@ impl Said {
     }
 }
 
+/// What the target says in one row.
+enum Choice {
+    Token(u32),
+    Left(Distribution),
+}
+
 /// Collects what the target says, row by row.
 struct Rows<'a> {
     request: &'a Request,
@@ -330,22 +346,27 @@ impl Rows<'_> {
         [self.history, &path.unwrap_or_default()].concat()
     }
 
-    fn add(&mut self, row: usize, left: Result<Distribution, SamplerError>) {
-        let left = match left {
-            Ok(left) => left,
-            Err(error) => {
-                self.failed.get_or_insert(error);
-                return;
-            }
-        };
-        match &mut self.said {
-            Said::Left(all) => all.push(left),
-            Said::Chosen(chosen) => {
+    /// Adds what `say` makes of a row: a token, if it is given the random number of the
+    /// row's position, else what is left to draw from.
+    fn add(&mut self, row: usize, say: impl FnOnce(Option<f64>) -> Result<Choice, SamplerError>) {
+        let uniform = match self.said {
+            Said::Left(_) => None,
+            Said::Chosen(_) => {
                 let (seed, number) = self.request.seed;
                 let depth = row.checked_sub(1).map_or(0, |node| self.tree.depth(node));
-                let position = (self.history.len() + depth) as u64;
-                let picked = left.pick(uniform_at(seed, number, position));
-                chosen.extend(picked.or(left.best()));
+                Some(uniform_at(
+                    seed,
+                    number,
+                    (self.history.len() + depth) as u64,
+                ))
+            }
+        };
+        match (&mut self.said, say(uniform)) {
+            (Said::Left(all), Ok(Choice::Left(left))) => all.push(left),
+            (Said::Chosen(all), Ok(Choice::Token(token))) => all.push(token),
+            (_, Ok(_)) => unreachable!("rows say what they are asked for"),
+            (_, Err(error)) => {
+                self.failed.get_or_insert(error);
             }
         }
     }

@@ -17,7 +17,7 @@ use crate::flags;
 
 mod bench;
 
-pub use bench::{BenchArgs, Benchmark, Decoding, DecodingArgs, Shape};
+pub use bench::{BenchArgs, Benchmark, Decoding, DecodingArgs, Shape, SpeculateArgs};
 
 /// A command with its arguments.
 #[derive(Clone, Debug, PartialEq)]

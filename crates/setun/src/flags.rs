@@ -174,12 +174,7 @@ fn generate() -> Command {
                 "0.6",
             ),
             kv_flag(),
-            Arg::new("draft")
-                .long("draft")
-                .value_name("ngram|MODEL|none")
-                .value_parser(|text: &str| Ok::<_, Infallible>(Drafting::parse(text)))
-                .default_value("none")
-                .help("Guess ahead from the text so far, or with a smaller model; same text, sooner"),
+            draft_flag().default_value("none"),
             checkpoint_flag(),
             number("max-tokens", "N", "Most tokens to generate", "100"),
         ])
@@ -417,6 +412,17 @@ fn document_flags() -> [Arg; 3] {
                 defaults.min_document_chars
             )),
     ]
+}
+
+fn draft_flag() -> Arg {
+    Arg::new("draft")
+        .long("draft")
+        .value_name("ngram|PATH|none")
+        .value_parser(|text: &str| Ok::<_, Infallible>(Drafting::parse(text)))
+        .help(
+            "Guess ahead from the text so far, with a block drafter (MODEL/drafter), or with a \
+             smaller model; the same text, sooner",
+        )
 }
 
 fn model_flag() -> Arg {

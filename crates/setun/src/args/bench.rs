@@ -1,6 +1,6 @@
 //! Arguments of `setun bench`.
 
-use super::{optional, value};
+use super::{Drafting, optional, value};
 use clap::ArgMatches;
 use setun_backend::CacheKind;
 use std::path::PathBuf;
@@ -57,8 +57,23 @@ pub enum Benchmark {
         /// Whether to print the time of each operation.
         profile: bool,
     },
+    /// Drafts against none.
+    Speculate(SpeculateArgs),
     /// Generating text, and what it needs.
     Decoding(DecodingArgs),
+}
+
+/// Arguments of `setun bench speculate`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SpeculateArgs {
+    /// The target.
+    pub model: PathBuf,
+    /// Where drafts come from.
+    pub draft: Drafting,
+    /// Text whose passages are continued.
+    pub text: PathBuf,
+    /// Tokens of a text.
+    pub tokens: usize,
 }
 
 /// Arguments of the benchmarks of decoding.
@@ -173,6 +188,12 @@ pub(super) fn bench(matches: &ArgMatches) -> Option<BenchArgs> {
             seq_len: optional(matches, "seq-len"),
             profile: matches.get_flag("profile"),
         },
+        "speculate" => Benchmark::Speculate(SpeculateArgs {
+            model: value(matches, "model"),
+            draft: value(matches, "draft"),
+            text: value(matches, "text"),
+            tokens: value(matches, "tokens"),
+        }),
         name => Benchmark::Decoding(DecodingArgs {
             what: Decoding::ALL.into_iter().find(|what| what.name() == name)?,
             model: optional(matches, "model"),

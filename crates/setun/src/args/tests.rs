@@ -411,6 +411,7 @@ bench matmul: --threads --repeat --json --shape
 bench attention: --threads --repeat --json --seq --head-dim --heads
 bench layer-norm: --threads --repeat --json --rows --width
 bench train: --threads --repeat --json --shape --batch-size --seq-len --profile
+bench speculate: --threads --repeat --json --model --draft --text --tokens
 bench decode: --threads --repeat --json --model --tokens --batch --k --kv
 bench prefill: --threads --repeat --json --model --tokens --batch --k --kv
 bench verify-width: --threads --repeat --json --model --tokens --batch --k --kv

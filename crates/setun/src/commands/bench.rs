@@ -5,6 +5,7 @@ mod decode;
 mod machine;
 mod matmul;
 mod norm;
+mod speculate;
 mod train;
 
 use crate::args::{BenchArgs, Benchmark, Decoding};
@@ -201,6 +202,7 @@ fn run(bench: &Bench, benchmark: &Benchmark) -> Result<Vec<Figure>, Box<dyn Erro
             seq_len,
             profile,
         } => train::run(bench, *shape, (*batch_size, *seq_len), *profile)?,
+        Benchmark::Speculate(args) => speculate::run(bench, args)?,
         Benchmark::Decoding(args) => decode::run(bench, args)?,
     })
 }

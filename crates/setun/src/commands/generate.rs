@@ -16,7 +16,7 @@ use std::error::Error;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-mod drafts;
+pub(super) mod drafts;
 
 /// Most sequences that are decoded together.
 const MAX_SEQUENCES: usize = 64;

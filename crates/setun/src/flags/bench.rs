@@ -1,6 +1,6 @@
 //! `setun bench`.
 
-use super::{json_flag, kv_flag, length, number, path_flag, threads_flag};
+use super::{draft_flag, json_flag, kv_flag, length, model_flag, number, path_flag, threads_flag};
 use crate::args::{Decoding, Shape};
 use clap::{Arg, Command};
 
@@ -13,7 +13,8 @@ Examples:
   setun bench matmul --shape path-b --threads 1
   setun bench attention --seq 4096 --head-dim 128
   setun bench train --shape path-b --json
-  setun bench decode --model runs/quickstart --threads 2";
+  setun bench decode --model runs/quickstart --threads 2
+  setun bench speculate --model runs/path-b --draft ngram --text held-out.txt --repeat 9";
 
 pub(super) fn bench() -> Command {
     Command::new("bench")
@@ -46,7 +47,20 @@ pub(super) fn bench() -> Command {
                 super::switch("profile").help("Also print the time of each operation"),
             ]),
         ])
+        .subcommand(speculate())
         .subcommands(Decoding::ALL.map(decoding))
+}
+
+fn speculate() -> Command {
+    let about = "Decoding with drafts against decoding without, in turns";
+    benchmark("speculate", about).args([
+        model_flag(),
+        draft_flag().required(true),
+        path_flag("text", "FILE")
+            .required(true)
+            .help("Text that the model has not seen; its passages are continued"),
+        length("tokens", "Tokens of a text").default_value("300"),
+    ])
 }
 
 fn decoding(what: Decoding) -> Command {

@@ -15,7 +15,7 @@ use std::path::Path;
 type Drafted = (Engine, Option<Box<dyn Drafter>>);
 
 /// The target's engine, and the drafter that was asked for.
-pub(super) fn engine_and_drafter(
+pub(in crate::commands) fn engine_and_drafter(
     drafting: &Drafting,
     target: &OpenModel,
     tokenizer: &Tokenizer,
