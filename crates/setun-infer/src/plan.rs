@@ -177,18 +177,16 @@ struct Waiting {
     tokens: Vec<u32>,
 }
 
-impl Waiting {
-    /// Whether the text has left the draft, or come to the end of it.
-    fn is_decided(&self) -> bool {
-        let mut at = None;
-        for &token in &self.tokens {
-            match self.draft.tree.child(at, token) {
-                Some(node) => at = Some(node),
-                None => return true,
-            }
+/// Whether a text that goes on with `tokens` has left the draft, or come to the end of it.
+fn is_decided(draft: &Draft, tokens: &[u32]) -> bool {
+    let mut at = None;
+    for &token in tokens {
+        match draft.tree.child(at, token) {
+            Some(node) => at = Some(node),
+            None => return true,
         }
-        self.draft.tree.children(at).next().is_none()
     }
+    draft.tree.children(at).next().is_none()
 }
 
 /// A cycle that is over.
@@ -368,21 +366,21 @@ impl Planner {
     /// whole, plain steps say the rest, so that one that did not seem to pay is found out
     /// by the next tokens and not by the next drafts.
     fn learn(&mut self, cycle: Cycle<'_>) {
-        for waiting in &mut self.waiting {
+        for mut waiting in std::mem::take(&mut self.waiting) {
             waiting.tokens.extend_from_slice(cycle.tokens);
+            match is_decided(&waiting.draft, &waiting.tokens) {
+                true => self.compare(&waiting.draft, &waiting.tokens),
+                false => self.waiting.push(waiting),
+            }
         }
-        if let Some(draft) = cycle.draft.filter(|_| self.waiting.len() < MOST_WAITING) {
+        let Some(draft) = cycle.draft else { return };
+        if is_decided(draft, cycle.tokens) {
+            self.compare(draft, cycle.tokens);
+        } else if self.waiting.len() < MOST_WAITING {
             self.waiting.push(Waiting {
                 draft: draft.clone(),
                 tokens: cycle.tokens.to_vec(),
             });
-        }
-        let waiting = std::mem::take(&mut self.waiting);
-        let (decided, waiting) = waiting.into_iter().partition(Waiting::is_decided);
-        self.waiting = waiting;
-        let decided: Vec<Waiting> = decided;
-        for Waiting { draft, tokens } in decided {
-            self.compare(&draft, &tokens);
         }
     }
 

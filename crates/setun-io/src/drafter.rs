@@ -90,7 +90,15 @@ impl OpenDrafter {
     /// Widths, rope, layers or weights that are not those of its target.
     pub fn check_target(&self, target: &OpenModel) -> Result<(), IoError> {
         let (own, other) = (&self.header.config, target.config());
-        let shape = |c: &Qwen3Config| (c.hidden_size, c.head_dim, c.rope.clone());
+        // All but what a drafter has for itself: layers, vocabulary, tokens with a meaning.
+        let widths = |c: &Qwen3Config| Qwen3Config {
+            vocab_size: 1,
+            num_hidden_layers: 1,
+            tie_word_embeddings: true,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            ..c.clone()
+        };
         let last = self.header.target_layer_ids.last();
         let refuse = |what: &str| {
             let problem = format!(
@@ -100,14 +108,17 @@ impl OpenDrafter {
             );
             Err(IoError::invalid(&self.path, problem))
         };
-        if shape(own) != shape(other) {
-            return refuse("its hidden_size, head_dim or rope is not the model's");
+        if widths(own) != widths(other) {
+            return refuse("its hidden_size, heads, rope or another width is not the model's");
         }
         if last.is_none_or(|&layer| layer >= other.num_hidden_layers) {
             return refuse("it reads layers that the model does not have");
         }
-        if target.ternary().is_none() {
+        let Some(ternary) = target.ternary() else {
             return refuse("that one is dense");
+        };
+        if ternary.group_size != self.header.ternary.group_size {
+            return refuse("its group_size is not the model's");
         }
         Ok(())
     }

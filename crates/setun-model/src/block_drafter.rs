@@ -157,19 +157,21 @@ impl<R: Real> BlockDrafter<R> {
         self.body.spec().config.hidden_size
     }
 
-    fn named(&self, name: &str) -> &Parameter<R> {
-        let found = self.body.parameters.list.iter().find(|p| p.name == name);
-        found.expect("a drafter has this parameter")
+    /// The products of the target's states and the norm behind them: the last parameters.
+    fn fc(&self, i: usize) -> &Parameter<R> {
+        let list = &self.body.parameters.list;
+        &list[list.len() - 1 - self.taps.len() + i]
     }
 
-    fn fc(&self, i: usize) -> &Parameter<R> {
-        self.named(&format!("fc.{i}.weight"))
+    fn hidden_norm(&self) -> &Parameter<R> {
+        let list = &self.body.parameters.list;
+        &list[list.len() - 1]
     }
 
     fn context_norm(&self, rows: usize) -> RmsNorm<R> {
         RmsNorm {
             x: self.states.part(0, rows * self.width()),
-            weight: self.named("hidden_norm.weight").values(),
+            weight: self.hidden_norm().values(),
             inv: self.inv_states.part(0, rows),
             width: self.width(),
             eps: self.body.spec().config.rms_norm_eps,
@@ -236,12 +238,8 @@ impl<R: Real> BlockDrafter<R> {
             len: batch.targets.len(),
         };
         assert!(batch.context <= self.context && rows.first + rows.len <= self.body.max_rows());
-        let block = (0..self.block_size as u32).map(|i| move |anchor: &u32| anchor + i);
-        let block: Vec<_> = block.collect();
-        let of_block = batch
-            .anchors
-            .iter()
-            .flat_map(|a| block.iter().map(move |at| at(a)));
+        let size = self.block_size as u32;
+        let of_block = batch.anchors.iter().flat_map(|&a| a..a + size);
         let positions: Vec<u32> = (0..batch.context as u32).chain(of_block).collect();
         b.write(
             self.body.buffers.positions.part(0, positions.len()),
@@ -256,7 +254,7 @@ impl<R: Real> BlockDrafter<R> {
             kv_start: 0,
             kv_len: rows.first + rows.len,
         }];
-        let hidden_norm = self.named("hidden_norm.weight").grad;
+        let hidden_norm = self.hidden_norm().grad;
         let dstates = self.gradients.map(|(dstates, _)| dstates);
         let dstates = dstates.map(|d| d.part(0, batch.context * self.width()));
         let call = Call {
