@@ -3,6 +3,7 @@
 mod cache;
 mod layer_norm;
 mod products;
+mod projection;
 mod scratch;
 mod transformer;
 
@@ -216,6 +217,11 @@ multiversion! {
     fn add_run[R: Real][R](x: &[R], y: &mut [R]) = elementwise::add;
 }
 multiversion! {
+    /// [`elementwise::dropout`]
+    fn dropout_run[R: Real][R](chances: elementwise::Chances<R>, first: u32, x: &mut [R])
+        = elementwise::dropout;
+}
+multiversion! {
     /// [`elementwise::embedding_backward`]
     fn embedding_backward_rows[R: Real][R](
         ids: &[u32],
@@ -233,6 +239,15 @@ multiversion! {
         gradient: Option<loss::RowGradient<R>>
     ) -> R
         = loss::cross_entropy_row;
+}
+multiversion! {
+    /// [`loss::capped_cross_entropy_row`]
+    fn capped_cross_entropy_row[R: Real][R](
+        logits: &mut [R],
+        target: usize,
+        gradient: Option<loss::RowGradient<R>>,
+        softcap: R,
+    ) -> R = loss::capped_cross_entropy_row;
 }
 multiversion! {
     /// [`loss::distill_row`]

@@ -31,7 +31,7 @@ pub use host::{Host, HostWorkspace, Limits};
 pub use memory::{Arena, Buf, Category, Extent, Lease, Plan, PlanRow, Shared};
 pub use ops::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, CrossEntropy, Distillation,
-    DraftBlocks, LayerNorm, LayerNormBackward, NormRope, PackedBuf, Product, ProjectError,
+    DraftBlocks, Dropout, LayerNorm, LayerNormBackward, NormRope, PackedBuf, Product, ProjectError,
     ProjectStats, Reader, RmsNorm, Segment, StoredBuf, TernaryBuf, WeightBuf, WeightData,
 };
 pub use real::Real;

@@ -333,6 +333,9 @@ pub struct CrossEntropy<R> {
     /// Weight of the squared log-sum-exp in that loss, which keeps logits from drifting
     /// (PaLM, Chowdhery et al., 2022); 0 for none. `losses` do not have it.
     pub z_loss: f64,
+    /// Bound of the logits: `softcap * tanh(logit / softcap)` takes their place (Gemma 2,
+    /// 2024); 0 for none.
+    pub softcap: f64,
 }
 
 /// Cross entropy mixed with the divergence from a teacher (Hinton et al., 2015), for a
@@ -341,7 +344,7 @@ pub struct CrossEntropy<R> {
 #[derive(Clone, Copy, Debug)]
 pub struct Distillation<R> {
     /// The student's side: losses stay the cross entropy alone; the gradient is of the mix,
-    /// which has no `z_loss`.
+    /// which has neither `z_loss` nor `softcap`.
     pub student: CrossEntropy<R>,
     /// `[rows, vocab]`: the teacher's logits; left as scratch.
     pub teacher: Buf<R>,
@@ -351,6 +354,21 @@ pub struct Distillation<R> {
     pub weight: f64,
     /// `T`, positive.
     pub temperature: f64,
+}
+
+/// Dropout (Srivastava et al., 2014): each value becomes 0 with probability `share`, else
+/// grows by `1 / (1 - share)`. On a gradient the same operation is the backward pass: which
+/// values go is a function of `seed` and of their numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Dropout<R> {
+    /// The values, in place.
+    pub x: Buf<R>,
+    /// Number of the first one; the others follow, modulo 2^32.
+    pub first: u32,
+    /// Below 1; probabilities are multiples of 2^-32.
+    pub share: f64,
+    /// Of the random bits.
+    pub seed: [u32; 2],
 }
 
 /// One AdamW update (Loshchilov and Hutter, 2019), in PyTorch's order of operations.
@@ -443,6 +461,8 @@ pub trait Backend {
     fn copy(&mut self, from: Buf<Self::Real>, to: Buf<Self::Real>);
     /// `to += from`.
     fn add(&mut self, from: Buf<Self::Real>, to: Buf<Self::Real>);
+    /// Leaves values out by chance.
+    fn dropout(&mut self, op: Dropout<Self::Real>);
 
     /// Projects latent weights `[out, cols]` into `to` (DESIGN 3.1).
     fn project(

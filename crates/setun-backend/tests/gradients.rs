@@ -467,6 +467,7 @@ fn cross_entropies() -> Vec<Case> {
                 losses: stale(&mut rig, rows),
                 gradient_scale: None,
                 z_loss: 0.0,
+                softcap: 0.0,
             };
             let mut host = reference(rig);
             host.cross_entropy(op);
@@ -505,6 +506,7 @@ fn distillations() -> Vec<Case> {
                 losses: stale(&mut rig, rows),
                 gradient_scale: Some(dy[0]),
                 z_loss: 0.0,
+                softcap: 0.0,
             };
             let op = Distillation {
                 student,

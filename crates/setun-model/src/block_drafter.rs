@@ -300,6 +300,7 @@ impl<R: Real> BlockDrafter<R> {
                 losses: rows_of(self.body.buffers.losses, part, 1),
                 gradient_scale,
                 z_loss: 0.0,
+                softcap: 0.0,
             });
             if gradient_scale.is_some() {
                 let dnorm = rows_of(self.body.backward_buffers().dnorm, part, d);

@@ -9,6 +9,7 @@
 
 mod block_drafter;
 mod buffers;
+mod dropout;
 mod init;
 mod parameters;
 mod qwen3;
@@ -16,6 +17,7 @@ mod rope;
 
 pub use block_drafter::{BlockDrafter, DraftBatch, DrafterSpec};
 pub use buffers::{DecodeShape, Purpose, TrainShape};
+pub use dropout::StepDropout;
 pub use parameters::{
     Form, Parameter, ParameterUse, Parameters, ProjectFailure, Scheme, SetError, is_embedding,
     is_frozen,

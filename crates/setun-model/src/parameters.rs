@@ -276,6 +276,17 @@ impl<R: Real> Parameters<R> {
         }
     }
 
+    /// Reserves memory for `len` more values that are trained, with norms' rules: they begin
+    /// at 1 and do not decay.
+    pub fn add_vector(&mut self, plan: &mut Plan, name: String, len: usize) {
+        let purpose = ParameterUse {
+            train: true,
+            ..ParameterUse::default()
+        };
+        let shape = vec![len];
+        self.extend(plan, vec![ParameterInfo { name, shape }], purpose);
+    }
+
     /// The parameter called `name`.
     ///
     /// # Errors

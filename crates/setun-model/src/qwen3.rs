@@ -6,6 +6,7 @@
 //! [`weight`](crate::Parameter::weight) is.
 
 use crate::buffers::{Buffers, LayerBuffers, Purpose};
+use crate::dropout::{Site, StepDropout};
 use crate::parameters::{Parameter, ParameterUse, Parameters, Scheme};
 use crate::rope::RopeTable;
 use setun_backend::topk::{Kept, TopK};
@@ -49,6 +50,10 @@ pub struct Qwen3<R: Real> {
     /// Weight of the squared log-sum-exp in the loss that is learned, see [`CrossEntropy`];
     /// 0 unless set.
     pub z_loss: f64,
+    /// Bound of the logits, see [`CrossEntropy`]; 0, none, unless set. Only losses know it.
+    pub softcap: f64,
+    /// What the passes of a training step leave out; none unless set.
+    pub dropout: Option<StepDropout>,
     /// Where a drafter reads hidden states.
     pub(crate) taps: Vec<Tap<R>>,
     pub(crate) buffers: Buffers<R>,
@@ -194,6 +199,8 @@ impl<R: Real> Qwen3<R> {
             spec,
             parameters,
             z_loss: 0.0,
+            softcap: 0.0,
+            dropout: None,
             taps: Vec::new(),
             buffers,
         }
@@ -253,7 +260,9 @@ impl<R: Real> Qwen3<R> {
     fn run<B: Backend<Real = R>>(&self, b: &mut B, call: Call<'_, R>) {
         let embedding = self.parameters.list[0].weight();
         let ids = rows_of(self.buffers.ids, call.rows, 1);
-        b.embedding(ids, embedding, self.first_residual(call.rows));
+        let x = self.first_residual(call.rows);
+        b.embedding(ids, embedding, x);
+        self.drop_out(b, Site::Embedding, x);
         self.run_layers(b, call);
     }
 
@@ -294,6 +303,7 @@ impl<R: Real> Qwen3<R> {
             self.backward(b, call);
             if let Some(gradient) = self.parameters.list[0].grad {
                 let dx = self.first_gradient(call.rows);
+                self.drop_out(b, Site::Embedding, dx);
                 b.embedding_backward(rows_of(self.buffers.ids, call.rows, 1), dx, gradient);
             }
         }
@@ -541,6 +551,7 @@ impl<R: Real> Qwen3<R> {
         b.round_activation(rows_of(s.attn, rows, qw), qw, act_o);
         let x_mid = rows_of(s.x_mid, rows, d);
         b.linear(act_o, weight(O_PROJ), x_mid);
+        self.drop_out(b, Site::Attention(l), x_mid);
         b.add(rows_of(self.residual(l), rows, d), x_mid);
     }
 
@@ -602,6 +613,7 @@ impl<R: Real> Qwen3<R> {
         b.swiglu(gate, up, f, act_down);
         let next = rows_of(self.residual(l + 1), rows, d);
         b.linear(act_down, weight(DOWN_PROJ), next);
+        self.drop_out(b, Site::Mlp(l), next);
         b.add(rows_of(s.x_mid, rows, d), next);
     }
 
@@ -628,6 +640,7 @@ impl<R: Real> Qwen3<R> {
                 losses: self.buffers.losses.part(start, n),
                 gradient_scale,
                 z_loss: self.z_loss,
+                softcap: self.softcap,
             };
             match teacher {
                 None => b.cross_entropy(student),
@@ -693,8 +706,9 @@ impl<R: Real> Qwen3<R> {
         let p = |which| self.layer_parameter(l, which);
         let (dx, dnorm) = (rows_of(g.dx, rows, d), rows_of(g.dnorm, rows, d));
         let dmlp = rows_of(g.dmlp, rows, f);
-        weight_gradient(b, p(DOWN_PROJ), dx, act_rows(s.act_down, rows, f));
-        b.linear_dx(dx, p(DOWN_PROJ).weight(), dmlp, self.exact(), false);
+        let dy = self.added_gradient(b, Site::Mlp(l), rows);
+        weight_gradient(b, p(DOWN_PROJ), dy, act_rows(s.act_down, rows, f));
+        b.linear_dx(dy, p(DOWN_PROJ).weight(), dmlp, self.exact(), false);
         let (gate, up) = (rows_of(s.gate, rows, f), rows_of(s.up, rows, f));
         b.swiglu_backward(dmlp, gate, up);
         let act_mlp = act_rows(s.act_mlp, rows, d);
@@ -723,8 +737,9 @@ impl<R: Real> Qwen3<R> {
         let (dattn, dq) = (rows_of(g.dattn, rows, qw), rows_of(g.dq, rows, qw));
         let keys = rows.with_context();
         let (dk, dv) = (rows_of(g.dk, keys, kw), rows_of(g.dv, keys, kw));
-        weight_gradient(b, p(O_PROJ), dx, act_rows(s.act_o, rows, qw));
-        b.linear_dx(dx, p(O_PROJ).weight(), dattn, self.exact(), false);
+        let dy = self.added_gradient(b, Site::Attention(l), rows);
+        weight_gradient(b, p(O_PROJ), dy, act_rows(s.act_o, rows, qw));
+        b.linear_dx(dy, p(O_PROJ).weight(), dattn, self.exact(), false);
         let seen = match call.keys {
             Keys::Own(segments) => (segments, None),
             Keys::Draft(draft) => (draft.segments, Some(draft.blocks)),

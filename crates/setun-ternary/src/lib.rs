@@ -15,7 +15,10 @@ mod project;
 pub mod words;
 
 pub use packed::{PackError, PackedMatrix, pack_row, packed_row_bytes, unpack_row};
-pub use project::{MAX_SCALE, MIN_SCALE, ScaleError, project_group, reconstruct_latents};
+pub use project::{
+    MAX_SCALE, MIN_SCALE, ScaleError, group_mean, project_group, project_group_scaled,
+    reconstruct_latents,
+};
 
 use serde::{Deserialize, Serialize};
 

@@ -33,7 +33,6 @@ pub fn project_group(
     rule: ScaleRule,
     trits: &mut [i8],
 ) -> Result<f32, ScaleError> {
-    debug_assert_eq!(latents.len(), trits.len());
     let (exact, threshold) = match rule {
         ScaleRule::Mean | ScaleRule::MeanF16 => (mean_abs(latents), None),
         ScaleRule::Max => (f64::from(max_abs(latents)), None),
@@ -42,13 +41,42 @@ pub fn project_group(
             (mean_abs_above(latents, threshold), Some(threshold))
         }
     };
+    let fraction = match rule {
+        ScaleRule::MeanF16 => 10,
+        ScaleRule::Mean | ScaleRule::Max | ScaleRule::MeanNonzero => 7,
+    };
+    threshold_group(latents, (exact, fraction), threshold, trits)
+}
+
+/// As [`project_group`] with the rule [`ScaleRule::Mean`] and `factor` on the scale, a learned
+/// one: an experiment. A factor below zero gives the scale 0.
+pub fn project_group_scaled(
+    latents: &[f32],
+    factor: f32,
+    trits: &mut [i8],
+) -> Result<f32, ScaleError> {
+    let exact = mean_abs(latents) * f64::from(factor).max(0.0);
+    threshold_group(latents, (exact, 7), None, trits)
+}
+
+/// The mean of the magnitudes, whose learned factor [`project_group_scaled`] takes.
+pub fn group_mean(latents: &[f32]) -> f32 {
+    mean_abs(latents) as f32
+}
+
+/// Rounds a scale to `fraction` bits and writes the trits: of what lies above `threshold`,
+/// which is half of the rounded scale if it is not given.
+fn threshold_group(
+    latents: &[f32],
+    (exact, fraction): (f64, u32),
+    threshold: Option<f32>,
+    trits: &mut [i8],
+) -> Result<f32, ScaleError> {
+    debug_assert_eq!(latents.len(), trits.len());
     if !exact.is_finite() {
         return Err(ScaleError::NotFinite);
     }
-    let mut scale = match rule {
-        ScaleRule::MeanF16 => round_to_bits(exact, 10),
-        ScaleRule::Mean | ScaleRule::Max | ScaleRule::MeanNonzero => round_to_bits(exact, 7),
-    };
+    let mut scale = round_to_bits(exact, fraction);
     if scale > MAX_SCALE {
         return Err(ScaleError::TooLarge(scale));
     }

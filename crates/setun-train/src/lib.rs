@@ -10,6 +10,7 @@ pub mod drafter;
 pub mod evaluate;
 pub mod finish;
 pub mod guard;
+mod learned_scales;
 pub mod machine;
 pub mod metrics;
 pub mod muon;

@@ -7,8 +7,8 @@ use serde::Serialize;
 use setun_backend::topk::{Kept, TopK};
 use setun_backend::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CacheBuf, CacheStore,
-    CachedAttention, CrossEntropy, Distillation, Extent, LayerNorm, LayerNormBackward, NormRope,
-    PackedBuf, ProjectError, ProjectStats, RmsNorm, Segment, TernaryBuf, WeightBuf,
+    CachedAttention, CrossEntropy, Distillation, Dropout, Extent, LayerNorm, LayerNormBackward,
+    NormRope, PackedBuf, ProjectError, ProjectStats, RmsNorm, Segment, TernaryBuf, WeightBuf,
 };
 use setun_ternary::{PackedMatrix, ScaleRule};
 use std::fmt;
@@ -42,12 +42,13 @@ enum Op {
     CrossEntropy,
     Distill,
     Blend,
+    Dropout,
     GradientNorm,
     AdamW,
 }
 
 /// Names in the order of [`Op`].
-const NAMES: [&str; 24] = [
+const NAMES: [&str; 25] = [
     "zero gradients",
     "copy, add",
     "project",
@@ -70,6 +71,7 @@ const NAMES: [&str; 24] = [
     "cross entropy",
     "distill",
     "blend",
+    "dropout",
     "gradient norm",
     "adamw",
 ];
@@ -445,6 +447,10 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed(Op::Blend, none, |b| {
             b.blend(latent, cols, ternary, share, to)
         });
+    }
+
+    fn dropout(&mut self, op: Dropout<B::Real>) {
+        self.timed(Op::Dropout, none, |b| b.dropout(op));
     }
 
     fn sum_squares(&mut self, x: Buf<B::Real>) -> f64 {

@@ -4,6 +4,7 @@ use crate::TrainError;
 use crate::clip::Clip;
 use crate::data::{self, Batches};
 use crate::guard::{Guard, Skip};
+use crate::learned_scales::{self, LearnedScales};
 use crate::muon::MuonOptions;
 use crate::optimizer::{AdamWOptions, Optimizer};
 use crate::schedule::Schedule;
@@ -11,7 +12,9 @@ use crate::settings::{OptimizerKind, Settings, Ste, TrainSettings};
 use setun_backend::ops::IGNORE_TARGET;
 use setun_backend::{Backend, Category, HostWorkspace, Limits, Plan, ProjectStats, Segment};
 use setun_formats::Qwen3Config;
-use setun_model::{Form, ModelSpec, ParameterUse, Purpose, Qwen3, Teacher, TrainShape};
+use setun_model::{
+    Form, ModelSpec, ParameterUse, Purpose, Qwen3, StepDropout, Teacher, TrainShape,
+};
 use std::sync::mpsc::Receiver;
 
 /// Bytes of logits that exist at a time when `train.head_chunk` is automatic.
@@ -69,7 +72,12 @@ impl Layout {
             dense_embedding: !settings.model.ternary_embedding,
             freeze: &train.freeze,
         };
-        let model = Qwen3::reserve_with(&mut plan, spec, Purpose::Train(shape), parameters);
+        let mut model = Qwen3::reserve_with(&mut plan, spec, Purpose::Train(shape), parameters);
+        if settings.model.learned_scales {
+            for (name, len) in learned_scales::factors(&model.parameters) {
+                model.parameters.add_vector(&mut plan, name, len);
+            }
+        }
         let teacher = teacher.map(|spec| {
             let purpose = Purpose::Infer {
                 rows,
@@ -179,6 +187,8 @@ pub struct Trainer<B: Backend<Real = f32>> {
     options: StepOptions,
     /// Set where gradients do not pass the projection as they are.
     clip: Option<Clip>,
+    /// Set where scales are learned.
+    scales: Option<LearnedScales>,
     batch: BatchBuffers,
 }
 
@@ -193,6 +203,8 @@ struct StepOptions {
     spike_sigma: f64,
     teacher_weight: f64,
     temperature: f64,
+    dropout: f64,
+    seed: u64,
 }
 
 /// The batch on the host; reused, so that a step allocates nothing.
@@ -260,6 +272,7 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         let mut trainer = Self {
             backend,
             clip: clipped.then(|| Clip::new(&model.parameters)),
+            scales: (settings.model.learned_scales).then(|| LearnedScales::new(&model.parameters)),
             model,
             optimizer,
             teacher,
@@ -277,10 +290,13 @@ impl<B: Backend<Real = f32>> Trainer<B> {
                 spike_sigma: train.spike_sigma,
                 teacher_weight: settings.distill.weight,
                 temperature: settings.distill.temperature,
+                dropout: train.dropout,
+                seed: settings.run.seed,
             },
             batch: BatchBuffers::new(rows, max_segments),
         };
         trainer.model.z_loss = train.z_loss;
+        trainer.model.softcap = settings.model.logit_softcap;
         trainer.model.prepare(&mut trainer.backend);
         if let Some(teacher) = &trainer.teacher {
             teacher.prepare(&mut trainer.backend);
@@ -293,7 +309,11 @@ impl<B: Backend<Real = f32>> Trainer<B> {
     /// # Errors
     /// A scale that cannot be shipped.
     pub fn project(&mut self) -> Result<ProjectStats, TrainError> {
-        Ok(self.model.parameters.project(&mut self.backend)?)
+        let parameters = &self.model.parameters;
+        match &mut self.scales {
+            Some(scales) => scales.project(&mut self.backend, parameters),
+            None => Ok(parameters.project(&mut self.backend)?),
+        }
     }
 
     /// Makes the next update wait until the other end of `saver` is gone.
@@ -356,6 +376,9 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         }
         let (loss, divergence) = self.accumulate();
         self.model.parameters.set_form(Form::Ternary);
+        if let Some(scales) = &mut self.scales {
+            scales.gradients(&mut self.backend, &self.model.parameters)?;
+        }
         if let Some(clip) = &mut self.clip {
             clip.apply(&mut self.backend, &self.model.parameters);
         }
@@ -411,6 +434,12 @@ impl<B: Backend<Real = f32>> Trainer<B> {
                 &batch.targets[start..start + n],
             );
             let b = &mut self.backend;
+            self.model.dropout = (self.options.dropout > 0.0).then_some(StepDropout {
+                share: self.options.dropout,
+                seed: self.options.seed,
+                step: self.step,
+                first_row: start,
+            });
             self.model
                 .write_batch(b, inputs, &batch.positions[..n], targets);
             self.model.forward(b, n, &batch.segments);
@@ -434,6 +463,8 @@ impl<B: Backend<Real = f32>> Trainer<B> {
                 divergence += sum(&batch.losses[..n]);
             }
         }
+        // Evaluations leave nothing out.
+        self.model.dropout = None;
         (total / num_targets, divergence / num_targets)
     }
 }

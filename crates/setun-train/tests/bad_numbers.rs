@@ -5,8 +5,8 @@ mod tiny;
 
 use half::bf16;
 use setun_backend::ops::{
-    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, CrossEntropy, Distillation, LayerNorm,
-    LayerNormBackward, NormRope, RmsNorm, TernaryBuf, WeightBuf,
+    ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, CrossEntropy, Distillation, Dropout,
+    LayerNorm, LayerNormBackward, NormRope, RmsNorm, TernaryBuf, WeightBuf,
 };
 use setun_backend::ops::{ProjectError, ProjectStats};
 use setun_backend::topk::{Kept, TopK};
@@ -124,6 +124,9 @@ impl Backend for Poisoned {
     }
     fn blend(&mut self, from: Buf<f32>, cols: usize, t: TernaryBuf, share: f64, to: Buf<f32>) {
         self.host.blend(from, cols, t, share, to);
+    }
+    fn dropout(&mut self, op: Dropout<f32>) {
+        self.host.dropout(op);
     }
     // No part of Qwen3.
     fn layer_norm(&mut self, op: LayerNorm<f32>, y: ActBuf<f32>) {

@@ -42,7 +42,7 @@ fn float(value: &Value) -> f64 {
 }
 
 #[test]
-fn muon_z_loss_and_the_clipped_estimator_learn_and_resume_exactly() {
+fn muon_z_loss_dropout_and_the_clipped_estimator_learn_and_resume_exactly() {
     let scratch = Scratch::new("options");
     let run = |name: &str, flags: &[&str]| {
         let run = scratch.join(name);
@@ -68,6 +68,12 @@ fn muon_z_loss_and_the_clipped_estimator_learn_and_resume_exactly() {
     let z_loss = run("z-loss", &["--train.z_loss", "1e-2"]);
     assert_eq!(z_loss[0], plain[0]);
     assert_ne!(z_loss[2], plain[2]);
+    let dropout = exact(&scratch, "dropout", &["--train.dropout", "0.1"]);
+    assert_ne!(dropout[0], plain[0]);
+    assert!(
+        float(&dropout[0]) - float(&dropout[19]) > 0.3,
+        "{dropout:?}"
+    );
     let clipped = exact(&scratch, "clipped", &["--train.ste", "clipped"]);
     assert_eq!(clipped[0], plain[0]);
     assert_ne!(clipped[2], plain[2]);
@@ -88,6 +94,14 @@ fn experiments_train_and_no_file_format_gets_them() {
         (
             "f16",
             ["--model.scale_rounding", "f16", "--sample.prompts=0"],
+        ),
+        (
+            "learned",
+            ["--model.learned_scales", "true", "--sample.prompts=0"],
+        ),
+        (
+            "capped",
+            ["--model.logit_softcap", "15", "--sample.prompts=0"],
         ),
     ] {
         let losses = exact(&scratch, name, &flags);
@@ -128,7 +142,14 @@ fn options_that_do_not_go_together_are_refused() {
     refused(&[embedding, formats].concat(), &["no format can hold"]);
     let prompts = ["--sample.prompts", "1"];
     refused(&[embedding, prompts].concat(), &["set sample.prompts = 0"]);
+    refused(&["--train.dropout", "1"], &["at least 0 and below 1"]);
+    let learned = ["--model.learned_scales", "true"];
+    refused(&[learned, dense].concat(), &["needs a ternary model"]);
+    refused(&[learned, formats].concat(), &["no format can hold"]);
+    let capped = ["--model.logit_softcap", "30"];
+    refused(&[dense, capped, formats].concat(), &["no format can hold"]);
     let f16 = ["--model.scale_rounding", "f16"];
     let max = ["--model.scale_rule", "max"];
     refused(&[f16, max].concat(), &["with the rule mean, not max"]);
+    refused(&[learned, max].concat(), &["with the rule mean, not max"]);
 }

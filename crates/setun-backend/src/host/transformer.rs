@@ -6,7 +6,7 @@ use crate::cache::{CacheBuf, CacheStore, CachedAttention};
 use crate::cpu::multiversion;
 use crate::cpu::packed::{self, PackedShape};
 use crate::kernels::attention::{Saved, Sight, Store, View, dkdv_tile, dq_block, forward_block};
-use crate::kernels::{norm::Rotation, project::project_rows};
+use crate::kernels::norm::Rotation;
 use crate::memory::{Extent, Lease, Shared};
 use crate::ops::*;
 use crate::real::sum_lanes;
@@ -51,6 +51,16 @@ impl<R: Real> Backend for Host<R> {
         });
     }
 
+    fn dropout(&mut self, op: Dropout<R>) {
+        let chances = elementwise::Chances::new(op.share, op.seed);
+        let mut lease = self.arena.lease();
+        let x = RowsMut::new(lease.write(op.x), 1);
+        self.pool.by_rows(op.x.len(), RUN, x, |rows, x| {
+            let first = op.first.wrapping_add(rows.start as u32);
+            dropout_run(self.isa, chances, first, x);
+        });
+    }
+
     fn project(
         &mut self,
         latent: Buf<R>,
@@ -58,40 +68,7 @@ impl<R: Real> Backend for Host<R> {
         rule: ScaleRule,
         to: TernaryBuf,
     ) -> Result<ProjectStats, ProjectError> {
-        let mut lease = self.arena.lease();
-        let latent = lease.read(latent);
-        let groups = cols.div_ceil(to.group_size);
-        let trits = RowsMut::new(lease.write(to.trits), cols);
-        let scales = RowsMut::new(lease.write(to.scales), groups);
-        // The first error in row order, whichever thread meets one first.
-        let result = std::sync::Mutex::new((ProjectStats::default(), None::<ProjectError>));
-        let rows = latent.len() / cols;
-        self.pool
-            .by_rows(rows, GRAIN, (trits, scales), |rows, (trits, scales)| {
-                let part = rows_of(latent, &rows, cols);
-                let one = project_rows(part, cols, to.group_size, rule, trits, scales);
-                let mut all = result.lock().expect("no panic while the lock is held");
-                match one {
-                    Ok(stats) => {
-                        all.0.zeros += stats.zeros;
-                        all.0.flips += stats.flips;
-                    }
-                    Err(e) => {
-                        let e = ProjectError {
-                            row: rows.start + e.row,
-                            ..e
-                        };
-                        all.1 = Some(all.1.filter(|first| first.row < e.row).unwrap_or(e));
-                    }
-                }
-            });
-        match result
-            .into_inner()
-            .expect("no panic while the lock is held")
-        {
-            (_, Some(error)) => Err(error),
-            (stats, None) => Ok(stats),
-        }
+        self.project_op(latent, cols, rule, to)
     }
 
     fn packed_len(out: usize, inp: usize, group_size: usize) -> usize {
@@ -412,6 +389,7 @@ impl<R: Real> Backend for Host<R> {
         let z_loss = R::from_f64(op.z_loss);
         let scale = op.gradient_scale.map(R::from_f64);
         let gradient = scale.map(|scale| loss::RowGradient { scale, z_loss });
+        let softcap = R::from_f64(op.softcap);
         self.pool.by_rows(
             targets.len(),
             4,
@@ -419,7 +397,12 @@ impl<R: Real> Backend for Host<R> {
             |rows, (logits, losses)| {
                 let each = logits.chunks_mut(vocab).zip(losses).zip(&targets[rows]);
                 for ((logits, loss), &target) in each {
-                    *loss = cross_entropy_row(self.isa, logits, target as usize, gradient);
+                    let target = target as usize;
+                    *loss = if softcap > R::ZERO {
+                        capped_cross_entropy_row(self.isa, logits, target, gradient, softcap)
+                    } else {
+                        cross_entropy_row(self.isa, logits, target, gradient)
+                    };
                 }
             },
         );
@@ -453,22 +436,7 @@ impl<R: Real> Backend for Host<R> {
     }
 
     fn blend(&mut self, latent: Buf<R>, cols: usize, ternary: TernaryBuf, share: f64, to: Buf<R>) {
-        let groups = cols.div_ceil(ternary.group_size);
-        let mut lease = self.arena.lease();
-        let latent = lease.read(latent);
-        let (trits, scales) = (lease.read(ternary.trits), lease.read(ternary.scales));
-        let to = RowsMut::new(lease.write(to), cols);
-        let share = R::from_f64(share);
-        self.pool
-            .by_rows(latent.len() / cols, GRAIN, to, |rows, to| {
-                for (row, to) in rows.zip(to.chunks_mut(cols)) {
-                    let (latent, trits) = (&latent[row * cols..], &trits[row * cols..]);
-                    let scales = &scales[row * groups..][..groups];
-                    let (latent, trits) = (&latent[..cols], &trits[..cols]);
-                    let group_size = ternary.group_size;
-                    blend_row(self.isa, latent, trits, scales, group_size, share, to);
-                }
-            });
+        self.blend_op(latent, cols, ternary, share, to);
     }
 
     fn sum_squares(&mut self, x: Buf<R>) -> f64 {

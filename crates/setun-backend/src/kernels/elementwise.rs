@@ -1,5 +1,6 @@
 //! SwiGLU, embedding rows and sums.
 
+use crate::kernels::optimizer::hash;
 use crate::kernels::rounding::ActRows;
 use crate::real::Real;
 
@@ -37,6 +38,43 @@ pub fn swiglu_backward<R: Real>(dy: &[R], gate: &mut [R], up: &mut [R]) {
 pub fn add<R: Real>(x: &[R], y: &mut [R]) {
     for (y, &x) in y.iter_mut().zip(x) {
         *y += x;
+    }
+}
+
+/// What decides on [`dropout`], computed once.
+#[derive(Clone, Copy)]
+pub struct Chances<R> {
+    /// Values whose random bits are below are left out.
+    threshold: u32,
+    /// Factor on the others.
+    scale: R,
+    seed: [u32; 2],
+}
+
+impl<R: Real> Chances<R> {
+    /// Of a share below 1.
+    pub fn new(share: f64, seed: [u32; 2]) -> Self {
+        Self {
+            threshold: (share * 4_294_967_296.0) as u32,
+            scale: R::from_f64(1.0 / (1.0 - share)),
+            seed,
+        }
+    }
+}
+
+/// Zeroes values by chance and scales the others; `first` is the number of the first one.
+#[inline(always)]
+pub fn dropout<R: Real>(chances: Chances<R>, first: u32, x: &mut [R]) {
+    for (number, x) in (0u32..).zip(x) {
+        let number = first.wrapping_add(number);
+        // Hashed twice: one hash of `number ^ seed` would meet the same bits in another order
+        // under every seed.
+        let bits = hash(hash(number ^ chances.seed[0]) ^ chances.seed[1]);
+        *x = if bits < chances.threshold {
+            R::ZERO
+        } else {
+            *x * chances.scale
+        };
     }
 }
 
@@ -89,6 +127,33 @@ pub fn embedding_backward<R: Real>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn dropout_leaves_out_a_share_and_keeps_the_mean() {
+        let drop = |share: f64, seed: [u32; 2], first: u32, n: usize| {
+            let mut x = vec![1.0f64; n];
+            dropout(Chances::new(share, seed), first, &mut x);
+            x
+        };
+        let n = 100_000;
+        for share in [0.0, 0.1, 0.5, 0.9] {
+            let x = drop(share, [7, 9], 0, n);
+            let kept = 1.0 / (1.0 - share);
+            assert!(x.iter().all(|&x| x == 0.0 || x == kept));
+            let gone = x.iter().filter(|&&x| x == 0.0).count() as f64 / n as f64;
+            // Five standard errors.
+            let tolerance = 5.0 * (share * (1.0 - share) / n as f64).sqrt();
+            assert!((gone - share).abs() <= tolerance, "{share}: {gone}");
+        }
+        // Split anywhere, the same values go; under another seed others do, independently.
+        let whole = drop(0.5, [1, 2], 10, 1000);
+        assert_eq!(drop(0.5, [1, 2], 310, 700), whole[300..]);
+        for seed in [[1, 3], [2, 2]] {
+            let other = drop(0.5, seed, 10, 1000);
+            let same = whole.iter().zip(&other).filter(|(a, b)| a == b).count();
+            assert!(same.abs_diff(500) < 80, "{seed:?}: {same}");
+        }
+    }
 
     #[test]
     fn a_blend_goes_from_the_latents_to_their_projection() {

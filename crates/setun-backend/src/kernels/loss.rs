@@ -12,6 +12,39 @@ pub struct RowGradient<R> {
     pub z_loss: R,
 }
 
+/// As [`cross_entropy_row`] of logits `c * tanh(x / c)`, `c` being `softcap`.
+#[inline(always)]
+pub fn capped_cross_entropy_row<R: Real>(
+    logits: &mut [R],
+    target: usize,
+    gradient: Option<RowGradient<R>>,
+    softcap: R,
+) -> R {
+    if target == IGNORE_TARGET as usize {
+        ignore_row(logits, gradient.map(|g| g.scale));
+        return R::ZERO;
+    }
+    let two = R::ONE + R::ONE;
+    let tanh = |x: R| R::ONE - two / ((two * x).exp() + R::ONE);
+    let capped = |x: R| softcap * tanh(x / softcap);
+    // The cap keeps the order.
+    let max = capped(row_max(logits));
+    let sum = sum_slices([&*logits], |[x]| (capped(x) - max).exp());
+    let loss = max + sum.ln() - capped(logits[target]);
+    let Some(RowGradient { scale, z_loss }) = gradient else {
+        return loss;
+    };
+    let weight = scale + scale * (z_loss + z_loss) * (max + sum.ln());
+    let factor = weight / sum;
+    for (i, x) in logits.iter_mut().enumerate() {
+        let t = tanh(*x / softcap);
+        let of_target = if i == target { scale } else { R::ZERO };
+        let slope = R::ONE - t * t;
+        *x = ((softcap * t - max).exp() * factor - of_target) * slope;
+    }
+    loss
+}
+
 /// Returns the negative log-likelihood of `target`; with `gradient` the logits become the
 /// gradient of `(NLL + z_loss * L^2) * scale`, `L` being the log of the sum of the
 /// exponentials: `(softmax * (1 + 2 z_loss L) - onehot) * scale`. A target
@@ -160,6 +193,48 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_cap_bounds_logits_and_its_gradient_is_that_of_differences() {
+        let row = [13.0f64, -40.0, 2.9, 0.05];
+        let wanted = Some(RowGradient {
+            scale: 0.25,
+            z_loss: 1e-2,
+        });
+        for cap in [5.0f64, 30.0] {
+            let capped = |x: f64| cap * libm::tanh(x / cap);
+            let expected = |row: &[f64; 4]| {
+                let sum: f64 = row.iter().map(|&x| libm::exp(capped(x))).sum();
+                libm::log(sum) - capped(row[2])
+            };
+            let nll = |row: &[f64; 4]| capped_cross_entropy_row(&mut row.clone(), 2, None, cap);
+            assert!((nll(&row) - expected(&row)).abs() < 1e-9);
+            let total = |row: &[f64; 4]| {
+                let lse = expected(row) + capped(row[2]);
+                0.25 * (expected(row) + 1e-2 * lse * lse)
+            };
+            let mut gradient = row;
+            let loss = capped_cross_entropy_row(&mut gradient, 2, wanted, cap);
+            assert!((loss - expected(&row)).abs() < 1e-9);
+            for i in 0..4 {
+                let at = |step: f64| {
+                    let mut moved = row;
+                    moved[i] += step;
+                    total(&moved)
+                };
+                let slope = (at(1e-5) - at(-1e-5)) / 2e-5;
+                assert!((slope - gradient[i]).abs() < 1e-8, "{cap}, {i}: {slope}");
+            }
+        }
+        // Values whose exponential overflows are at the bound, not NaN.
+        let mut huge = [3e38f32, -3e38, 0.0];
+        assert!(capped_cross_entropy_row(&mut huge, 1, None, 30.0) >= 60.0);
+        let ignored = IGNORE_TARGET as usize;
+        assert_eq!(
+            capped_cross_entropy_row(&mut huge, ignored, None, 30.0),
+            0.0
+        );
     }
 
     #[test]

@@ -95,7 +95,7 @@ pub fn adamw_bf16<R: Real>(
 
 /// Random bits of a counter (Wellons, 2018, "lowbias32").
 #[inline(always)]
-const fn hash(x: u32) -> u32 {
+pub const fn hash(x: u32) -> u32 {
     let x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
     let x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
     x ^ (x >> 16)

@@ -6,8 +6,8 @@ use crate::rig::{Rig, numbers, scales, trits};
 use half::bf16;
 use setun_backend::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, Buf, CrossEntropy, Distillation,
-    Host, LayerNorm, LayerNormBackward, Limits, NormRope, RmsNorm, Segment, StoredBuf, TernaryBuf,
-    WeightBuf, WeightData,
+    Dropout, Host, LayerNorm, LayerNormBackward, Limits, NormRope, RmsNorm, Segment, StoredBuf,
+    TernaryBuf, WeightBuf, WeightData,
 };
 use setun_ternary::ScaleRule;
 
@@ -317,6 +317,13 @@ impl EveryOp {
         after("swiglu_backward", "", &[Seen::F32(b), Seen::F32(c)], host);
         host.add(b, c);
         after("add", "", &[Seen::F32(c)], host);
+        host.dropout(Dropout {
+            x: c,
+            first: u32::MAX - 1000,
+            share: 0.3,
+            seed: [5, 6],
+        });
+        after("dropout", "", &[Seen::F32(c)], host);
         for (mode, gradient_scale) in [("loss", None), ("gradient", Some(0.01))] {
             let op = CrossEntropy {
                 logits: a.part(0, ROWS * OUT),
@@ -324,10 +331,14 @@ impl EveryOp {
                 losses: b.part(0, ROWS),
                 gradient_scale,
                 z_loss: 0.0,
+                softcap: 0.0,
             };
             host.cross_entropy(op);
             let results = [Seen::F32(op.logits), Seen::F32(op.losses)];
             after("cross_entropy", mode, &results, host);
+            let capped = CrossEntropy { softcap: 8.0, ..op };
+            host.cross_entropy(capped);
+            after("capped cross_entropy", mode, &results, host);
             let op = Distillation {
                 student: op,
                 teacher: c.part(0, ROWS * OUT),

@@ -267,10 +267,16 @@ impl Settings {
     /// files call ternary, so that nothing is exported.
     pub fn experiment(&self) -> Option<&'static str> {
         let model = &self.model;
+        if model.logit_softcap > 0.0 {
+            return Some("model.logit_softcap");
+        }
         match (model.ternary_embedding, model.scale_rounding) {
             _ if !model.ternary => None,
             (false, _) => Some("model.ternary_embedding = false"),
             (true, ScaleRounding::F16) => Some("model.scale_rounding = \"f16\""),
+            (true, ScaleRounding::Bf16) if model.learned_scales => {
+                Some("model.learned_scales = true")
+            }
             (true, ScaleRounding::Bf16) => None,
         }
     }

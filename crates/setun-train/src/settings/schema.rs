@@ -166,6 +166,12 @@ settings! {
         scale_rounding: ScaleRounding = ScaleRounding::Bf16,
         /// Whether embedding and head are ternary too; false is an experiment without exports.
         ternary_embedding: bool = true,
+        /// Whether the scale of each group has a learned factor; an experiment without exports,
+        /// with the rule mean only.
+        learned_scales: bool = false,
+        /// Bound of the logits, softcap * tanh(logit / softcap); 0 for none. An experiment
+        /// without exports.
+        logit_softcap: f64 = 0.0,
         /// Arithmetic of the products; auto is int8 for ternary models, bf16 for dense ones.
         numerics: NumericsChoice = NumericsChoice::Auto,
         /// Standard deviation of the initial matrices; 0 for fan_in^-0.5.
@@ -221,6 +227,9 @@ settings! {
         /// Weight of the squared log-sum-exp of the logits in the loss that is learned, not in
         /// the one that is reported; 0 for none, 1e-4 is usual.
         z_loss: f64 = 0.0,
+        /// Share of the values that a step leaves out of the embedding and of what attention and
+        /// feed-forward blocks add to the residual stream; 0 for none.
+        dropout: f64 = 0.0,
         /// How the gradient passes the projection: clipped stops it where `|w| > 1.5 s`.
         ste: Ste = Ste::Identity,
         /// Whether activations are computed again in the backward pass, for less memory.

@@ -144,6 +144,7 @@ fn validate_number_format(settings: &Settings) -> Checked {
         },
         "drop one of the two",
     )?;
+    validate_scales_and_logits(settings)?;
     validate_experiment(settings)?;
     let formats = &settings.export.formats;
     let of_trits = formats.iter().find(|format| !format.holds_floats());
@@ -154,6 +155,29 @@ fn validate_number_format(settings: &Settings) -> Checked {
             format!("a dense model (model.ternary = false) cannot be exported as {name}")
         },
         "set export.formats to hf or gguf-bf16",
+    )
+}
+
+fn validate_scales_and_logits(settings: &Settings) -> Checked {
+    let model = &settings.model;
+    refuse_if(
+        model.learned_scales && model.scale_rule != ScaleRule::Mean,
+        || {
+            let rule = model.scale_rule.name();
+            format!("model.learned_scales is measured with the rule mean, not {rule}")
+        },
+        "drop one of the two",
+    )?;
+    refuse_if(
+        model.learned_scales && !model.ternary,
+        || "model.learned_scales needs a ternary model, but model.ternary = false".to_owned(),
+        "drop one of the two",
+    )?;
+    not_negative("model.logit_softcap", model.logit_softcap)?;
+    refuse_if(
+        model.logit_softcap > 0.0 && settings.distill.weight > 0.0,
+        || "model.logit_softcap and distill.weight are both above 0".to_owned(),
+        "drop one of the two",
     )
 }
 
@@ -196,6 +220,7 @@ fn validate_optimizer(settings: &Settings) -> Checked {
         || "train.optimizer = \"muon\" keeps its momentum in f32".to_owned(),
         "set train.optimizer_state = \"f32\"",
     )?;
+    within("train.dropout", train.dropout, 0.0, 1.0, Upper::Excluded)?;
     not_negative("train.z_loss", train.z_loss)?;
     refuse_if(
         train.z_loss > 0.0 && settings.distill.weight > 0.0,

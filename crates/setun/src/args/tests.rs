@@ -332,6 +332,8 @@ train: RECIPE.toml --init --resume --drafter-for --dry-run --profile
   --model.scale_rule
   --model.scale_rounding
   --model.ternary_embedding
+  --model.learned_scales
+  --model.logit_softcap
   --model.numerics
   --model.init_std
   --model.init_depth_scale
@@ -356,6 +358,7 @@ train: RECIPE.toml --init --resume --drafter-for --dry-run --profile
   --train.optimizer_state
   --train.grad_clip
   --train.z_loss
+  --train.dropout
   --train.ste
   --train.recompute
   --train.spike_sigma
