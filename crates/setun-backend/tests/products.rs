@@ -191,20 +191,26 @@ fn int8_dots(o: &Operands) -> Vec<f32> {
 
 /// Forward and both backward products of every mode against the definition.
 fn check_products(sizes: Sizes, powers: (i32, i32), machines: &[(Isa, usize)]) {
+    check_onto(&Operands::new(sizes, powers), powers, 1.0, machines);
+}
+
+/// As [`check_products`] with these operands, onto random sums times `scale`.
+fn check_onto(o: &Operands, powers: (i32, i32), scale: f32, machines: &[(Isa, usize)]) {
+    let sizes = o.sizes;
     let Sizes { rows, out, inp, .. } = sizes;
-    let o = Operands::new(sizes, powers);
     let before: Vec<f32> = randoms(17, rows * inp + out * inp);
+    let before: Vec<f32> = before.into_iter().map(|x| x * scale).collect();
     let (dx_before, dw_before) = before.split_at(rows * inp);
     let mut expected = Vec::new();
     for &(isa, threads) in machines {
         let mut rig = Rig::new();
-        let modes = modes(&o, &mut rig);
+        let modes = modes(o, &mut rig);
         let (dy, y) = (rig.put(&o.dy), rig.room(rows * out));
         let (dx, dw) = (rig.room(rows * inp), rig.room(out * inp));
         let mut host = rig.host(isa, threads, sizes.limits());
         for (m, mode) in modes.iter().enumerate() {
             if expected.len() == m {
-                expected.push(definition(&o, mode, dx_before, dw_before));
+                expected.push(definition(o, mode, dx_before, dw_before));
             }
             let sequential = mode.order == Order::Sequential;
             host.linear(mode.x, mode.w, y);
@@ -221,7 +227,7 @@ fn check_products(sizes: Sizes, powers: (i32, i32), machines: &[(Isa, usize)]) {
             for ((name, got), expected) in names.iter().zip(&got).zip(&expected[m]) {
                 assert!(
                     bits(got) == bits(expected),
-                    "{name}, {}, {sizes:?}, 2^{powers:?}, {isa:?}, {threads} threads",
+                    "{name}, {}, {sizes:?}, 2^{powers:?}, {scale:e}, {isa:?}, {threads} threads",
                     mode.name
                 );
             }
@@ -291,6 +297,27 @@ fn products_equal_their_definition_at_the_edge_of_the_range() {
                 group_size: 32,
             };
             check_products(sizes, powers, &machines());
+        }
+    }
+}
+
+/// Sums that are denormal, or may become it by what is added, where products cannot be.
+#[test]
+fn products_equal_their_definition_onto_tiny_sums() {
+    let sizes = Sizes {
+        rows: 7,
+        out: 19,
+        inp: 65,
+        group_size: 32,
+    };
+    for powers in [(0, 0), (-30, -30), (-50, -45)] {
+        let mut o = Operands::new(sizes, powers);
+        // Rows and columns to which nothing is added.
+        o.dy[..2 * sizes.out].fill(0.0);
+        o.dy.iter_mut().step_by(3).for_each(|x| *x = 0.0);
+        for power in [-90, -102, -103, -104, -115, -126, -135] {
+            let scale = 2f32.powi(power + 60) * 2f32.powi(-60);
+            check_onto(&o, powers, scale, &machines());
         }
     }
 }

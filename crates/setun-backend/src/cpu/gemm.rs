@@ -22,8 +22,14 @@ pub(super) const NR: usize = 16;
 /// Rows of a register tile: 6 x 16 accumulators fill 12 vector registers.
 pub(super) const MR: usize = 6;
 
+/// Values that a panel of [`MR`] rows, step by step, is from the next one: some more than it
+/// holds, so that its last step may be written with a whole vector.
+pub(super) const PANEL: usize = MR * DEPTH + 16;
+/// Values of scratch for the left operand.
+const LEFT: usize = ROWS / MR * PANEL;
+
 /// Values of scratch that a worker needs.
-pub const SCRATCH: usize = DEPTH * (ROWS + COLS);
+pub const SCRATCH: usize = LEFT + DEPTH * COLS;
 
 /// Shape and order of a product.
 #[derive(Clone, Copy, Debug)]
@@ -68,7 +74,7 @@ pub fn gemm<R: Real>(
         let (rows, columns) = split.rectangle(task);
         // SAFETY: each worker has its own row of scratch, and runs one task at a time.
         let scratch = unsafe { scratch.part(worker..worker + 1) };
-        let (left, right) = scratch.split_at_mut(DEPTH * ROWS);
+        let (left, right) = scratch.split_at_mut(LEFT);
         let mut exponents = Exponents::default();
         for d in (0..shape.depth).step_by(DEPTH) {
             let depths = d..shape.depth.min(d + DEPTH);
@@ -121,9 +127,19 @@ impl Split {
             row_step,
             col_step: even(shape.cols, COLS, NR),
         };
-        // A few tasks for each thread, so that a slow one does not hold up the others.
-        while threads > 1 && split.tasks() < 3 * threads && split.col_step > 4 * NR {
-            split.col_step = (split.col_step / 2).next_multiple_of(NR);
+        // A few tasks for each thread, so that a slow one does not hold up the others; cut
+        // where fewer values are packed anew.
+        while threads > 1 && split.tasks() < 3 * threads {
+            let again_left = shape.rows * split.wide();
+            let again_right = shape.cols * split.tall();
+            let (by_rows, by_cols) = (split.row_step > 8 * MR, split.col_step > 4 * NR);
+            if by_rows && (again_right <= again_left || !by_cols) {
+                split.row_step = (split.row_step / 2).next_multiple_of(MR);
+            } else if by_cols {
+                split.col_step = (split.col_step / 2).next_multiple_of(NR);
+            } else {
+                break;
+            }
         }
         split
     }
@@ -132,8 +148,12 @@ impl Split {
         self.shape.cols.div_ceil(self.col_step)
     }
 
+    fn tall(&self) -> usize {
+        self.shape.rows.div_ceil(self.row_step)
+    }
+
     fn tasks(&self) -> usize {
-        self.shape.rows.div_ceil(self.row_step) * self.wide()
+        self.tall() * self.wide()
     }
 
     fn rectangle(&self, task: usize) -> (Range<usize>, Range<usize>) {

@@ -6,7 +6,6 @@
 //! `t + 1` in quads of the reduction, sixteen outputs side by side; the dot of the codes
 //! is corrected by the sum of the row's values.
 
-use crate::cpu::multiversion;
 use crate::cpu::{Isa, Pool, RowParts, RowsMut};
 use crate::real::Real;
 use setun_ternary::groups_per_row;
@@ -236,13 +235,19 @@ impl<'s> RowBlock<'s> {
                     .div_ceil(4);
                 let codes = &self.codes[quad * LANES * 4..][..quads * LANES * 4];
                 let q = &inputs[quad * MR * 4..][..quads * MR * 4];
-                let mut dots = [[0i32; LANES]; MR];
-                group_dots(isa, codes, q, &mut dots);
-                for i in 0..m {
-                    let a = x.scales[(r0 + i) * groups + g];
-                    let scales = &self.scales[g * LANES..(g + 1) * LANES];
-                    combine(isa, a, scales, &dots[i], sums[g * MR + i], &mut y[i]);
+                let scales = self.scales[g * LANES..].first_chunk();
+                let mut group = Group {
+                    codes,
+                    q,
+                    scales: scales.expect("a panel has a scale for each lane"),
+                    a: [0.0; MR],
+                    sums: [0; MR],
+                };
+                group.sums.copy_from_slice(&sums[g * MR..][..MR]);
+                for (i, a) in group.a.iter_mut().enumerate().take(m) {
+                    *a = x.scales[(r0 + i) * groups + g];
                 }
+                add_group(isa, &group, &mut y);
                 quad += quads;
             }
             for (i, y) in y.iter().enumerate().take(m) {
@@ -252,39 +257,42 @@ impl<'s> RowBlock<'s> {
     }
 }
 
-multiversion! {
-    /// `y = fma(s * a, dot, y)`, where the codes' dot is too large by `sum`.
-    fn combine[][](
-        a: f32,
-        scales: &[f32],
-        dots: &[i32; LANES],
-        sum: i32,
-        y: &mut [f32; LANES],
-    ) = combine_kernel;
+/// A group of the reduction in all rows of a block.
+pub(super) struct Group<'a> {
+    /// Codes `[quads][LANES][4]`.
+    pub codes: &'a [u8],
+    /// Values `[quads][MR][4]`.
+    pub q: &'a [i8],
+    /// Scales of the weights.
+    pub scales: &'a [f32; LANES],
+    /// Scales of the rows.
+    pub a: [f32; MR],
+    /// Sums of the rows' values, by which the codes' dots are too large.
+    pub sums: [i32; MR],
 }
 
-#[inline(always)]
-fn combine_kernel(a: f32, scales: &[f32], dots: &[i32; LANES], sum: i32, y: &mut [f32; LANES]) {
-    for ((y, &s), &dot) in y.iter_mut().zip(scales).zip(dots) {
-        *y = f32::mul_add(s * a, (dot - sum) as f32, *y);
-    }
-}
-
-/// Exact integer dots of the codes with the values of one group.
-fn group_dots(isa: Isa, codes: &[u8], q: &[i8], dots: &mut [[i32; LANES]; MR]) {
+/// `y = fma(s * a, dot, y)` of one group.
+fn add_group(isa: Isa, group: &Group<'_>, y: &mut [[f32; LANES]; MR]) {
     #[cfg(target_arch = "x86_64")]
     if isa == Isa::Avx2 {
         // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
-        return unsafe { super::avx2::int8_dots(codes, q, dots) };
+        return unsafe { super::avx2::int8_group(group, y) };
     }
     let _ = isa;
-    for (codes, q) in codes.chunks_exact(LANES * 4).zip(q.chunks_exact(MR * 4)) {
+    let mut dots = [[0i32; LANES]; MR];
+    let quads = group.codes.chunks_exact(LANES * 4);
+    for (codes, q) in quads.zip(group.q.chunks_exact(MR * 4)) {
         for (i, dots) in dots.iter_mut().enumerate() {
             for (j, dot) in dots.iter_mut().enumerate() {
                 for k in 0..4 {
                     *dot += i32::from(codes[4 * j + k]) * i32::from(q[4 * i + k]);
                 }
             }
+        }
+    }
+    for (i, y) in y.iter_mut().enumerate() {
+        for ((y, &s), dot) in y.iter_mut().zip(group.scales).zip(dots[i]) {
+            *y = f32::mul_add(s * group.a[i], (dot - group.sums[i]) as f32, *y);
         }
     }
 }

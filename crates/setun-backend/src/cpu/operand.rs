@@ -4,7 +4,7 @@
 //! short runs of a stored row whose length is known when the code is compiled, straight to
 //! the place that the register tiles read, so that a value is touched once.
 
-use super::gemm::{COLS, DEPTH, MR, NR, ROWS};
+use super::gemm::{COLS, DEPTH, MR, NR, PANEL, ROWS};
 use crate::cpu::{Isa, multiversion};
 use crate::real::Real;
 use half::bf16;
@@ -72,14 +72,18 @@ pub(super) struct Left<'a, R> {
 impl<'a, R: Real> Left<'a, R> {
     /// The values from row `i0` of the block on, a multiple of the tile's height.
     pub fn tile(&self, i0: usize) -> &'a [R] {
-        // A panel of MR rows takes as much room as MR rows on their own.
-        &self.values[i0 * DEPTH..]
+        let at = if self.step == 1 {
+            i0 * DEPTH
+        } else {
+            i0 / MR * PANEL
+        };
+        &self.values[at..]
     }
 
     /// Least exponents of each [`MR`] rows of a block of `rows` rows.
     fn exponents(&self, isa: Isa, rows: usize, depth: usize, out: &mut [i32]) {
         for (unit, out) in out.iter_mut().enumerate().take(rows.div_ceil(MR)) {
-            let values = &self.values[unit * MR * DEPTH..];
+            let values = self.tile(unit * MR);
             *out = if self.step == 1 {
                 let rows = MR.min(rows - unit * MR);
                 let of_row = |i| least_exponent(isa, &values[i * DEPTH..][..depth]);
@@ -139,11 +143,7 @@ impl<R: Real> Operand<'_, R> {
     ) -> Left<'p, R> {
         let n = rows.len();
         if self.depth_in_rows {
-            let to = Layout {
-                row: MR,
-                run: DEPTH * MR,
-            };
-            pack_left_steps(isa, self.values, self.width, depths, rows, to, packed);
+            pack_left_steps(isa, self.values, self.width, depths, rows, packed);
             let (row, step) = (1, MR);
             return Left {
                 values: packed,
@@ -215,9 +215,8 @@ multiversion! {
         width: usize,
         rows: Range<usize>,
         columns: Range<usize>,
-        to: Layout,
         packed: &mut [R],
-    ) = pack::<R, MR, true>;
+    ) = pack_panels;
 }
 multiversion! {
     /// Stored rows are rows of the result.
@@ -256,6 +255,8 @@ multiversion! {
 trait Source<R: Real> {
     /// Values that share a scale; `usize::MAX` where there are no scales.
     fn group_size(&self) -> usize;
+    /// Number of values.
+    fn len(&self) -> usize;
     /// `N` values that all lie in `group`.
     fn run<const N: usize>(&self, row: usize, column: usize, group: usize, out: &mut [R; N]);
     /// One value.
@@ -351,6 +352,66 @@ fn pack_runs<R: Real, S: Source<R>, const N: usize, const PAD: bool>(
     }
 }
 
+/// Values that [`pack_panels`] writes at a time, a vector; [`MR`] of them stay.
+const WRITTEN: usize = 8;
+/// Panels whose values it converts at a time: short runs would be converted one by one.
+const TOGETHER: usize = 8;
+/// Their rows.
+const LONG: usize = TOGETHER * MR;
+
+/// Converts `columns` of the stored rows `rows` into panels of [`MR`] columns, `[depth, MR]`
+/// each, [`PANEL`] apart. What is written too much lies where the next step's values go.
+#[inline(always)]
+fn pack_panels<R: Real>(
+    values: Values<'_, R>,
+    width: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    packed: &mut [R],
+) {
+    with_source!(values, width, source => {
+        pack_long_runs::<R, _>(&source, width, rows, columns, packed);
+    });
+}
+
+#[inline(always)]
+fn pack_long_runs<R: Real, S: Source<R>>(
+    source: &S,
+    width: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    packed: &mut [R],
+) {
+    let runs = columns.len().div_ceil(LONG);
+    let groups = groups_of_runs::<LONG>(source.group_size(), columns.start, runs);
+    for (step, row) in rows.enumerate() {
+        for (run, &group) in groups.iter().enumerate().take(runs) {
+            let column = columns.start + run * LONG;
+            let used = LONG.min(columns.end - column);
+            let mut long = [R::ZERO; LONG + WRITTEN - MR];
+            // Values behind `columns` are read where there are any, and then forgotten.
+            let whole = group != MIXED && row * width + column + LONG <= source.len();
+            match long.first_chunk_mut::<LONG>() {
+                Some(long) if whole => source.run(row, column, group, long),
+                _ => {
+                    for (i, x) in long.iter_mut().enumerate().take(used) {
+                        *x = source.one(row, column + i);
+                    }
+                }
+            }
+            long[used..].fill(R::ZERO);
+            let panels = packed[run * TOGETHER * PANEL..].chunks_mut(PANEL);
+            for (i, panel) in panels.enumerate().take(used.div_ceil(MR)) {
+                let from = long[i * MR..].first_chunk::<WRITTEN>();
+                let to = panel[step * MR..].first_chunk_mut::<WRITTEN>();
+                if let (Some(from), Some(to)) = (from, to) {
+                    *to = *from;
+                }
+            }
+        }
+    }
+}
+
 /// Group of each run, or [`MIXED`].
 #[inline(always)]
 fn groups_of_runs<const N: usize>(group_size: usize, start: usize, runs: usize) -> [usize; RUNS] {
@@ -395,6 +456,11 @@ impl<R: Real> Source<R> for Plain<'_, R> {
     }
 
     #[inline(always)]
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    #[inline(always)]
     fn run<const N: usize>(&self, row: usize, column: usize, _: usize, out: &mut [R; N]) {
         out.copy_from_slice(&self.0[row * self.1 + column..][..N]);
     }
@@ -412,6 +478,11 @@ impl<R: Real> Source<R> for Rounded<'_, R> {
     #[inline(always)]
     fn group_size(&self) -> usize {
         usize::MAX
+    }
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.0.len()
     }
 
     #[inline(always)]
@@ -435,6 +506,11 @@ impl<R: Real> Source<R> for Halves<'_> {
     #[inline(always)]
     fn group_size(&self) -> usize {
         usize::MAX
+    }
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.0.len()
     }
 
     #[inline(always)]
@@ -484,6 +560,11 @@ impl<R: Real, const ROUND: bool> Source<R> for Scaled<'_, ROUND> {
     #[inline(always)]
     fn group_size(&self) -> usize {
         self.group_size
+    }
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.integers.len()
     }
 
     #[inline(always)]

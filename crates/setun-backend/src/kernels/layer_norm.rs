@@ -192,43 +192,62 @@ fn row_sums<R: Real, S: Store<R>>(
     (dgamma, dbeta): (&mut [R], &mut [R]),
 ) -> [R; 2] {
     let n = inputs.gamma.len();
-    let (x, dy, gamma) = (&inputs.x[..n], &inputs.dy[..n], &inputs.gamma[..n]);
-    let (xhat, g) = (&mut xhat[..n], &mut g[..n]);
-    let (dgamma, dbeta) = (&mut dgamma[..n], &mut dbeta[..n]);
     let mut sums = [[R::ZERO; LANES]; 2];
-    // Sixteen values at a time through local arrays: compilers need not ask whether the
-    // slices overlap. The last ones are filled up with zeros, which add nothing.
-    for start in (0..n).step_by(LANES) {
-        let at = start..n.min(start + LANES);
-        let used = at.len();
-        let [mut dy_l, mut gamma_l] = [[R::ZERO; LANES]; 2];
-        let mut x_l = [row.center; LANES];
-        for (to, x) in x_l.iter_mut().zip(&x[at.clone()]) {
-            *to = x.load();
-        }
-        dy_l[..used].copy_from_slice(&dy[at.clone()]);
-        gamma_l[..used].copy_from_slice(&gamma[at.clone()]);
-        let [mut dgamma_l, mut dbeta_l] = [[R::ZERO; LANES]; 2];
-        dgamma_l[..used].copy_from_slice(&dgamma[at.clone()]);
-        dbeta_l[..used].copy_from_slice(&dbeta[at.clone()]);
-        let [mut xhat_l, mut g_l] = [[R::ZERO; LANES]; 2];
-        for l in 0..LANES {
-            xhat_l[l] = row.normalized(x_l[l]);
-            g_l[l] = dy_l[l] * gamma_l[l];
-        }
-        for l in 0..LANES {
-            sums[0][l] += g_l[l];
-            sums[1][l] = g_l[l].mul_add(xhat_l[l], sums[1][l]);
-            dgamma_l[l] = dy_l[l].mul_add(xhat_l[l], dgamma_l[l]);
-            dbeta_l[l] += dy_l[l];
-        }
-        xhat[at.clone()].copy_from_slice(&xhat_l[..used]);
-        g[at.clone()].copy_from_slice(&g_l[..used]);
-        dgamma[at.clone()].copy_from_slice(&dgamma_l[..used]);
-        dbeta[at].copy_from_slice(&dbeta_l[..used]);
+    let whole = n / LANES * LANES;
+    // Once with a length that is known when the code is compiled.
+    for start in (0..whole).step_by(LANES) {
+        let out = [&mut *xhat, &mut *g, &mut *dgamma, &mut *dbeta];
+        add_lanes(row, &inputs, (start, LANES), &mut sums, out);
+    }
+    if whole < n {
+        let out = [xhat, g, dgamma, dbeta];
+        add_lanes(row, &inputs, (whole, n - whole), &mut sums, out);
     }
     let n = R::from_f64(n as f64);
     sums.map(|lanes| sum_lane_array(lanes) / n)
+}
+
+/// `used` values from `start` on, through local arrays: compilers need not ask whether the
+/// slices overlap. Fewer than sixteen are filled up with zeros, which add nothing.
+#[inline(always)]
+fn add_lanes<R: Real, S: Store<R>>(
+    row: Row<R>,
+    inputs: &Inputs<'_, R, S>,
+    (start, used): (usize, usize),
+    sums: &mut [[R; LANES]; 2],
+    [xhat, g, dgamma, dbeta]: [&mut [R]; 4],
+) {
+    let at = start..start + used;
+    let lanes = |from: &[R]| {
+        let mut lanes = [R::ZERO; LANES];
+        lanes[..used].copy_from_slice(&from[at.clone()]);
+        lanes
+    };
+    let mut x = [row.center; LANES];
+    for (to, x) in x.iter_mut().zip(&inputs.x[at.clone()]) {
+        *to = x.load();
+    }
+    let (dy, gamma) = (lanes(inputs.dy), lanes(inputs.gamma));
+    let (mut dgamma_l, mut dbeta_l) = (lanes(dgamma), lanes(dbeta));
+    let [mut xhat_l, mut g_l] = [[R::ZERO; LANES]; 2];
+    for l in 0..LANES {
+        xhat_l[l] = row.normalized(x[l]);
+        g_l[l] = dy[l] * gamma[l];
+    }
+    for l in 0..LANES {
+        sums[0][l] += g_l[l];
+        sums[1][l] = g_l[l].mul_add(xhat_l[l], sums[1][l]);
+        dgamma_l[l] = dy[l].mul_add(xhat_l[l], dgamma_l[l]);
+        dbeta_l[l] += dy[l];
+    }
+    for (to, lanes) in [
+        (xhat, xhat_l),
+        (g, g_l),
+        (dgamma, dgamma_l),
+        (dbeta, dbeta_l),
+    ] {
+        to[at.clone()].copy_from_slice(&lanes[..used]);
+    }
 }
 
 /// `sum += ` the blocks' shares, in ascending order: columns `start..` of part `which` (0
