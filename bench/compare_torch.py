@@ -24,6 +24,8 @@ PATH_B = dict(
     rope_theta=1e6,
 )
 BATCH, SEQ, GROUP = 16, 256, 128
+# bf16 where nothing else is said: without AMX or AVX-512 PyTorch's bf16 products are slow.
+MODES = ["eager", "compiled", "eager f32", "compiled f32"]
 
 
 def median_seconds(steps, run):
@@ -72,20 +74,21 @@ def ternary_model():
 
 
 def train(args):
-    """Whole steps: forward in bf16 autocast, backward, clipping, fused AdamW."""
+    """Whole steps: forward in bf16 autocast or in f32, backward, clipping, fused AdamW."""
     import torch
     import torch.nn.functional as F
 
     torch.manual_seed(0)
     model = ternary_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), fused=True)
-    forward = torch.compile(model) if args.mode == "compiled" else model
+    forward = torch.compile(model) if args.mode.startswith("compiled") else model
+    in_bf16 = not args.mode.endswith("f32")
     vocab = PATH_B["vocab_size"]
 
     def step():
         inputs = torch.randint(0, vocab, (BATCH, SEQ))
         targets = torch.randint(0, vocab, (BATCH, SEQ))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_bf16):
             logits = forward(input_ids=inputs, use_cache=False).logits
         loss = F.cross_entropy(logits.float().view(-1, vocab), targets.view(-1))
         loss.backward()
@@ -174,7 +177,7 @@ def norms(args):
 
 
 def table(paths):
-    """Medians over all files; training against the best PyTorch variant."""
+    """Medians over all files; training against every PyTorch variant."""
     ours, theirs = {}, {}
     for path in paths:
         with open(path) as file:
@@ -191,16 +194,16 @@ def table(paths):
         peers = [f for n, f in theirs.items() if (n.startswith("train ") if training else n == name)]
         if not peers:
             continue
-        best = min(peers, key=lambda figures: middle(figures, "seconds"))
-        mine, other = middle(figures, "seconds"), middle(best, "seconds")
-        unit = figures[0]["unit"] + (f" (best: {best[0]['name']})" if training else "")
-        rates = [f"{middle(f, 'rate'):.1f}" for f in (figures, best)]
-        print(columns.format(name, *rates, f"{other / mine:.2f}", unit))
-        for key in ("resident_MiB", "dx_error", "dgamma_error"):
-            if key in figures[0] and key in best[0]:
-                values = [middle(f, key) for f in (figures, best)]
-                shown = [f"{v:.0f}" if key == "resident_MiB" else f"{v:.2e}" for v in values]
-                print(columns.format("", *shown, "", key))
+        for peer in peers:
+            mine, other = middle(figures, "seconds"), middle(peer, "seconds")
+            unit = figures[0]["unit"] + (f" ({peer[0]['name']})" if training else "")
+            rates = [f"{middle(f, 'rate'):.1f}" for f in (figures, peer)]
+            print(columns.format(name, *rates, f"{other / mine:.2f}", unit))
+            for key in ("resident_MiB", "dx_error", "dgamma_error"):
+                if key in figures[0] and key in peer[0]:
+                    values = [middle(f, key) for f in (figures, peer)]
+                    shown = [f"{v:.0f}" if key == "resident_MiB" else f"{v:.2e}" for v in values]
+                    print(columns.format("", *shown, "", key))
 
 
 def main():
@@ -211,7 +214,7 @@ def main():
         command.add_argument("--threads", type=int, default=2)
         command.add_argument("--steps", type=int, default=5)
         if name == "train":
-            command.add_argument("--mode", choices=["eager", "compiled"], default="eager")
+            command.add_argument("--mode", choices=MODES, default="eager")
         elif name == "attention":
             command.add_argument("--seq", type=int, default=1024)
             command.add_argument("--head-dim", type=int, default=64)

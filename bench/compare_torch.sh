@@ -11,6 +11,7 @@
 # ROUNDS   turns                                         [3]
 # STEPS    measured steps of a turn                      [5]
 # THREADS  threads of both                               [all cores]
+# MODES    comma separated PyTorch variants of a step    [bf16 and f32, eager and compiled]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-all}
@@ -20,6 +21,7 @@ case $what in
 esac
 python=${PYTHON:-python3}
 setun=${SETUN:-target/release/setun}
+IFS=, read -ra modes <<< "${MODES:-eager,compiled,eager f32,compiled f32}"
 rounds=${ROUNDS:-3} steps=${STEPS:-5} threads=${THREADS:-$(nproc)}
 
 if [ ! -x "$setun" ]; then
@@ -44,8 +46,7 @@ for ((round = 1; round <= rounds; round++)); do
     echo "round $round of $rounds" >&2
     if [[ $what == train || $what == all ]]; then
         ours train --shape path-b
-        torch train --mode eager
-        torch train --mode compiled
+        for mode in "${modes[@]}"; do torch train --mode "$mode"; done
     fi
     if [[ $what == attention || $what == all ]]; then
         for seq in 1024 4096; do

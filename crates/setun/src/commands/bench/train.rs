@@ -45,7 +45,7 @@ const QWEN3: &[(&str, usize)] = &[
     ("model.num_key_value_heads", 8),
     ("model.head_dim", 128),
     ("train.batch_size", 16),
-    ("train.micro_batch_size", 4),
+    ("train.micro_batch_size", 2),
     ("train.seq_len", 512),
     ("train.head_chunk", 256),
 ];
@@ -70,9 +70,6 @@ pub(super) fn settings(
         .collect();
     // Never read: the tokens are random.
     overrides.push(set("data.train", "none.tokens".to_owned()));
-    if shape == Shape::Qwen3 {
-        overrides.push(set("train.recompute", "true".to_owned()));
-    }
     if let Some(batch_size) = batch_size {
         overrides.push(set("train.batch_size", batch_size.to_string()));
         let usual = keys
