@@ -27,6 +27,10 @@ pub(crate) const PACKED: &str = "packed.safetensors";
 pub(crate) const HF_SINGLE: &str = "model.safetensors";
 pub(crate) const HF_INDEX: &str = "model.safetensors.index.json";
 
+/// What the name of a matrix is followed by in the name of the learned factors of its scales,
+/// which the checkpoint of an experiment holds.
+pub const SCALE_FACTOR: &str = ".scale_factor";
+
 /// Group sizes that are tried where a file records none, largest first.
 pub(crate) const GROUP_SIZES: [usize; 4] = [256, 128, 64, 32];
 
@@ -205,14 +209,16 @@ pub(crate) fn read_config(path: &Path) -> Result<Qwen3Config, IoError> {
     Qwen3Config::parse(&read(path)?).map_err(|e| IoError::invalid(path, e.to_string()))
 }
 
-/// Checks that `file` holds the latents of all parameters, f32, and nothing else.
+/// Checks that `file` holds the latents of all parameters, f32, and nothing else but the
+/// learned factors of their scales.
 pub(crate) fn check_latents(file: &TensorFile, config: &Qwen3Config) -> Result<(), IoError> {
     let parameters = config.parameters();
     for parameter in &parameters {
         file.expect(&parameter.name, &[Dtype::F32], &parameter.shape)?;
     }
     let known: BTreeSet<&str> = parameters.iter().map(|p| p.name.as_str()).collect();
-    match file.tensors().find(|t| !known.contains(t.0)) {
+    let is_known = |name: &str| known.contains(name.strip_suffix(SCALE_FACTOR).unwrap_or(name));
+    match file.tensors().find(|t| !is_known(t.0)) {
         None => Ok(()),
         Some((name, _, _)) => Err(unexpected(file.path(), name)),
     }

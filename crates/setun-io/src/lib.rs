@@ -53,6 +53,7 @@ pub use faults::{Fault, FaultyOps};
 pub use file_ops::{FileOps, OutputFile, RealOps};
 pub use hash::TernaryHasher;
 pub use inspect::{InspectedFile, InspectedTensor, Inspection, inspect};
+pub use layout::SCALE_FACTOR;
 pub use manifest::{FileEntry, MANIFEST, Manifest, verify_manifest, verify_manifest_with};
 pub use open::{Matrix, ModelKind, OpenModel, Which};
 pub use source::{BlockSink, TensorSource};

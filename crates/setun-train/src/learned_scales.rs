@@ -7,11 +7,9 @@
 
 use crate::TrainError;
 use setun_backend::{Backend, ProjectStats};
+use setun_io::SCALE_FACTOR;
 use setun_model::{Parameter, Parameters, ProjectFailure};
 use setun_ternary::{group_mean, groups_per_row, project_group_scaled};
-
-/// What the name of a matrix is followed by in the name of its factors.
-const SUFFIX: &str = ".scale_factor";
 
 /// Copies of one matrix at a time.
 pub struct LearnedScales {
@@ -29,7 +27,7 @@ pub fn factors(parameters: &Parameters<f32>) -> Vec<(String, usize)> {
 }
 
 fn factor_name(p: &Parameter<f32>) -> String {
-    format!("{}{SUFFIX}", p.name)
+    format!("{}{SCALE_FACTOR}", p.name)
 }
 
 impl LearnedScales {
