@@ -5,7 +5,8 @@ bf16 and int8, and by PyTorch in f32 and under bf16 autocast, on batches that
 `crates/setun-train/examples/batches.rs` writes. The table has the first loss and gradient
 norm, and how far the curves lie apart.
 
-    cargo build --release -p setun -p setun-train --example batches --bin setun
+    cargo build --release -p setun
+    cargo build --release -p setun-train --example batches
     python bench/curve_torch.py [--steps 200] [--json FILE]    # torch, transformers, tokenizers
 """
 

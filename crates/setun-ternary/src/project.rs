@@ -55,7 +55,9 @@ pub fn project_group_scaled(
     factor: f32,
     trits: &mut [i8],
 ) -> Result<f32, ScaleError> {
-    let exact = mean_abs(latents) * f64::from(factor).max(0.0);
+    // Not `max`, which would make zero of NaN.
+    let factor = if factor < 0.0 { 0.0 } else { f64::from(factor) };
+    let exact = mean_abs(latents) * factor;
     threshold_group(latents, (exact, 7), None, trits)
 }
 

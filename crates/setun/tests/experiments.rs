@@ -86,6 +86,9 @@ fn muon_z_loss_dropout_and_the_clipped_estimator_learn_and_resume_exactly() {
 #[test]
 fn experiments_train_and_no_file_format_gets_them() {
     let scratch = Scratch::new("experiments");
+    let plain = scratch.join("plain");
+    finish(&mut training(&plain, &scratch.corpus(), &[])).ok();
+    let plain = losses(&plain);
     for (name, flags) in [
         (
             "embedding",
@@ -105,6 +108,7 @@ fn experiments_train_and_no_file_format_gets_them() {
         ),
     ] {
         let losses = exact(&scratch, name, &flags);
+        assert_ne!(losses[19], plain[19], "{name} does nothing");
         assert!(float(&losses[0]) - float(&losses[19]) > 0.3, "{losses:?}");
         let run = scratch.join(name);
         let path = run.to_str().unwrap();
