@@ -12,6 +12,7 @@ pub use decode::DecodeStream;
 
 use crate::config::json::cut;
 use check::{check_bytes, check_file, check_model};
+use std::sync::OnceLock;
 use thiserror::Error;
 use tokenizers::AddedToken;
 use tokenizers::normalizers::NormalizerWrapper;
@@ -139,10 +140,10 @@ pub const MIN_VOCAB_SIZE: usize = 257;
 /// NFC form.
 #[derive(Clone)]
 pub struct Tokenizer {
-    /// Special tokens are ordinary text to this one.
-    plain: tokenizers::Tokenizer,
-    /// The same, with special tokens.
     special: tokenizers::Tokenizer,
+    /// The same, to which special tokens are ordinary text. Made when it is needed: a copy of
+    /// a large vocabulary takes a while.
+    plain: OnceLock<tokenizers::Tokenizer>,
     json: String,
     vocab_size: usize,
     end_of_text: Option<u32>,
@@ -200,8 +201,8 @@ impl Tokenizer {
     /// # Errors
     /// A `vocab_size` below [`MIN_VOCAB_SIZE`] or above what the texts yield (the error
     /// says how much that is); more than 2 GiB of text.
-    pub fn train<'a>(
-        texts: impl Iterator<Item = &'a str> + Send,
+    pub fn train<T: AsRef<str>>(
+        texts: impl Iterator<Item = T> + Send,
         vocab_size: usize,
     ) -> Result<Self, TokenizerError> {
         let inner = train::train(texts, vocab_size)?;
@@ -210,10 +211,13 @@ impl Tokenizer {
     }
 
     fn new(mut inner: tokenizers::Tokenizer, json: String) -> Result<Self, TokenizerError> {
-        let vocab = inner.get_vocab(true);
-        check_bytes(&vocab)?;
-        let largest = vocab.values().copied().max().unwrap_or(0);
-        let vocab_size = largest as usize + 1;
+        check_bytes(&inner)?;
+        // The ids of the model have no holes; an added token may be one of its words.
+        let added = inner.get_added_tokens_decoder().into_keys().max();
+        let vocab_size = inner
+            .get_vocab_size(false)
+            .max(added.map_or(0, |id| id as usize + 1));
+        let largest = vocab_size.saturating_sub(1) as u32;
         if vocab_size > MAX_VOCAB_SIZE {
             return Err(TokenizerError::VocabTooLarge { found: largest });
         }
@@ -228,11 +232,9 @@ impl Tokenizer {
             inner.add_special_tokens([token]).map_err(failed)?;
         }
         let cuts_at_lines = splits_at_lines(&inner);
-        let special = inner.clone();
-        inner.set_encode_special_tokens(true);
         Ok(Self {
-            plain: inner,
-            special,
+            special: inner,
+            plain: OnceLock::new(),
             json,
             vocab_size,
             end_of_text,
@@ -288,7 +290,7 @@ impl Tokenizer {
     ) -> Result<(), TokenizerError> {
         let pieces: Vec<&str> = batch.iter().map(|&(_, piece)| piece).collect();
         let encodings = self
-            .plain
+            .plain()
             .encode_batch_fast(pieces, false)
             .map_err(failed)?;
         for (&(index, _), encoding) in batch.iter().zip(&encodings) {
@@ -299,6 +301,14 @@ impl Tokenizer {
             ids[index].extend_from_slice(piece_ids);
         }
         Ok(())
+    }
+
+    fn plain(&self) -> &tokenizers::Tokenizer {
+        self.plain.get_or_init(|| {
+            let mut plain = self.special.clone();
+            plain.set_encode_special_tokens(true);
+            plain
+        })
     }
 
     /// Token ids of a prompt in which text that spells a special token is that token. No
@@ -625,7 +635,7 @@ mod tests {
         assert!(pieces.len() > 3);
         assert_eq!(pieces.concat(), long);
         assert_eq!(Pieces::new(&long, false).count(), 1);
-        let whole = tokenizer.plain.encode_fast(long.as_str(), false).unwrap();
+        let whole = tokenizer.plain().encode_fast(long.as_str(), false).unwrap();
         assert_eq!(tokenizer.encode(&long).unwrap(), whole.get_ids());
         assert_eq!(
             tokenizer.encode_batch(&["x", &long]).unwrap()[1],

@@ -200,13 +200,10 @@ fn packed_rows(
     if let Some(problem) = bad_scale(&matrix, block.rows.start) {
         return Err(IoError::invalid(file.path(), format!("{name} {problem}")));
     }
-    let mut trits = vec![0; block.cols];
-    for row in 0..matrix.rows {
-        matrix.unpack_row(row, &mut trits).map_err(|e| {
-            let row = block.rows.start + row;
-            IoError::invalid(file.path(), format!("{name} row {row}: {e}"))
-        })?;
-    }
+    matrix.check().map_err(|(row, e)| {
+        let row = block.rows.start + row;
+        IoError::invalid(file.path(), format!("{name} row {row}: {e}"))
+    })?;
     Ok(matrix)
 }
 

@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let settings = Settings::load_run(Path::new(run), &[])?;
     let init = settings.model.init_from.as_deref();
     let init = init.map(OpenModel::open).transpose()?;
-    let batches = prepare(&settings, init.as_ref(), &mut Quiet)?.batches;
+    let batches = prepare(&settings, init.as_ref(), settings.output(), &mut Quiet)?.batches;
     let mut file = std::io::BufWriter::new(std::fs::File::create(out)?);
     let mut inputs = vec![0; batches.targets_per_batch()];
     let mut targets = inputs.clone();

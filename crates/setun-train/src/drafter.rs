@@ -123,7 +123,7 @@ pub fn train_drafter(
     }
     let header = header(&mut settings, &model)?;
     let settings = &settings;
-    let prepared = prepare::prepare(settings, Some(&model), observer)?;
+    let prepared = prepare::prepare(settings, Some(&model), &parent, observer)?;
     let texts = Texts::write(settings, &model, &prepared, options.isa, observer)?;
     let mut trainer = DrafterTrainer::new(settings, &model, &header, options)?;
     trainer.train(&texts, options, observer)?;

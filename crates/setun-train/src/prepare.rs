@@ -31,17 +31,6 @@ pub struct Prepared {
     pub identity: DataIdentity,
 }
 
-impl Prepared {
-    /// Moves large streams out of memory, into nameless files in `directory`.
-    ///
-    /// # Errors
-    /// What the operating system says, with the path.
-    pub fn spill(&mut self, directory: &Path) -> Result<(), TrainError> {
-        self.batches.spill(directory)?;
-        Ok(self.windows.spill(directory)?)
-    }
-}
-
 /// Both sides of the split, as tokens.
 struct Sides {
     tokenizer: Tokenizer,
@@ -50,19 +39,22 @@ struct Sides {
     facts: DataFacts,
 }
 
-/// Reads and prepares everything that `settings.data` names.
+/// Reads and prepares everything that `settings.data` names. Tokens that would take much
+/// memory go into files without names in the folder `output`, or, since that is made when it is
+/// sure that there will be a run, the nearest above it.
 ///
 /// # Errors
 /// Text, tokenizer or tokens that cannot be used.
 pub fn prepare(
     settings: &Settings,
     init: Option<&OpenModel>,
+    output: &Path,
     observer: &mut dyn Observer,
 ) -> Result<Prepared, TrainError> {
     let from_tokens = settings.data.train.iter().any(|path| is_token_file(path));
     let mut sides = match from_tokens {
         true => from_token_files(settings, init)?,
-        false => from_text(settings, init, observer)?,
+        false => from_text(settings, init, existing_folder(output), observer)?,
     };
     sides.facts.train_tokens = sides.train.num_tokens();
     sides.facts.valid_tokens = sides.valid.num_targets();
@@ -89,6 +81,12 @@ pub fn prepare(
     })
 }
 
+/// `path`, or the nearest folder above it that exists.
+fn existing_folder(path: &Path) -> &Path {
+    let exists = |folder: &&Path| folder.is_dir();
+    path.ancestors().find(exists).unwrap_or(Path::new("."))
+}
+
 /// Count models on the held-out tokens.
 ///
 /// # Errors
@@ -101,8 +99,14 @@ pub fn baselines(prepared: &Prepared) -> Result<Vec<Baseline>, TrainError> {
         ("interpolated bigram", measured.bigram),
         ("interpolated trigram", measured.trigram),
     ];
+    // A large corpus is not counted to its end, which the name must say.
+    let all = prepared.batches.tokens().num_tokens();
+    let of = match measured.num_train_tokens {
+        counted if counted < all => format!(" of the first {counted} tokens"),
+        _ => String::new(),
+    };
     let baseline = |(name, loss): (&str, f64)| Baseline {
-        name: name.to_owned(),
+        name: format!("{name}{of}"),
         loss,
         bits_per_byte: loss * tokens as f64 / (std::f64::consts::LN_2 * bytes as f64),
         tokens,
@@ -199,21 +203,17 @@ fn sources(settings: &Settings) -> Vec<String> {
 fn from_text(
     settings: &Settings,
     init: Option<&OpenModel>,
+    spill: &Path,
     observer: &mut dyn Observer,
 ) -> Result<Sides, TrainError> {
     let given = given_tokenizer(settings, init)?;
     let chat = ChatOptions::new(settings.data.format, chat_template(init)?, given.as_ref());
     let (corpus, split, facts) = split_corpus(settings, &chat)?;
-    let texts = |side: &[usize]| -> Vec<usize> { side.to_vec() };
     let tokenizer = match given {
         Some(tokenizer) => tokenizer,
         None => {
             observer.message("training the tokenizer on the training documents");
-            let documents = split
-                .train
-                .iter()
-                .map(|&i| corpus.documents[i].text.as_str());
-            Tokenizer::train(documents, settings.tokenizer.vocab_size)?
+            corpus.train_tokenizer(&split.train, settings.tokenizer.vocab_size)?
         }
     };
     let seed = settings.run.seed;
@@ -222,7 +222,7 @@ fn from_text(
         let progress = |done: u64, total: u64| {
             observer.borrow_mut().progress(what, done, total, "");
         };
-        TokenSet::encode(&corpus, &texts(side), &tokenizer, seed, &progress)
+        TokenSet::encode(&corpus, side, &tokenizer, seed, Some(spill), &progress)
     };
     let train = encode(&split.train, "tokenizing training text")?;
     let valid = encode(&split.valid, "tokenizing held-out text")?;
@@ -272,7 +272,7 @@ fn split_corpus(
         true => Split::by_fraction(&corpus, data.valid_fraction, settings.run.seed)?,
         false => Split::by_files(&corpus, &expand_sources(&valid, base)?)?,
     };
-    let overlap = Overlap::find(&corpus, &split);
+    let overlap = Overlap::find(&corpus, &split)?;
     let duplicates = duplicate_facts(&corpus, &split, &overlap, data.drop_near_duplicates);
     if data.drop_near_duplicates && !overlap.train_documents.is_empty() {
         split = split.without_train(&corpus, overlap.train_to_drop())?;
@@ -280,10 +280,7 @@ fn split_corpus(
     let facts = DataFacts {
         train_hash: split.train_hash.clone(),
         valid_hash: split.valid_hash.clone(),
-        short_documents: corpus
-            .short_documents
-            .as_ref()
-            .map_or(0, |s| s.count as u64),
+        short_documents: corpus.short_documents.map_or(0, |s| s.count as u64),
         duplicates,
         sources: sources(settings),
         ..DataFacts::default()

@@ -107,7 +107,7 @@ pub fn train(
         false => open_init(&mut settings)?,
     };
     let teacher = open_teacher(&mut settings)?;
-    let mut prepared = prepare::prepare(&settings, init.as_ref(), observer)?;
+    let prepared = prepare::prepare(&settings, init.as_ref(), &run, observer)?;
     let config = final_config(&settings, init.as_ref(), &prepared.tokenizer)?;
     check_names(&settings, &config)?;
     check_exports(&settings, &config)?;
@@ -119,7 +119,6 @@ pub fn train(
     lock.remove_leftovers_with(options.files.as_ref())?;
     observer.message(&describe_data(&prepared));
     let baselines = prepare::baselines(&prepared)?;
-    prepared.spill(&run)?;
     release_freed();
     let begin = Beginning {
         settings,

@@ -2,7 +2,9 @@
 
 use setun_backend::{Host, Isa};
 use setun_formats::Tokenizer;
-use setun_train::data::{Batches, Corpus, DocumentOptions, EvalWindows, TokenSet, load_documents};
+use setun_train::data::{
+    Batches, Corpus, DocumentOptions, EvalWindows, Text, TokenSet, load_documents,
+};
 use setun_train::evaluate::Evaluator;
 use setun_train::prepare::model_config;
 use setun_train::settings::{Override, Settings};
@@ -19,8 +21,8 @@ fn corpus() -> Corpus {
 
 /// A tokenizer trained on the example, with the tokens of ChatML.
 fn tokenizer(corpus: &Corpus) -> Tokenizer {
-    let texts = corpus.documents.iter().map(|d| d.text.as_str());
-    let trained = Tokenizer::train(texts, 400).unwrap();
+    let all: Vec<usize> = (0..corpus.documents.len()).collect();
+    let trained = corpus.train_tokenizer(&all, 400).unwrap();
     let mut file: serde_json::Value = serde_json::from_str(&trained.to_json()).unwrap();
     let added = file["added_tokens"].as_array_mut().unwrap();
     for (id, content) in [(400, "<|im_start|>"), (401, "<|im_end|>")] {
@@ -34,7 +36,7 @@ fn tokenizer(corpus: &Corpus) -> Tokenizer {
 
 fn tokens(corpus: &Corpus, tokenizer: &Tokenizer) -> TokenSet {
     let all: Vec<usize> = (0..corpus.documents.len()).collect();
-    TokenSet::encode(corpus, &all, tokenizer, 1, &|_, _| {}).unwrap()
+    TokenSet::encode(corpus, &all, tokenizer, 1, None, &|_, _| {}).unwrap()
 }
 
 fn settings() -> Settings {
@@ -79,8 +81,11 @@ fn only_answers_are_targets_and_only_templates_write_special_tokens() {
     }
     assert!(open.is_empty(), "every answer ends in the token <|im_end|>");
     answers.sort();
+    let mut reader = corpus.reader();
+    let all = 0..corpus.documents.len();
+    let documents: Vec<Text> = all.map(|d| reader.read(d).unwrap()).collect();
     let mut expected: Vec<String> = Vec::new();
-    for document in &corpus.documents {
+    for document in &documents {
         let conversation = document.conversation.as_ref().unwrap();
         let targets = conversation.targets.iter();
         expected.extend(targets.map(|t| document.text[t.clone()].to_owned()));
@@ -96,8 +101,7 @@ fn only_answers_are_targets_and_only_templates_write_special_tokens() {
         "<think>\n17 times 3 is 51.\n</think>\n\n17 times 3 is 51.<|im_end|>"
     ));
     // One for each turn of the templates, none for what a message spells.
-    let turns: usize = corpus
-        .documents
+    let turns: usize = documents
         .iter()
         .map(|d| d.text.matches("<|im_start|>").count())
         .sum();

@@ -40,12 +40,10 @@ fn batches(settings: &Settings) -> (Batches, Tokenizer) {
     let source = ["data/encyclopedia.txt".to_owned()];
     let corpus = load_documents(&source, &root, &DocumentOptions::default()).unwrap();
     let split = Split::by_fraction(&corpus, 0.1, 1).unwrap();
-    let texts = split
-        .train
-        .iter()
-        .map(|&i| corpus.documents[i].text.as_str());
-    let tokenizer = Tokenizer::train(texts, settings.tokenizer.vocab_size).unwrap();
-    let tokens = TokenSet::encode(&corpus, &split.train, &tokenizer, 1, &|_, _| {}).unwrap();
+    let tokenizer = corpus
+        .train_tokenizer(&split.train, settings.tokenizer.vocab_size)
+        .unwrap();
+    let tokens = TokenSet::encode(&corpus, &split.train, &tokenizer, 1, None, &|_, _| {}).unwrap();
     let train = &settings.train;
     (
         Batches::new(tokens, train.seq_len, train.batch_size, 1).unwrap(),

@@ -222,7 +222,7 @@ pub fn verify(args: VerifyArgs, _: &Environment) -> CommandResult {
 pub fn eval(args: EvalArgs, environment: &Environment) -> CommandResult {
     let model = open(&args.model, args.checkpoint)?;
     let tokenizer = tokenizer_of(&model)?;
-    let tokens = read_tokens(&args.data, &args.documents, &tokenizer)?;
+    let tokens = read_tokens(&args.data, &args.documents, &tokenizer, None)?;
     let limit = model.config().max_position_embeddings;
     let seq_len = args
         .seq_len
@@ -273,7 +273,9 @@ pub fn tokenize(args: TokenizeArgs, _: &Environment) -> CommandResult {
         TokenizerSource::File(path) => tokenizer_file(path)?,
         TokenizerSource::Model(path) => tokenizer_of(&OpenModel::open(path)?)?,
     };
-    let tokens = read_tokens(&args.sources, &args.documents, &tokenizer)?;
+    let folder = args.output.parent().filter(|p| !p.as_os_str().is_empty());
+    let spill = Some(folder.unwrap_or(Path::new(".")));
+    let tokens = read_tokens(&args.sources, &args.documents, &tokenizer, spill)?;
     tokens.save(&args.output)?;
     say!(
         "{}: {} tokens from {} documents, {} bytes of text",
@@ -285,11 +287,13 @@ pub fn tokenize(args: TokenizeArgs, _: &Environment) -> CommandResult {
     Ok(Outcome::Success)
 }
 
-/// Documents in their order, as tokens; a `.tokens` file as it is.
+/// Documents in their order, as tokens; a `.tokens` file as it is. Many tokens go into a file
+/// without a name in `spill`.
 fn read_tokens(
     sources: &[PathBuf],
     documents: &setun_train::data::DocumentOptions,
     tokenizer: &Tokenizer,
+    spill: Option<&Path>,
 ) -> Result<TokenSet, Box<dyn Error>> {
     if let [path] = sources
         && path.extension().is_some_and(|e| e == "tokens")
@@ -307,7 +311,9 @@ fn read_tokens(
     let console = RefCell::new(Console::new());
     let progress = |done, total| console.borrow_mut().progress("tokenizing", done, total, "");
     // Seed 0: the order of documents matters to training only.
-    Ok(TokenSet::encode(&corpus, &all, tokenizer, 0, &progress)?)
+    Ok(TokenSet::encode(
+        &corpus, &all, tokenizer, 0, spill, &progress,
+    )?)
 }
 
 /// `setun tokenizer train`
@@ -318,8 +324,8 @@ pub fn tokenizer_train(args: TokenizerTrainArgs, _: &Environment) -> CommandResu
         .map(|p| p.to_string_lossy().into_owned())
         .collect();
     let corpus = load_documents(&names, Path::new(""), &args.documents)?;
-    let texts = corpus.documents.iter().map(|d| d.text.as_str());
-    let tokenizer = Tokenizer::train(texts, args.vocab_size)?;
+    let all: Vec<usize> = (0..corpus.documents.len()).collect();
+    let tokenizer = corpus.train_tokenizer(&all, args.vocab_size)?;
     write_atomic(&args.output, tokenizer.to_json().as_bytes())?;
     say!(
         "{}: {} entries",

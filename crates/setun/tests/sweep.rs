@@ -210,6 +210,9 @@ fn runs_are_compared_and_what_cannot_be_is_marked() {
     assert_eq!(page.matches("<svg").count(), 2, "the whole and its end");
     assert!(page.contains("a &lt;b&gt;") && !page.contains("a <b>"));
     assert!(!page.contains("<script") && page.contains("prefers-color-scheme:dark"));
+    let picture = fs::read_to_string(out.join("compare.svg")).unwrap();
+    assert!(picture.starts_with("<svg xmlns=") && picture.ends_with("</svg>\n"));
+    assert!(picture.contains("1 a &lt;b&gt;") && picture.contains("--series-0:"));
 
     let marked = setun(["compare", &ternary, &dense, &other]).ok().stdout;
     assert!(marked.contains("not comparable"), "{marked}");

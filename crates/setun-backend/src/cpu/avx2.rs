@@ -4,12 +4,14 @@
 //! operations of each output is the same, only several outputs advance together.
 
 use super::gemm::{MR, NR, TileOperands};
-use super::int8::{self, LANES, QUADS_OF_A_PART};
+use super::int8::{self, LANES};
 use crate::kernels::product::BLOCK;
 use std::arch::x86_64::*;
 
 /// Lanes of a vector of f32.
 const W: usize = 8;
+/// Quads whose sums fit into an i16: 2 * 2 * 127 * 64 < 2^15.
+const QUADS_OF_A_PART: usize = 64;
 
 /// Eight values from the start of `x`.
 #[inline]

@@ -15,8 +15,6 @@ use std::ops::Range;
 pub(super) const LANES: usize = 16;
 /// Rows that share a pass over a panel.
 pub(super) const MR: usize = 4;
-/// Quads whose sums fit into an i16: 2 * 2 * 127 * 64 < 2^15.
-pub(super) const QUADS_OF_A_PART: usize = 64;
 /// Most rows of a task.
 const ROWS: usize = 512;
 

@@ -172,6 +172,7 @@ pub(crate) struct PanelScratch {
     /// Outputs of each row.
     pub(crate) y: [[f32; PANEL]; MAX_ROWS],
     /// Codes of a group, a byte each, where many rows share them.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
     pub(super) codes: [u8; PANEL * MANY_GROUP],
 }
 

@@ -92,24 +92,37 @@ pub fn transpose<R: Real>(isa: Isa, from: &[R], width: usize, tile: usize, to: &
     if rows < tile {
         to.fill(R::ZERO);
     }
-    let mut done = 0;
-    #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx2 && width.is_multiple_of(8) && TypeId::of::<R>() == TypeId::of::<f32>() {
-        let from: &[f32] = bytemuck::cast_slice(from);
-        let to: &mut [f32] = bytemuck::cast_slice_mut(to);
-        while rows - done >= 8 {
-            let (from, to) = (&from[done * width..], &mut to[done..]);
-            // SAFETY: as above.
-            unsafe { avx2::transpose_eight(from, width, tile, to) };
-            done += 8;
-        }
-    }
-    let _ = isa;
+    let done = vector_transpose(isa, from, width, tile, to);
     for (lane, row) in from.chunks(width).enumerate().skip(done) {
         for (d, &x) in row.iter().enumerate() {
             to[d * tile + lane] = x;
         }
     }
+}
+
+/// Transposes the rows that the instruction set has a loop for and returns their number.
+#[inline(always)]
+fn vector_transpose<R: Real>(
+    isa: Isa,
+    from: &[R],
+    width: usize,
+    tile: usize,
+    to: &mut [R],
+) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx2 && width.is_multiple_of(8) && TypeId::of::<R>() == TypeId::of::<f32>() {
+        let from: &[f32] = bytemuck::cast_slice(from);
+        let to: &mut [f32] = bytemuck::cast_slice_mut(to);
+        let whole = from.len() / width / 8 * 8;
+        for row in (0..whole).step_by(8) {
+            let (from, to) = (&from[row * width..], &mut to[row..]);
+            // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
+            unsafe { avx2::transpose_eight(from, width, tile, to) };
+        }
+        return whole;
+    }
+    let _ = (isa, from, width, tile, to);
+    0
 }
 
 /// Runs the lanes that the instruction set has a loop for and returns their number.

@@ -17,8 +17,8 @@ use tokenizers::{AddedToken, Tokenizer};
 const MAX_BYTES: u64 = i32::MAX as u64;
 
 /// See [`super::Tokenizer::train`].
-pub(super) fn train<'a>(
-    texts: impl Iterator<Item = &'a str> + Send,
+pub(super) fn train<T: AsRef<str>>(
+    texts: impl Iterator<Item = T> + Send,
     vocab_size: usize,
 ) -> Result<Tokenizer, TokenizerError> {
     if !(MIN_VOCAB_SIZE..=MAX_VOCAB_SIZE).contains(&vocab_size) {
@@ -32,13 +32,15 @@ pub(super) fn train<'a>(
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();
     let num_bytes = AtomicU64::new(0);
-    let fits = |text: &&str| {
-        let len = text.len() as u64;
+    let fits = |text: &T| {
+        let len = text.as_ref().len() as u64;
         num_bytes.fetch_add(len, Ordering::Relaxed) + len <= MAX_BYTES
     };
-    let pieces = texts
-        .take_while(fits)
-        .flat_map(|text| Pieces::new(text, true));
+    let pieces = texts.take_while(fits).flat_map(|text| {
+        Pieces::new(text.as_ref(), true)
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    });
     let mut trainer = TrainerWrapper::from(trainer);
     tokenizer.train(&mut trainer, pieces).map_err(failed)?;
     if num_bytes.into_inner() > MAX_BYTES {

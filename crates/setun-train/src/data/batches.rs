@@ -35,7 +35,6 @@
 use super::{DataError, Permutation, TokenSet};
 use setun_backend::ops::IGNORE_TARGET;
 use std::ops::Range;
-use std::path::Path;
 
 /// Rows `start..start + len` of the flattened `[batch, seq]` inputs within which
 /// attention stays.
@@ -100,14 +99,6 @@ impl Batches {
     /// The stream behind the batches.
     pub fn tokens(&self) -> &TokenSet {
         &self.tokens
-    }
-
-    /// Moves a large stream out of memory, into a nameless file in `directory`.
-    ///
-    /// # Errors
-    /// What the operating system says, with the path.
-    pub fn spill(&mut self, directory: &Path) -> Result<(), DataError> {
-        self.tokens.spill(directory)
     }
 
     /// Targets of a batch.
@@ -221,14 +212,6 @@ impl EvalWindows {
     /// The stream behind the windows.
     pub fn tokens(&self) -> &TokenSet {
         &self.tokens
-    }
-
-    /// Moves a large stream out of memory, into a nameless file in `directory`.
-    ///
-    /// # Errors
-    /// What the operating system says, with the path.
-    pub fn spill(&mut self, directory: &Path) -> Result<(), DataError> {
-        self.tokens.spill(directory)
     }
 
     /// Batches that cover the stream.

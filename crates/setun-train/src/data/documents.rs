@@ -5,13 +5,18 @@
 //! every other file is UTF-8 text, cut by [`SplitOn`]. The documents keep the order of
 //! the sources, of the sorted files in each source and of their place in the file.
 
-use super::{ChatOptions, Conversation, DataError, DataFormat};
+use super::{
+    ChatOptions, Corpus, DataError, DataFormat, Document, DocumentKind, ShortDocuments,
+    corpus::Stamp,
+};
 use fancy_regex::Regex;
 use std::{
     collections::HashSet,
-    fmt, fs,
+    fmt,
+    fs::{self, File},
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    str::FromStr,
+    str::{self, FromStr},
 };
 
 /// Files that a folder contributes.
@@ -85,55 +90,6 @@ impl Default for DocumentOptions {
     }
 }
 
-/// One text.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Document {
-    /// Index into [`Corpus::sources`].
-    pub source: usize,
-    /// Byte in the file where the text (in `.jsonl`: its line) begins.
-    pub offset: u64,
-    /// The text, never empty.
-    pub text: String,
-    /// Which parts are learned, if this is a conversation; of a text all is.
-    pub conversation: Option<Conversation>,
-}
-
-/// Documents that are shorter than [`DocumentOptions::min_document_chars`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ShortDocuments {
-    /// How many there are.
-    pub count: usize,
-    /// The first one, an index into [`Corpus::documents`].
-    pub first: usize,
-}
-
-/// All documents of a run, before any split.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Corpus {
-    /// The files, in reading order, each once.
-    pub sources: Vec<PathBuf>,
-    /// The documents, in reading order.
-    pub documents: Vec<Document>,
-    /// Short documents, which often mean a wrong `split_on`; `None` when there are none.
-    pub short_documents: Option<ShortDocuments>,
-    /// `.jsonl` lines whose text is empty; they are left out.
-    pub empty_documents: usize,
-}
-
-impl Corpus {
-    /// UTF-8 bytes of all documents.
-    pub fn num_bytes(&self) -> u64 {
-        self.documents.iter().map(|d| d.text.len() as u64).sum()
-    }
-
-    /// `file, byte offset` of document `index`, for messages.
-    pub fn place(&self, index: usize) -> String {
-        let document = &self.documents[index];
-        let path = self.sources[document.source].display();
-        format!("{path}, byte {}", document.offset)
-    }
-}
-
 /// Reads the documents of `sources`: files, globs and folders (recursive, `.txt` and
 /// `.jsonl`), relative to `base`. A file that several sources name is read once.
 /// Conversations are rendered in the built-in chat format.
@@ -160,34 +116,39 @@ pub fn load_documents_with(
     chat: &ChatOptions,
 ) -> Result<Corpus, DataError> {
     let splitter = Splitter::new(&options.split_on)?;
-    let mut corpus = Corpus {
-        sources: expand_sources(sources, base)?,
-        ..Corpus::default()
+    let mut reading = Reading {
+        corpus: Corpus {
+            sources: expand_sources(sources, base)?,
+            documents: Vec::new(),
+            short_documents: None,
+            empty_documents: 0,
+            stamps: Vec::new(),
+            text_field: options.text_field.clone(),
+            chat: chat.clone(),
+        },
+        min_chars: options.min_document_chars,
     };
-    for source in 0..corpus.sources.len() {
-        let path = corpus.sources[source].clone();
-        let text = read_text(&path)?;
-        if has_extension(&path, "jsonl") {
-            read_json_lines(&mut corpus, source, &text, &options.text_field, chat)?;
-        } else if chat.format == DataFormat::Chat {
+    for source in 0..reading.corpus.sources.len() {
+        let path = reading.corpus.sources[source].clone();
+        let is_json = has_extension(&path, "jsonl");
+        if !is_json && chat.format == DataFormat::Chat {
             return Err(DataError::NotChat { path });
-        } else {
-            let ranges = splitter.split(&text, &path)?;
-            corpus
-                .documents
-                .extend(ranges.into_iter().map(|(from, to)| Document {
-                    source,
-                    offset: from as u64,
-                    text: text[from..to].to_owned(),
-                    conversation: None,
-                }));
+        }
+        let mut lines = Lines::open(&path)?;
+        reading.corpus.stamps.push(lines.stamp);
+        match is_json {
+            true => reading.json_lines(source as u32, &mut lines)?,
+            false => reading.text(source as u32, &mut lines, &splitter)?,
+        }
+        if lines.are_blank {
+            return Err(DataError::Empty { path });
         }
     }
+    let corpus = reading.corpus;
     if corpus.documents.is_empty() {
         let sources = corpus.sources.len();
         return Err(DataError::NoDocuments { sources });
     }
-    corpus.short_documents = find_short(&corpus.documents, options.min_document_chars);
     Ok(corpus)
 }
 
@@ -288,82 +249,225 @@ fn has_extension(path: &Path, extension: &str) -> bool {
         .is_some_and(|e| e.eq_ignore_ascii_case(extension))
 }
 
-/// The text of a file, which has at least one character that is not white space.
-fn read_text(path: &Path) -> Result<String, DataError> {
-    let bytes = fs::read(path).map_err(DataError::io("read", path))?;
-    let text = String::from_utf8(bytes).map_err(|why| DataError::NotUtf8 {
-        path: path.to_path_buf(),
-        offset: why.utf8_error().valid_up_to() as u64,
-    })?;
-    if without_mark(&text).trim().is_empty() {
-        let path = path.to_path_buf();
-        return Err(DataError::Empty { path });
+/// The lines of a file, one in memory at a time.
+struct Lines {
+    path: PathBuf,
+    stamp: Stamp,
+    input: BufReader<File>,
+    /// The line that was read last, with its ending.
+    line: Vec<u8>,
+    /// Byte behind it.
+    end: u64,
+    number: u64,
+    /// Whether nothing but white space has come.
+    are_blank: bool,
+}
+
+/// One of them.
+struct Line<'a> {
+    /// With its ending; without the byte order mark that some editors put in front of UTF-8.
+    text: &'a str,
+    /// Byte in the file where `text` begins.
+    start: u64,
+    /// From 1.
+    number: u64,
+    is_blank: bool,
+}
+
+impl Lines {
+    fn open(path: &Path) -> Result<Self, DataError> {
+        let io = |why| DataError::io("read", path)(why);
+        let file = File::open(path).map_err(io)?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            stamp: Stamp::of(&file.metadata().map_err(io)?),
+            input: BufReader::with_capacity(1 << 16, file),
+            line: Vec::new(),
+            end: 0,
+            number: 0,
+            are_blank: true,
+        })
     }
-    Ok(text)
-}
 
-/// `text` without a byte order mark, which some editors put in front of UTF-8.
-fn without_mark(text: &str) -> &str {
-    text.strip_prefix('\u{feff}').unwrap_or(text)
-}
-
-fn read_json_lines(
-    corpus: &mut Corpus,
-    source: usize,
-    text: &str,
-    field: &str,
-    chat: &ChatOptions,
-) -> Result<(), DataError> {
-    let body = without_mark(text);
-    let mut offset = text.len() - body.len();
-    for (number, line) in (1u64..).zip(body.split_inclusive('\n')) {
-        let start = offset;
-        offset += line.len();
-        if line.trim().is_empty() {
-            continue;
+    fn next(&mut self) -> Result<Option<Line<'_>>, DataError> {
+        self.line.clear();
+        let read = self.input.read_until(b'\n', &mut self.line);
+        read.map_err(DataError::io("read", &self.path))?;
+        if self.line.is_empty() {
+            return Ok(None);
         }
-        let path = &corpus.sources[source];
-        let content = parse_json_line(line, field, chat.format);
-        let content = content.map_err(|reason| DataError::BadJsonLine {
-            path: path.clone(),
-            line: number,
-            field: field.to_owned(),
-            reason,
+        let start = self.end;
+        self.end += self.line.len() as u64;
+        self.number += 1;
+        let line = str::from_utf8(&self.line).map_err(|why| DataError::NotUtf8 {
+            path: self.path.clone(),
+            offset: start + why.valid_up_to() as u64,
         })?;
-        let (text, conversation) = match content {
-            Content::Text(text) => (text, None),
-            Content::Chat => {
-                let read = chat.read(line);
-                let (text, conversation) = read.map_err(|reason| DataError::BadConversation {
-                    path: path.clone(),
-                    line: number,
-                    reason,
-                })?;
-                (text, Some(conversation))
-            }
+        let text = match start {
+            0 => line.strip_prefix('\u{feff}').unwrap_or(line),
+            _ => line,
         };
-        if text.is_empty() {
-            corpus.empty_documents += 1;
-            continue;
-        }
-        corpus.documents.push(Document {
-            source,
-            offset: start as u64,
+        let is_blank = text.trim().is_empty();
+        self.are_blank &= is_blank;
+        Ok(Some(Line {
             text,
-            conversation,
-        });
+            start: self.end - text.len() as u64,
+            number: self.number,
+            is_blank,
+        }))
     }
-    Ok(())
 }
 
-/// What a line holds.
-enum Content {
+/// A corpus that is being read.
+struct Reading {
+    corpus: Corpus,
+    min_chars: usize,
+}
+
+impl Reading {
+    /// Adds a document of `num_chars` characters; more than [`Self::min_chars`] need not be
+    /// counted.
+    fn push(&mut self, document: Document, num_chars: usize) {
+        if num_chars < self.min_chars {
+            let first = self.corpus.documents.len();
+            let none = ShortDocuments { count: 0, first };
+            self.corpus.short_documents.get_or_insert(none).count += 1;
+        }
+        self.corpus.documents.push(document);
+    }
+
+    fn text(
+        &mut self,
+        source: u32,
+        lines: &mut Lines,
+        splitter: &Splitter,
+    ) -> Result<(), DataError> {
+        let path = lines.path.clone();
+        // From its first line that is not blank to its last.
+        let mut open: Option<OpenText> = None;
+        let whole_file = matches!(splitter, Splitter::File);
+        while let Some(line) = lines.next()? {
+            let content = line.text.trim_end_matches(['\n', '\r']);
+            if splitter.ends_before(content, &line, &path)? {
+                if let Some(text) = open.take() {
+                    self.push(text.document(source), text.num_chars);
+                }
+            }
+            if whole_file {
+                let text = open.get_or_insert(OpenText::at(line.start));
+                text.extend(line.text, line.text);
+            } else if !line.is_blank {
+                let text = open.get_or_insert(OpenText::at(line.start));
+                text.extend(content, line.text);
+            } else if let Some(text) = &mut open {
+                text.pass(line.text);
+            }
+        }
+        if let Some(text) = open {
+            self.push(text.document(source), text.num_chars);
+        }
+        Ok(())
+    }
+
+    fn json_lines(&mut self, source: u32, lines: &mut Lines) -> Result<(), DataError> {
+        let path = lines.path.clone();
+        while let Some(line) = lines.next()? {
+            if line.is_blank {
+                continue;
+            }
+            let Corpus {
+                text_field, chat, ..
+            } = &self.corpus;
+            let content = parse_json_line(line.text, text_field, chat.format);
+            let content = content.map_err(|reason| DataError::BadJsonLine {
+                path: path.clone(),
+                line: line.number,
+                field: text_field.clone(),
+                reason,
+            })?;
+            let (text, kind) = match content {
+                JsonLine::Text(text) => (text, DocumentKind::JsonText),
+                JsonLine::Chat => {
+                    let read = chat.read(line.text);
+                    let (text, _) = read.map_err(|reason| DataError::BadConversation {
+                        path: path.clone(),
+                        line: line.number,
+                        reason,
+                    })?;
+                    (text, DocumentKind::Conversation)
+                }
+            };
+            if text.is_empty() {
+                self.corpus.empty_documents += 1;
+                continue;
+            }
+            let document = Document {
+                source,
+                offset: line.start,
+                num_bytes: line.text.len() as u64,
+                kind,
+            };
+            self.push(document, text.chars().take(self.min_chars).count());
+        }
+        Ok(())
+    }
+}
+
+/// A text whose end has not been seen.
+struct OpenText {
+    from: u64,
+    /// Byte behind its last character so far.
+    to: u64,
+    num_chars: usize,
+    /// Bytes and characters of all lines since `from`.
+    seen: (u64, usize),
+}
+
+impl OpenText {
+    fn at(from: u64) -> Self {
+        Self {
+            from,
+            to: from,
+            num_chars: 0,
+            seen: (0, 0),
+        }
+    }
+
+    /// Adds a line of which `content`, its beginning, belongs to the text for sure.
+    fn extend(&mut self, content: &str, line: &str) {
+        self.to = self.from + self.seen.0 + content.len() as u64;
+        self.num_chars = self.seen.1 + content.chars().count();
+        self.pass(line);
+    }
+
+    /// A line that belongs to the text only if another follows.
+    fn pass(&mut self, line: &str) {
+        self.seen.0 += line.len() as u64;
+        self.seen.1 += line.chars().count();
+    }
+
+    fn document(&self, source: u32) -> Document {
+        Document {
+            source,
+            offset: self.from,
+            num_bytes: self.to - self.from,
+            kind: DocumentKind::Text,
+        }
+    }
+}
+
+/// What a line of a `.jsonl` file holds.
+pub(super) enum JsonLine {
     Text(String),
     Chat,
 }
 
 /// The text in one line, or that it is a conversation, or what is wrong with the line.
-fn parse_json_line(line: &str, field: &str, format: DataFormat) -> Result<Content, String> {
+pub(super) fn parse_json_line(
+    line: &str,
+    field: &str,
+    format: DataFormat,
+) -> Result<JsonLine, String> {
     let value: serde_json::Value =
         serde_json::from_str(line).map_err(|why| format!("not JSON ({why})"))?;
     let serde_json::Value::Object(mut object) = value else {
@@ -371,20 +475,13 @@ fn parse_json_line(line: &str, field: &str, format: DataFormat) -> Result<Conten
     };
     let has_messages = object.contains_key(MESSAGES);
     match (format, object.remove(field)) {
-        (DataFormat::Chat, _) if has_messages => Ok(Content::Chat),
+        (DataFormat::Chat, _) if has_messages => Ok(JsonLine::Chat),
         (DataFormat::Chat, _) => Err(format!("no {MESSAGES:?}, which data.format = chat needs")),
-        (_, Some(serde_json::Value::String(text))) => Ok(Content::Text(text)),
+        (_, Some(serde_json::Value::String(text))) => Ok(JsonLine::Text(text)),
         (_, Some(_)) => Err(format!("{field:?} is not a string")),
-        (DataFormat::Auto, None) if has_messages => Ok(Content::Chat),
+        (DataFormat::Auto, None) if has_messages => Ok(JsonLine::Chat),
         (_, None) => Err(format!("no field {field:?}")),
     }
-}
-
-fn find_short(documents: &[Document], min_chars: usize) -> Option<ShortDocuments> {
-    let is_short = |d: &Document| d.text.chars().take(min_chars).count() < min_chars;
-    let first = documents.iter().position(is_short)?;
-    let count = documents[first..].iter().filter(|d| is_short(d)).count();
-    Some(ShortDocuments { count, first })
 }
 
 /// [`SplitOn`] with its pattern compiled.
@@ -403,48 +500,16 @@ impl Splitter {
         })
     }
 
-    /// Byte ranges of the documents in `text`, in order; none is blank.
-    fn split(&self, text: &str, path: &Path) -> Result<Vec<(usize, usize)>, DataError> {
-        let mut offset = text.len() - without_mark(text).len();
-        if matches!(self, Self::File) {
-            return Ok(vec![(offset, text.len())]);
-        }
-        let mut ranges = Vec::new();
-        // The open document: from its first line that is not blank to its last.
-        let mut open: Option<(usize, usize)> = None;
-        for line in text[offset..].split_inclusive('\n') {
-            let start = offset;
-            offset += line.len();
-            let content = line.trim_end_matches(['\n', '\r']);
-            let is_blank = content.trim().is_empty();
-            if self.ends_before(content, is_blank, start, path)? {
-                ranges.extend(open.take());
-            }
-            if !is_blank {
-                let from = open.map_or(start, |(from, _)| from);
-                open = Some((from, start + content.len()));
-            }
-        }
-        ranges.extend(open);
-        Ok(ranges)
-    }
-
     /// Whether the open document ends before this line.
-    fn ends_before(
-        &self,
-        line: &str,
-        is_blank: bool,
-        start: usize,
-        path: &Path,
-    ) -> Result<bool, DataError> {
+    fn ends_before(&self, content: &str, line: &Line<'_>, path: &Path) -> Result<bool, DataError> {
         match self {
-            Self::BlankLines => Ok(is_blank),
+            Self::BlankLines => Ok(line.is_blank),
             Self::File => Ok(false),
             Self::Regex(regex) => regex
-                .is_match(line)
+                .is_match(content)
                 .map_err(|why| DataError::PatternFailed {
                     path: path.to_path_buf(),
-                    offset: start as u64,
+                    offset: line.start,
                     reason: why.to_string(),
                 }),
         }
@@ -508,8 +573,10 @@ mod tests {
         }
     }
 
-    fn texts(corpus: &Corpus) -> Vec<&str> {
-        corpus.documents.iter().map(|d| d.text.as_str()).collect()
+    fn texts(corpus: &Corpus) -> Vec<String> {
+        let mut reader = corpus.reader();
+        let all = 0..corpus.documents.len();
+        all.map(|i| reader.read(i).expect("reads").text).collect()
     }
 
     #[test]
@@ -518,11 +585,6 @@ mod tests {
         let folder = Folder::new("blank", &[("a.txt", bytes)]);
         let corpus = folder.load(&["a.txt"], SplitOn::BlankLines).expect("reads");
         assert_eq!(texts(&corpus), ["one\nmore", "two\r\nzwei", "  three"]);
-        for document in &corpus.documents {
-            let from = document.offset as usize;
-            let same = &bytes[from..from + document.text.len()];
-            assert_eq!(same, document.text.as_bytes());
-        }
         assert_eq!(corpus.num_bytes(), 8 + 9 + 7);
     }
 
@@ -586,9 +648,12 @@ mod tests {
             load_documents_with(&sources, &folder.0, &DocumentOptions::default(), &options)
         };
         let corpus = load("a.jsonl", DataFormat::Auto).expect("reads");
-        let kinds = corpus.documents.iter().map(|d| d.conversation.is_some());
-        assert_eq!(kinds.collect::<Vec<_>>(), [false, true]);
-        assert!(corpus.documents[1].text.contains("<|im_start|>assistant\n"));
+        let kinds = corpus.documents.iter().map(|d| d.kind);
+        let expected = [DocumentKind::JsonText, DocumentKind::Conversation];
+        assert_eq!(kinds.collect::<Vec<_>>(), expected);
+        let read = corpus.reader().read(1).expect("reads");
+        assert!(read.conversation.is_some());
+        assert!(read.text.contains("<|im_start|>assistant\n"));
         for (source, format, expected) in [
             ("a.jsonl", DataFormat::Text, "a.jsonl:2: no field \"text\""),
             ("a.jsonl", DataFormat::Chat, "a.jsonl:1: no \"messages\""),
@@ -682,9 +747,8 @@ mod tests {
         let folder = Folder::new("short", &[("a.txt", text)]);
         let corpus = folder.load(&["a.txt"], SplitOn::BlankLines).expect("reads");
         assert_eq!(corpus.documents.len(), 3);
-        let short = corpus.short_documents.as_ref().expect("two are short");
+        let short = corpus.short_documents.expect("two are short");
         assert_eq!((short.count, short.first), (2, 1));
         assert!(corpus.place(short.first).ends_with("a.txt, byte 24"));
-        assert_eq!(find_short(&corpus.documents, 1), None);
     }
 }

@@ -7,7 +7,7 @@
 //! memory; the train documents stream past. Documents with fewer than 13 words have no
 //! gram; exact copies among them are found by [`super::Split`].
 
-use super::{Corpus, Split, mix64};
+use super::{Corpus, DataError, Split, mix64};
 use std::iter;
 
 /// Words in a gram.
@@ -28,17 +28,20 @@ pub struct Overlap {
 
 impl Overlap {
     /// Compares both sides of `split`.
-    pub fn find(corpus: &Corpus, split: &Split) -> Self {
-        let mut hasher = GramHasher::default();
+    ///
+    /// # Errors
+    /// A text that cannot be read.
+    pub fn find(corpus: &Corpus, split: &Split) -> Result<Self, DataError> {
+        let (mut hasher, mut reader) = (GramHasher::default(), corpus.reader());
         let mut grams = Vec::new();
         for &document in &split.valid {
-            hasher.for_each(&corpus.documents[document].text, |gram| grams.push(gram));
+            hasher.for_each(&reader.read(document)?.text, |gram| grams.push(gram));
         }
         let mut known = GramTable::new(grams);
         let mut train_documents = Vec::new();
         for &document in &split.train {
             let mut num_shared = 0usize;
-            hasher.for_each(&corpus.documents[document].text, |gram| {
+            hasher.for_each(&reader.read(document)?.text, |gram| {
                 num_shared += usize::from(known.mark(gram));
             });
             if num_shared > 0 {
@@ -47,16 +50,20 @@ impl Overlap {
         }
         let share = |&document: &usize| {
             let (mut num_grams, mut num_seen) = (0usize, 0usize);
-            hasher.for_each(&corpus.documents[document].text, |gram| {
+            hasher.for_each(&reader.read(document)?.text, |gram| {
                 num_grams += 1;
                 num_seen += usize::from(known.is_marked(gram));
             });
-            (num_grams > 0).then(|| num_seen as f64 / num_grams as f64)
+            Ok((num_grams > 0).then(|| num_seen as f64 / num_grams as f64))
         };
-        Self {
-            valid_shares: split.valid.iter().map(share).collect(),
+        Ok(Self {
+            valid_shares: split
+                .valid
+                .iter()
+                .map(share)
+                .collect::<Result<_, DataError>>()?,
             train_documents,
-        }
+        })
     }
 
     /// Held-out documents with at least one gram that the train documents have.
@@ -186,7 +193,7 @@ impl GramTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Document;
+    use crate::data::corpus::tests::Texts;
     use std::collections::HashSet;
 
     /// Words `name0 name1 ...` for the numbers in `range`.
@@ -196,16 +203,7 @@ mod tests {
     }
 
     fn overlap(train: &[String], valid: &[String]) -> Overlap {
-        let documents = train.iter().chain(valid).map(|text| Document {
-            source: 0,
-            offset: 0,
-            text: text.clone(),
-            conversation: None,
-        });
-        let corpus = Corpus {
-            documents: documents.collect(),
-            ..Corpus::default()
-        };
+        let corpus = Texts::new(&[train, valid].concat());
         let split = Split {
             train: (0..train.len()).collect(),
             valid: (train.len()..train.len() + valid.len()).collect(),
@@ -213,7 +211,7 @@ mod tests {
             valid_hash: String::new(),
             exact_duplicates: Vec::new(),
         };
-        Overlap::find(&corpus, &split)
+        Overlap::find(&corpus, &split).expect("reads")
     }
 
     /// Share of `valid`'s grams in `train`, with the grams as lists of words.

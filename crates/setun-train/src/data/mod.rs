@@ -2,10 +2,11 @@
 //!
 //! The order is fixed, because held-out text must stay held out:
 //!
-//! 1. [`documents`]: files become documents, conversations ([`chat`]) among them;
+//! 1. [`documents`]: files become documents, conversations ([`chat`]) among them; a
+//!    [`corpus`] knows where they are and reads them again when they are needed;
 //! 2. [`split`]: documents become train and held-out, by their content alone;
 //! 3. [`duplicates`]: text that is on both sides is found and can be dropped;
-//! 4. [`tokens`]: each side becomes one token stream, in memory or in a file;
+//! 4. [`tokens`]: each side becomes one token stream, in memory or, when large, in a file;
 //! 5. [`batches`]: a training step reads windows of it, a pure function of (seed, step);
 //! 6. [`ngram`]: what simple counting reaches on the same tokens.
 //!
@@ -13,6 +14,7 @@
 
 pub mod batches;
 pub mod chat;
+pub mod corpus;
 pub mod documents;
 pub mod duplicates;
 pub mod ngram;
@@ -25,9 +27,9 @@ mod token_file;
 
 pub use batches::{BatchInfo, Batches, EvalBatch, EvalWindows, Segment};
 pub use chat::{ChatOptions, Conversation, DataFormat};
+pub use corpus::{Corpus, Document, DocumentKind, Reader, ShortDocuments, Text};
 pub use documents::{
-    Corpus, Document, DocumentOptions, ShortDocuments, SplitOn, expand_sources, load_documents,
-    load_documents_with,
+    DocumentOptions, SplitOn, expand_sources, load_documents, load_documents_with,
 };
 pub use duplicates::Overlap;
 pub use ngram::Baselines;
@@ -35,6 +37,7 @@ pub use permutation::Permutation;
 pub use split::Split;
 pub use tokens::TokenSet;
 
+use setun_formats::TokenizerError;
 use std::{
     io,
     path::{Path, PathBuf},
@@ -94,6 +97,12 @@ pub enum DataError {
         path: PathBuf,
         /// First byte that does not fit.
         offset: u64,
+    },
+    /// A file is not what it was when its documents were found.
+    #[error("{} has changed since it was first read: start again when nobody writes it", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
     },
     /// A line of a `.jsonl` file is not a document.
     #[error("{}:{line}: {reason}; each line must be a JSON object with a string {field:?}", path.display())]
@@ -157,6 +166,9 @@ pub enum DataError {
         /// What is wrong and what to do.
         reason: String,
     },
+    /// No tokenizer can be trained on the documents.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// A document cannot be encoded.
     #[error("cannot tokenize the document at {place}: {reason}")]
     Encode {

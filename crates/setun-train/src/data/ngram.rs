@@ -22,13 +22,14 @@
 //!
 //! Counts live in a trie of sorted arrays built from one sort of packed trigrams: 8 bytes
 //! per training token while building, then 8 per distinct trigram and 12 per distinct
-//! bigram. At most the first 2^25 training tokens are counted.
+//! bigram. At most the first 2^23 training tokens are counted, so that the memory does not grow
+//! with the corpus.
 
 use super::{DataError, TokenSet};
 use serde::{Deserialize, Serialize};
 
-/// Most training tokens that are counted; bounds the memory at about 1 GB.
-pub const MAX_TRAIN_TOKENS: u64 = 1 << 25;
+/// Most training tokens that are counted; bounds the memory at about 160 MB.
+pub const MAX_TRAIN_TOKENS: u64 = 1 << 23;
 
 /// Bits of an id in a packed trigram.
 const ID_BITS: u32 = 21;

@@ -29,7 +29,7 @@ impl Split {
     /// Holds out about `valid_fraction` of the documents, chosen by `seed` and content.
     ///
     /// # Errors
-    /// A fraction outside (0, 1), and a side without documents.
+    /// A fraction outside (0, 1), a side without documents, and a text that cannot be read.
     pub fn by_fraction(corpus: &Corpus, valid_fraction: f64, seed: u64) -> Result<Self, DataError> {
         if !(valid_fraction > 0.0 && valid_fraction < 1.0) {
             return Err(bad_split(format!(
@@ -37,8 +37,18 @@ impl Split {
                  for example 0.05"
             )));
         }
-        let is_valid = |text: &str| unit_interval(seed, text) < valid_fraction;
-        let split = Self::from_sides(corpus, |index| is_valid(&corpus.documents[index].text));
+        let (mut train, mut valid) = (Side::default(), Side::default());
+        let mut reader = corpus.reader();
+        for index in 0..corpus.documents.len() {
+            let text = reader.read(index)?.text;
+            let side = match unit_interval(seed, &text) < valid_fraction {
+                true => &mut valid,
+                false => &mut train,
+            };
+            side.push(index, text_hash(&text));
+        }
+        // The side follows from the text, so no text is on both.
+        let split = Self::from_sides(train, valid, Vec::new());
         let (num_train, num_valid) = (split.train.len(), split.valid.len());
         if num_train == 0 || num_valid == 0 {
             return Err(bad_split(format!(
@@ -55,7 +65,7 @@ impl Split {
     /// sources (under any spelling of their paths).
     ///
     /// # Errors
-    /// A file that is not a source, and a side without documents.
+    /// A file that is not a source, a side without documents, and a text that cannot be read.
     pub fn by_files(corpus: &Corpus, valid_files: &[PathBuf]) -> Result<Self, DataError> {
         let canonical =
             |path: &PathBuf| fs::canonicalize(path).map_err(DataError::io("read", path));
@@ -74,9 +84,26 @@ impl Split {
             })?;
             is_valid_source[source] = true;
         }
-        let split = Self::from_sides(corpus, |index| {
-            is_valid_source[corpus.documents[index].source]
-        });
+        let is_valid = |&d: &usize| is_valid_source[corpus.documents[d].source as usize];
+        let (valid_list, train_list): (Vec<usize>, Vec<usize>) =
+            (0..corpus.documents.len()).partition(is_valid);
+        let mut reader = corpus.reader();
+        let (mut train, mut valid) = (Side::default(), Side::default());
+        let mut held_out = HashSet::new();
+        for index in valid_list {
+            let hash = text_hash(&reader.read(index)?.text);
+            held_out.insert(hash);
+            valid.push(index, hash);
+        }
+        let mut exact_duplicates = Vec::new();
+        for index in train_list {
+            let hash = text_hash(&reader.read(index)?.text);
+            if held_out.contains(&hash) {
+                exact_duplicates.push(index);
+            }
+            train.push(index, hash);
+        }
+        let split = Self::from_sides(train, valid, exact_duplicates);
         if split.valid.is_empty() {
             let reason = "the held-out files hold no document; name files that hold text";
             return Err(bad_split(reason.to_owned()));
@@ -91,7 +118,7 @@ impl Split {
     /// The split without the train documents in `drop`.
     ///
     /// # Errors
-    /// When nothing is left to train on.
+    /// When nothing is left to train on, or a text cannot be read.
     pub fn without_train(self, corpus: &Corpus, drop: &[usize]) -> Result<Self, DataError> {
         let drop: HashSet<usize> = drop.iter().copied().collect();
         let num_train = self.train.len();
@@ -105,32 +132,45 @@ impl Split {
                  into smaller documents (split_on), hold out other files, or keep duplicates"
             )));
         }
+        let (mut side, mut reader) = (Side::default(), corpus.reader());
+        for index in train {
+            side.push(index, text_hash(&reader.read(index)?.text));
+        }
         Ok(Self {
-            train_hash: list_hash(train.iter().map(|&d| text_hash(corpus, d))),
+            train_hash: side.hash(),
             exact_duplicates: keep(self.exact_duplicates),
-            train,
+            train: side.documents,
             ..self
         })
     }
 
-    fn from_sides(corpus: &Corpus, is_valid: impl Fn(usize) -> bool) -> Self {
-        let all = 0..corpus.documents.len();
-        let (valid, train): (Vec<usize>, Vec<usize>) = all.partition(|&d| is_valid(d));
-        let hashes =
-            |side: &[usize]| -> Vec<Hash> { side.iter().map(|&d| text_hash(corpus, d)).collect() };
-        let (train_hashes, valid_hashes) = (hashes(&train), hashes(&valid));
-        let held_out: HashSet<Hash> = valid_hashes.iter().copied().collect();
-        let exact_duplicates = train.iter().zip(&train_hashes);
+    fn from_sides(train: Side, valid: Side, exact_duplicates: Vec<usize>) -> Self {
         Self {
-            exact_duplicates: exact_duplicates
-                .filter(|(_, hash)| held_out.contains(hash))
-                .map(|(&d, _)| d)
-                .collect(),
-            train_hash: list_hash(train_hashes.into_iter()),
-            valid_hash: list_hash(valid_hashes.into_iter()),
-            train,
-            valid,
+            train_hash: train.hash(),
+            valid_hash: valid.hash(),
+            train: train.documents,
+            valid: valid.documents,
+            exact_duplicates,
         }
+    }
+}
+
+/// One side while it is put together.
+#[derive(Default)]
+struct Side {
+    documents: Vec<usize>,
+    /// Over the hashes of their texts.
+    hasher: blake3::Hasher,
+}
+
+impl Side {
+    fn push(&mut self, document: usize, hash: Hash) {
+        self.documents.push(document);
+        self.hasher.update(hash.as_bytes());
+    }
+
+    fn hash(&self) -> String {
+        self.hasher.finalize().to_hex().to_string()
     }
 }
 
@@ -149,35 +189,14 @@ fn unit_interval(seed: u64, text: &str) -> f64 {
     (u64::from_le_bytes(first) >> 11) as f64 / (1u64 << 53) as f64
 }
 
-fn text_hash(corpus: &Corpus, document: usize) -> Hash {
-    blake3::hash(corpus.documents[document].text.as_bytes())
-}
-
-fn list_hash(hashes: impl Iterator<Item = Hash>) -> String {
-    let mut hasher = blake3::Hasher::new();
-    for hash in hashes {
-        hasher.update(hash.as_bytes());
-    }
-    hasher.finalize().to_hex().to_string()
+fn text_hash(text: &str) -> Hash {
+    blake3::hash(text.as_bytes())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Document;
-
-    fn corpus(texts: &[String]) -> Corpus {
-        let documents = texts.iter().map(|text| Document {
-            source: 0,
-            offset: 0,
-            text: text.clone(),
-            conversation: None,
-        });
-        Corpus {
-            documents: documents.collect(),
-            ..Corpus::default()
-        }
-    }
+    use crate::data::corpus::tests::Texts;
 
     fn numbered(range: std::ops::Range<usize>) -> Vec<String> {
         range.map(|i| format!("document {i}")).collect()
@@ -185,7 +204,7 @@ mod tests {
 
     #[test]
     fn the_fraction_is_about_right_and_covers_all() {
-        let corpus = corpus(&numbered(0..4000));
+        let corpus = Texts::new(&numbered(0..4000));
         let split = Split::by_fraction(&corpus, 0.1, 5).expect("splits");
         let mut all = [split.train.clone(), split.valid.clone()].concat();
         all.sort_unstable();
@@ -205,8 +224,8 @@ mod tests {
         let small = numbered(0..200);
         let mut large = numbered(200..300);
         large.extend(small.clone());
-        let before = Split::by_fraction(&corpus(&small), 0.3, 1).expect("splits");
-        let after = Split::by_fraction(&corpus(&large), 0.3, 1).expect("splits");
+        let before = Split::by_fraction(&Texts::new(&small), 0.3, 1).expect("splits");
+        let after = Split::by_fraction(&Texts::new(&large), 0.3, 1).expect("splits");
         let moved: Vec<usize> = before.valid.iter().map(|d| d + 100).collect();
         let kept: Vec<usize> = after.valid.into_iter().filter(|&d| d >= 100).collect();
         assert_eq!(moved, kept);
@@ -216,7 +235,7 @@ mod tests {
     fn identical_texts_land_together() {
         let mut texts = numbered(0..100);
         texts.extend(numbered(0..100));
-        let split = Split::by_fraction(&corpus(&texts), 0.4, 9).expect("splits");
+        let split = Split::by_fraction(&Texts::new(&texts), 0.4, 9).expect("splits");
         for d in &split.valid {
             assert!(split.valid.contains(&((d + 100) % 200)));
         }
@@ -225,7 +244,7 @@ mod tests {
     #[test]
     fn hashes_follow_content_and_order() {
         let texts = ["a", "b", "c", "d", "e", "f", "g", "h"].map(str::to_owned);
-        let split = Split::by_fraction(&corpus(&texts), 0.5, 2).expect("splits");
+        let split = Split::by_fraction(&Texts::new(&texts), 0.5, 2).expect("splits");
         let bytes: Vec<u8> = split
             .valid
             .iter()
@@ -234,14 +253,14 @@ mod tests {
         assert_eq!(split.valid_hash, blake3::hash(&bytes).to_hex().as_str());
         let mut changed = texts.clone();
         changed.reverse();
-        let reversed = Split::by_fraction(&corpus(&changed), 0.5, 2).expect("splits");
+        let reversed = Split::by_fraction(&Texts::new(&changed), 0.5, 2).expect("splits");
         assert_eq!(reversed.valid.len(), split.valid.len());
         assert_ne!(reversed.train_hash, split.train_hash);
     }
 
     #[test]
     fn a_side_without_documents_is_refused() {
-        let one = corpus(&numbered(0..1));
+        let one = Texts::new(&numbered(0..1));
         for fraction in [0.001, 0.999] {
             let why = Split::by_fraction(&one, fraction, 0).expect_err("one document");
             assert!(why.to_string().contains("of 1 document(s)"), "{why}");

@@ -21,7 +21,7 @@
 use super::{
     DataError,
     targets::TargetBits,
-    tokens::{Source, TokenInfo, TokenSet, id_bytes},
+    tokens::{Ids, Source, TokenInfo, TokenSet, id_bytes},
 };
 use blake3::{Hash, Hasher};
 use std::{
@@ -46,12 +46,22 @@ const READ_BYTES: usize = 1 << 13;
 
 const REMEDY: &str = "restore it from a copy or run setun tokenize again";
 
-/// An open token file.
+/// A file that holds ids: a token file, or one without a name that only this process has.
 #[derive(Debug)]
 pub(super) struct TokenFile {
     file: File,
     path: PathBuf,
-    header: Header,
+    /// Byte where the ids begin.
+    ids_at: u64,
+    /// Of a token file.
+    payload: Option<Payload>,
+}
+
+/// What is behind the header of a token file.
+#[derive(Clone, Copy, Debug)]
+struct Payload {
+    num_bytes: u64,
+    hash: Hash,
 }
 
 /// The header, parsed.
@@ -76,14 +86,19 @@ impl TokenFile {
         let token_file = Self {
             file,
             path: path.to_path_buf(),
-            header,
+            ids_at: HEADER_BYTES as u64 + 8 * header.num_documents,
+            payload: Some(Payload {
+                // Header::parse has checked that the file is as long.
+                num_bytes: metadata.len() - HEADER_BYTES as u64,
+                hash: header.payload_hash,
+            }),
         };
         if metadata.len() < VERIFY_AT_OPEN_BYTES {
             token_file.verify()?;
         }
         Ok(TokenSet {
-            document_starts: token_file.read_document_starts()?,
-            targets: token_file.read_targets()?,
+            document_starts: token_file.read_document_starts(&header)?,
+            targets: token_file.read_targets(&header)?,
             info: header.info,
             source: Source::File(token_file),
         })
@@ -114,8 +129,7 @@ impl TokenFile {
         out: &mut [u32],
     ) -> Result<(), DataError> {
         let width = id_bytes(vocab_size);
-        let ids_at = HEADER_BYTES as u64 + 8 * self.header.num_documents;
-        let mut at = ids_at + position * width as u64;
+        let mut at = self.ids_at + position * width as u64;
         let mut bytes = [0; READ_BYTES];
         for out in out.chunks_mut(READ_BYTES / width) {
             let bytes = &mut bytes[..out.len() * width];
@@ -140,10 +154,14 @@ impl TokenFile {
         Ok(())
     }
 
+    /// Checks the payload of a token file; what nobody else can write passes.
     pub(super) fn verify(&self) -> Result<(), DataError> {
+        let Some(payload) = self.payload else {
+            return Ok(());
+        };
         let mut hasher = Hasher::new();
         let mut block = vec![0; 1 << 16];
-        let end = HEADER_BYTES as u64 + self.header.payload_bytes().unwrap_or(0);
+        let end = HEADER_BYTES as u64 + payload.num_bytes;
         let mut at = HEADER_BYTES as u64;
         while at < end {
             let now = (end - at).min(block.len() as u64) as usize;
@@ -151,16 +169,16 @@ impl TokenFile {
             hasher.update(&block[..now]);
             at += now as u64;
         }
-        if hasher.finalize() == self.header.payload_hash {
+        if hasher.finalize() == payload.hash {
             return Ok(());
         }
         let reason = format!("its tokens do not match their checksum: damaged; {REMEDY}");
         Err(bad_file(&self.path, reason))
     }
 
-    fn read_document_starts(&self) -> Result<Vec<u64>, DataError> {
+    fn read_document_starts(&self, header: &Header) -> Result<Vec<u64>, DataError> {
         // The header was checked against the file's length, so this size is real.
-        let mut bytes = vec![0; 8 * self.header.num_documents as usize];
+        let mut bytes = vec![0; 8 * header.num_documents as usize];
         self.read_exact_at(&mut bytes, HEADER_BYTES as u64)?;
         let starts: Vec<u64> = bytes
             .as_chunks()
@@ -172,7 +190,7 @@ impl TokenFile {
         let ends = (starts.first(), starts.last());
         if let (Some(0), Some(&last)) = ends
             && is_ascending
-            && last < self.header.info.num_tokens
+            && last < header.info.num_tokens
         {
             return Ok(starts);
         }
@@ -180,14 +198,13 @@ impl TokenFile {
         Err(bad_file(&self.path, reason))
     }
 
-    fn read_targets(&self) -> Result<Option<TargetBits>, DataError> {
-        if !self.header.has_targets {
+    fn read_targets(&self, header: &Header) -> Result<Option<TargetBits>, DataError> {
+        if !header.has_targets {
             return Ok(None);
         }
-        let num_tokens = self.header.info.num_tokens;
+        let num_tokens = header.info.num_tokens;
         // The header was checked against the file's length, so these sizes are real.
-        let ids = num_tokens * id_bytes(self.header.info.vocab_size) as u64;
-        let at = HEADER_BYTES as u64 + 8 * self.header.num_documents + ids;
+        let at = self.ids_at + num_tokens * id_bytes(header.info.vocab_size) as u64;
         let mut bytes = vec![0; 8 * num_tokens.div_ceil(64) as usize];
         self.read_exact_at(&mut bytes, at)?;
         let words = bytes.as_chunks().0.iter();
@@ -202,6 +219,45 @@ impl TokenFile {
     fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> Result<(), DataError> {
         let read = self.file.read_exact_at(bytes, at);
         read.map_err(DataError::io("read", &self.path))
+    }
+}
+
+/// Ids on their way into a file without a name, in the order in which they come.
+#[derive(Debug)]
+pub(super) struct Spill {
+    out: BufWriter<File>,
+    /// Its folder, for messages.
+    path: PathBuf,
+}
+
+impl Spill {
+    pub(super) fn create(directory: &Path) -> Result<Self, DataError> {
+        let file = tempfile::tempfile_in(directory).map_err(DataError::io("write", directory))?;
+        Ok(Self {
+            out: BufWriter::with_capacity(1 << 16, file),
+            path: directory.to_path_buf(),
+        })
+    }
+
+    pub(super) fn write(&mut self, ids: &Ids) -> Result<(), DataError> {
+        let mut write = |bytes: &[u8]| self.out.write_all(bytes);
+        match ids {
+            Ids::U16(ids) => ids.iter().try_for_each(|id| write(&id.to_le_bytes())),
+            Ids::U32(ids) => ids.iter().try_for_each(|id| write(&id.to_le_bytes())),
+        }
+        .map_err(DataError::io("write", &self.path))
+    }
+
+    /// The file, to be read.
+    pub(super) fn finish(self) -> Result<TokenFile, DataError> {
+        let Self { out, path } = self;
+        let file = out.into_inner().map_err(io::IntoInnerError::into_error);
+        Ok(TokenFile {
+            file: file.map_err(DataError::io("write", &path))?,
+            path,
+            ids_at: 0,
+            payload: None,
+        })
     }
 }
 

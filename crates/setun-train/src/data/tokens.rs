@@ -1,16 +1,17 @@
 //! One side of the split as one stream of token ids.
 //!
 //! The documents stand in a seeded order, each followed by `<|endoftext|>`. The stream
-//! is held in memory or read from a token file in pieces, so that it may be larger than
-//! memory; both are read through [`TokenSet::read`]. Ids take two bytes where the
+//! is held in memory or read from a file in pieces, so that it may be larger than memory:
+//! from a token file, or from a file without a name into which it went while it was
+//! encoded. Both are read through [`TokenSet::read`]. Ids take two bytes where the
 //! vocabulary has at most 65,536 entries, else four. Where conversations are among the
 //! documents, one bit for each token says whether it is a target.
 
 use super::{
-    Corpus, DataError, Document, Permutation,
+    Corpus, DataError, DocumentKind, Permutation, Reader, Text,
     chat::{Piece, special_tokens},
     targets::TargetBits,
-    token_file::TokenFile,
+    token_file::{Spill, TokenFile},
 };
 use blake3::Hash;
 use setun_formats::tokenizer::Tokenizer;
@@ -26,17 +27,13 @@ use std::{
 };
 
 /// Text that a thread encodes at a time; small enough to keep all cores busy to the end.
-const CHUNK_BYTES: usize = 1 << 18;
+const CHUNK_BYTES: u64 = 1 << 18;
 
 /// The order of documents uses this epoch, which no order of windows reaches.
 const DOCUMENT_ORDER_EPOCH: u64 = u64::MAX;
 
-/// Streams of fewer bytes stay in memory.
-const SPILL_BYTES: u64 = 4 << 20;
-
-/// Name of a spilled stream for the moment in which it has one; leftovers of this form are
-/// removed when a run starts.
-const SPILL_FILE: &str = ".tmp-spilled.tokens";
+/// Streams of at most this many bytes stay in memory.
+const SPILL_BYTES: usize = 4 << 20;
 
 /// A token stream and what is known about it.
 #[derive(Debug)]
@@ -81,16 +78,20 @@ pub(super) enum Ids {
 impl TokenSet {
     /// Encodes `documents` (indices into `corpus`) on all cores.
     ///
-    /// `progress` is called on this thread with (bytes done, bytes in all).
+    /// A stream of more than 4 MiB goes into a file in the folder `spill` while it comes. The
+    /// file has no name, so that nothing of it stays behind, whatever happens; without `spill`
+    /// all ids stay in memory. `progress` is called on this thread with (bytes done, bytes in
+    /// all) of the documents in their files.
     ///
     /// # Errors
-    /// No documents, a tokenizer without `<|endoftext|>`, and a document that the
-    /// tokenizer refuses, with its place.
+    /// No documents, a tokenizer without `<|endoftext|>`, a document that cannot be read or
+    /// that the tokenizer refuses, with its place, and what the system says of the file.
     pub fn encode(
         corpus: &Corpus,
         documents: &[usize],
         tokenizer: &Tokenizer,
         seed: u64,
+        spill: Option<&Path>,
         progress: &dyn Fn(u64, u64),
     ) -> Result<Self, DataError> {
         let end_of_text = tokenizer
@@ -101,7 +102,7 @@ impl TokenSet {
                     .to_owned(),
             })?;
         let encode = |texts: &[&str]| tokenizer.encode_batch(texts).map_err(|why| why.to_string());
-        let is_chat = |&d: &usize| corpus.documents[d].conversation.is_some();
+        let is_chat = |&d: &usize| corpus.documents[d].kind == DocumentKind::Conversation;
         let has_chat = documents.iter().any(is_chat);
         let encoder = Encoder {
             special: has_chat.then(|| special_tokens(tokenizer)),
@@ -110,7 +111,7 @@ impl TokenSet {
             tokenizer_hash: blake3::hash(tokenizer.to_json().as_bytes()),
             encode: &encode,
         };
-        Self::encode_with(corpus, documents, &encoder, seed, progress)
+        Self::encode_with(corpus, documents, &encoder, seed, spill, progress)
     }
 
     /// Opens a token file; below 1 GiB its payload is checked too (see [`Self::verify`]).
@@ -127,23 +128,6 @@ impl TokenSet {
     /// What the operating system says, with the path.
     pub fn save(&self, path: &Path) -> Result<(), DataError> {
         TokenFile::save(self, path)
-    }
-
-    /// Moves a large stream out of memory, into a file in `directory` that has no name any
-    /// more when this returns and so leaves nothing behind, whatever happens.
-    ///
-    /// # Errors
-    /// What the operating system says, with the path.
-    pub(super) fn spill(&mut self, directory: &Path) -> Result<(), DataError> {
-        let held = self.num_tokens() * self.id_bytes() as u64;
-        if cfg!(unix) && held >= SPILL_BYTES && matches!(self.source, Source::Memory(_)) {
-            let path = directory.join(SPILL_FILE);
-            self.save(&path)?;
-            let file = TokenFile::open(&path);
-            std::fs::remove_file(&path).map_err(DataError::io("remove", &path))?;
-            self.source = file?.source;
-        }
-        Ok(())
     }
 
     /// Checks a token file's payload against its hash; a stream in memory passes.
@@ -304,6 +288,7 @@ impl TokenSet {
         documents: &[usize],
         encoder: &Encoder<'_>,
         seed: u64,
+        spill: Option<&Path>,
         progress: &dyn Fn(u64, u64),
     ) -> Result<Self, DataError> {
         if documents.is_empty() {
@@ -314,27 +299,14 @@ impl TokenSet {
         let order: Vec<usize> = (0..documents.len() as u64)
             .map(|i| documents[permutation.at(i) as usize])
             .collect();
-        let all_bytes = order
-            .iter()
-            .map(|&d| corpus.documents[d].text.len() as u64)
-            .sum();
-        let mut stream = Stream::new(encoder.vocab_size, encoder.special.is_some());
+        let all_bytes = order.iter().map(|&d| corpus.documents[d].num_bytes).sum();
+        let mut stream = Stream::new(encoder.vocab_size, encoder.special.is_some(), spill);
         encoder.run(corpus, &order, |chunk| {
-            stream.append(&chunk);
+            stream.append(&chunk)?;
             progress(stream.done_bytes, all_bytes);
+            Ok(())
         })?;
-        Ok(Self {
-            info: TokenInfo {
-                num_tokens: stream.ids.len() as u64,
-                raw_bytes: stream.raw_bytes,
-                vocab_size: encoder.vocab_size,
-                end_of_text: encoder.end_of_text,
-                tokenizer_hash: encoder.tokenizer_hash,
-            },
-            source: Source::Memory(stream.ids),
-            document_starts: stream.document_starts,
-            targets: stream.targets,
-        })
+        stream.finish(encoder.end_of_text, encoder.tokenizer_hash)
     }
 }
 
@@ -344,30 +316,48 @@ pub(super) fn id_bytes(vocab_size: u32) -> usize {
 }
 
 impl Ids {
-    fn len(&self) -> usize {
+    fn num_bytes(&self) -> usize {
         match self {
-            Self::U16(ids) => ids.len(),
-            Self::U32(ids) => ids.len(),
+            Self::U16(ids) => 2 * ids.len(),
+            Self::U32(ids) => 4 * ids.len(),
+        }
+    }
+
+    /// Empties the list and keeps its memory.
+    fn clear(&mut self) {
+        match self {
+            Self::U16(ids) => ids.clear(),
+            Self::U32(ids) => ids.clear(),
         }
     }
 }
 
 /// The stream while it grows.
-struct Stream {
+struct Stream<'a> {
+    vocab_size: u32,
+    /// Where a large stream goes.
+    directory: Option<&'a Path>,
+    spill: Option<Spill>,
+    /// What has not gone there.
     ids: Ids,
+    num_tokens: u64,
     document_starts: Vec<u64>,
     targets: Option<TargetBits>,
     done_bytes: u64,
     raw_bytes: u64,
 }
 
-impl Stream {
-    fn new(vocab_size: u32, has_targets: bool) -> Self {
+impl<'a> Stream<'a> {
+    fn new(vocab_size: u32, has_targets: bool, directory: Option<&'a Path>) -> Self {
         Self {
+            vocab_size,
+            directory,
+            spill: None,
             ids: match id_bytes(vocab_size) {
                 2 => Ids::U16(Vec::new()),
                 _ => Ids::U32(Vec::new()),
             },
+            num_tokens: 0,
             document_starts: Vec::new(),
             targets: has_targets.then(TargetBits::default),
             done_bytes: 0,
@@ -375,13 +365,14 @@ impl Stream {
         }
     }
 
-    fn append(&mut self, chunk: &Chunk) {
-        let base = self.ids.len() as u64;
+    fn append(&mut self, chunk: &Chunk) -> Result<(), DataError> {
+        let base = self.num_tokens;
         let starts = chunk
             .document_starts
             .iter()
             .map(|&start| base + start as u64);
         self.document_starts.extend(starts);
+        self.num_tokens += chunk.ids.len() as u64;
         self.done_bytes += chunk.done_bytes;
         self.raw_bytes += chunk.raw_bytes;
         if let Some(targets) = &mut self.targets {
@@ -395,6 +386,42 @@ impl Stream {
             Ids::U16(ids) => ids.extend(chunk.ids.iter().map(|&id| id as u16)),
             Ids::U32(ids) => ids.extend_from_slice(&chunk.ids),
         }
+        match self.directory {
+            Some(directory) if self.ids.num_bytes() > SPILL_BYTES => self.spill_to(directory),
+            _ => Ok(()),
+        }
+    }
+
+    /// Moves the ids that are in memory to the end of the file.
+    fn spill_to(&mut self, directory: &Path) -> Result<(), DataError> {
+        let spill = match &mut self.spill {
+            Some(spill) => spill,
+            none => none.insert(Spill::create(directory)?),
+        };
+        spill.write(&self.ids)?;
+        self.ids.clear();
+        Ok(())
+    }
+
+    fn finish(mut self, end_of_text: u32, tokenizer_hash: Hash) -> Result<TokenSet, DataError> {
+        if let (Some(directory), Some(_)) = (self.directory, &self.spill) {
+            self.spill_to(directory)?;
+        }
+        Ok(TokenSet {
+            info: TokenInfo {
+                num_tokens: self.num_tokens,
+                raw_bytes: self.raw_bytes,
+                vocab_size: self.vocab_size,
+                end_of_text,
+                tokenizer_hash,
+            },
+            source: match self.spill {
+                Some(spill) => Source::File(spill.finish()?),
+                None => Source::Memory(self.ids),
+            },
+            document_starts: self.document_starts,
+            targets: self.targets,
+        })
     }
 }
 
@@ -430,13 +457,15 @@ impl Encoder<'_> {
         &self,
         corpus: &Corpus,
         order: &[usize],
-        mut take: impl FnMut(Chunk),
+        mut take: impl FnMut(Chunk) -> Result<(), DataError>,
     ) -> Result<(), DataError> {
         let chunks = chunk_documents(corpus, order);
         let num_threads = thread::available_parallelism().map_or(1, NonZero::get);
         let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let (sender, receiver) = mpsc::channel();
-        let work = |sender: mpsc::Sender<_>| {
+        // Bounded, so that no more text than this waits to be written.
+        let (sender, receiver) = mpsc::sync_channel(num_threads);
+        let work = |sender: mpsc::SyncSender<_>| {
+            let mut reader = corpus.reader();
             // A claimed chunk is always encoded: so every chunk before a bad one is, and
             // the error that is reported does not depend on timing.
             while !failed.load(Ordering::Relaxed) {
@@ -444,7 +473,7 @@ impl Encoder<'_> {
                 let Some(&documents) = chunks.get(index) else {
                     break;
                 };
-                let result = self.encode_chunk(corpus, documents);
+                let result = self.encode_chunk(corpus, &mut reader, documents);
                 failed.fetch_or(result.is_err(), Ordering::Relaxed);
                 if sender.send((index, result)).is_err() {
                     break;
@@ -471,7 +500,7 @@ impl Encoder<'_> {
                     Err(_) => {}
                 }
                 while let Some(chunk) = waiting.remove(&expected) {
-                    take(chunk);
+                    take(chunk)?;
                     expected += 1;
                 }
             }
@@ -479,20 +508,29 @@ impl Encoder<'_> {
         })
     }
 
-    fn encode_chunk(&self, corpus: &Corpus, documents: &[usize]) -> Result<Chunk, DataError> {
+    fn encode_chunk(
+        &self,
+        corpus: &Corpus,
+        reader: &mut Reader<'_>,
+        documents: &[usize],
+    ) -> Result<Chunk, DataError> {
         let fail = |document, reason| DataError::Encode {
             place: corpus.place(document),
             reason,
         };
-        let pieces: Vec<Vec<Piece>> = documents.iter().map(|&d| self.pieces(corpus, d)).collect();
+        let texts: Vec<Text> = documents
+            .iter()
+            .map(|&d| reader.read(d))
+            .collect::<Result<_, _>>()?;
+        let pieces: Vec<Vec<Piece>> = texts.iter().map(|text| self.pieces(text)).collect();
         let is_plain = |piece: &&Piece| piece.special.is_none();
-        let texts: Vec<&str> = pieces
+        let plain: Vec<&str> = pieces
             .iter()
             .flatten()
             .filter(is_plain)
             .map(|piece| piece.text)
             .collect();
-        let encoded = (self.encode)(&texts).map_err(|reason| {
+        let encoded = (self.encode)(&plain).map_err(|reason| {
             // The tokenizer does not say which text it refused: ask for each document.
             let refused = |(&d, pieces): (&usize, &Vec<Piece>)| {
                 let texts: Vec<&str> = pieces.iter().filter(is_plain).map(|p| p.text).collect();
@@ -504,7 +542,9 @@ impl Encoder<'_> {
         })?;
         let mut encoded = encoded.into_iter();
         let mut chunk = Chunk::default();
-        for (&document, pieces) in documents.iter().zip(&pieces) {
+        for ((&document, Text { text, conversation }), pieces) in
+            documents.iter().zip(&texts).zip(&pieces)
+        {
             chunk.document_starts.push(chunk.ids.len());
             for piece in pieces {
                 let ids = match piece.special {
@@ -517,15 +557,12 @@ impl Encoder<'_> {
                 }
                 chunk.ids.extend(ids);
             }
-            let Document {
-                text, conversation, ..
-            } = &corpus.documents[document];
             // What follows a conversation is nothing that the assistant says.
             if self.special.is_some() {
                 chunk.targets.push(conversation.is_none());
             }
             chunk.ids.push(self.end_of_text);
-            chunk.done_bytes += text.len() as u64;
+            chunk.done_bytes += corpus.documents[document].num_bytes;
             chunk.raw_bytes += match conversation {
                 Some(conversation) => conversation.num_target_bytes(),
                 None => text.len() as u64,
@@ -535,12 +572,12 @@ impl Encoder<'_> {
     }
 
     /// The parts of a document that are encoded on their own.
-    fn pieces<'c>(&self, corpus: &'c Corpus, document: usize) -> Vec<Piece<'c>> {
-        let document = &corpus.documents[document];
-        match (&document.conversation, &self.special) {
-            (Some(conversation), Some(special)) => conversation.pieces(&document.text, special),
+    fn pieces<'t>(&self, document: &'t Text) -> Vec<Piece<'t>> {
+        let Text { text, conversation } = document;
+        match (conversation, &self.special) {
+            (Some(conversation), Some(special)) => conversation.pieces(text, special),
             _ => vec![Piece {
-                text: &document.text,
+                text,
                 special: None,
                 is_target: true,
             }],
@@ -566,7 +603,7 @@ fn chunk_documents<'a>(corpus: &Corpus, order: &'a [usize]) -> Vec<&'a [usize]> 
     let mut chunks = Vec::new();
     let (mut start, mut bytes) = (0, 0);
     for (i, &document) in order.iter().enumerate() {
-        bytes += corpus.documents[document].text.len();
+        bytes += corpus.documents[document].num_bytes;
         if bytes >= CHUNK_BYTES || i + 1 == order.len() {
             chunks.push(&order[start..=i]);
             (start, bytes) = (i + 1, 0);

@@ -34,6 +34,8 @@ const OTHER: [&str; 8] = [
 ];
 /// Size of a plot: room for a dozen numbers above each other.
 const SIZE: (f64, f64) = (960.0, 440.0);
+/// Distance of two lines below the plot of a picture.
+const LEGEND_LINE: f64 = 20.0;
 
 /// Runs to compare, the first of which the others are held against.
 pub struct HeadToHead {
@@ -143,12 +145,46 @@ impl HeadToHead {
              style-src 'unsafe-inline'\">\
              <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\
              <meta name=\"color-scheme\" content=\"light dark\">\
-             <title>Setun: {count} runs compared</title><style>{}{}{STYLE}</style></head>\n<body>\
+             <title>Setun: {count} runs compared</title><style>{}{MORE_COLORS}{}{}{STYLE}</style></head>\n<body>\
              <header><p class=\"eyebrow\">Setun comparison</p><h1>{count} runs</h1></header>\
              <main>\n{body}</main></body></html>\n",
+            plot::COLORS,
             html::STYLE,
             plot::STYLE,
             count = self.runs.len(),
+        )
+    }
+
+    /// `compare.svg`: the curves as a picture of its own, for other pages.
+    pub fn to_svg(&self) -> String {
+        let plot = self.plot("all", 0.0);
+        let (width, height) = plot.size;
+        let curves = plot.to_svg();
+        let curves = match curves.strip_prefix("<svg ") {
+            Some(rest) => format!("<svg width=\"{width}\" height=\"{height}\" {rest}"),
+            None => "<text x=\"24\" y=\"24\">Nothing recorded.</text>".to_owned(),
+        };
+        let mut legend = String::new();
+        for (index, entry) in self.entries.iter().enumerate() {
+            let x = 24.0 + width / 2.0 * (index % 2) as f64;
+            let y = height + LEGEND_LINE * (index / 2) as f64;
+            _ = write!(
+                legend,
+                "<g class=\"s{}\"><text class=\"end\" x=\"{x}\" y=\"{y}\">{} {}</text></g>",
+                index % NUM_COLORS,
+                index + 1,
+                escape(&entry.name)
+            );
+        }
+        let lines = self.entries.len().div_ceil(2) as f64;
+        let all = height + LEGEND_LINE * lines;
+        format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{all}\" \
+             viewBox=\"0 0 {width} {all}\"><style>{}{MORE_COLORS}{}</style>\
+             <rect width=\"{width}\" height=\"{all}\" fill=\"var(--surface)\"/>\
+             {curves}{legend}</svg>\n",
+            plot::COLORS,
+            plot::STYLE,
         )
     }
 
@@ -397,13 +433,17 @@ fn fourth(value: f64) -> String {
     format!("{value:.4}")
 }
 
-/// What the page has over that of a report: colours for twelve runs.
-const STYLE: &str = "\
+/// Colours of the fourth to the twelfth run.
+const MORE_COLORS: &str = "\
 :root{--series-3:#a3249b;--series-4:#7a6a00;--series-5:#0e8a92;--series-6:#b3212f;--series-7:#6440c9;
 --series-8:#8a5a3c;--series-9:#4b6a8a;--series-10:#d1498a;--series-11:#4f7a12}
 @media(prefers-color-scheme:dark){:root{--series-3:#e58be0;--series-4:#d9c65a;--series-5:#5fd3da;
 --series-6:#ff8b8b;--series-7:#b39dff;--series-8:#d3a888;--series-9:#a9bfd6;--series-10:#ff9cc7;
 --series-11:#b7dd6e}}
+";
+
+/// What the page has over that of a report.
+const STYLE: &str = "\
 .runs{list-style:none;margin:0 0 8px;padding:0;display:flex;flex-wrap:wrap;gap:4px 20px;font-size:14px}
 li i,th i{display:inline-block;width:12px;height:12px;border-radius:3px;margin:0 7px 0 0}
 .c0{background:var(--series-0)}.c1{background:var(--series-1)}.c2{background:var(--series-2)}

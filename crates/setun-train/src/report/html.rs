@@ -43,10 +43,11 @@ pub(super) fn page(report: &Report) -> String {
          style-src 'unsafe-inline'\">\
          <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\
          <meta name=\"color-scheme\" content=\"light dark\">\
-         <title>{title} - Setun report</title><style>{STYLE}{}</style></head>\n<body>\
+         <title>{title} - Setun report</title><style>{}{STYLE}{}</style></head>\n<body>\
          <header><p class=\"eyebrow\">Setun training report</p><h1>{title}</h1>{}</header>\
          {}<nav aria-label=\"Sections\">{nav}</nav><main>\n{body}</main>\
          <footer>Written by Setun {}.</footer></body></html>\n",
+        plot::COLORS,
         plot::STYLE,
         subtitle(report),
         headline(report),
@@ -694,12 +695,6 @@ fn pass(pass: bool) -> &'static str {
 }
 
 pub(super) const STYLE: &str = "\
-:root{color-scheme:light dark;--page:#f5f6f8;--surface:#fff;--ink:#1a1e25;--muted:#586172;
---line:#e3e6eb;--axis:#9aa3b1;--good:#17693b;--good-bg:#e4f4ea;--bad:#a52714;--bad-bg:#fdebe7;
---info:#2456b3;--info-bg:#e7effc;--mark:#fff0b8;--series-0:#2563c9;--series-1:#c2560c;--series-2:#17803d}
-@media(prefers-color-scheme:dark){:root{--page:#0f1216;--surface:#171b21;--ink:#e6e9ee;--muted:#9ba5b4;
---line:#2a303a;--axis:#667080;--good:#74d69a;--good-bg:#15301f;--bad:#ff9d8f;--bad-bg:#3a1b17;
---info:#8fb8ff;--info-bg:#17263f;--mark:#4d3f0e;--series-0:#7fb0ff;--series-1:#f6a55c;--series-2:#74d69a}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:32px 20px 56px;max-width:1120px;background:var(--page);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}

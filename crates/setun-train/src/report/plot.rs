@@ -1,5 +1,5 @@
 //! Line plots as inline SVG: no script, no font, no network. Colours come from the CSS
-//! variables of [`STYLE`], so that a plot follows the page's light or dark scheme.
+//! variables of [`COLORS`], so that a plot follows the page's light or dark scheme.
 
 mod ticks;
 
@@ -8,7 +8,17 @@ use std::fmt::Write;
 use super::{compact, escape, grouped, percent};
 use ticks::{Ticks, linear_axis, log_axis};
 
-/// CSS that plots need; the page defines the colours.
+/// CSS with the colours of pages and of the first three series, in light and dark schemes.
+pub const COLORS: &str = "\
+:root{color-scheme:light dark;--page:#f5f6f8;--surface:#fff;--ink:#1a1e25;--muted:#586172;
+--line:#e3e6eb;--axis:#9aa3b1;--good:#17693b;--good-bg:#e4f4ea;--bad:#a52714;--bad-bg:#fdebe7;
+--info:#2456b3;--info-bg:#e7effc;--mark:#fff0b8;--series-0:#2563c9;--series-1:#c2560c;--series-2:#17803d}
+@media(prefers-color-scheme:dark){:root{--page:#0f1216;--surface:#171b21;--ink:#e6e9ee;--muted:#9ba5b4;
+--line:#2a303a;--axis:#667080;--good:#74d69a;--good-bg:#15301f;--bad:#ff9d8f;--bad-bg:#3a1b17;
+--info:#8fb8ff;--info-bg:#17263f;--mark:#4d3f0e;--series-0:#7fb0ff;--series-1:#f6a55c;--series-2:#74d69a}}
+";
+
+/// CSS that plots need beside [`COLORS`].
 pub const STYLE: &str = "\
 svg text{font:12px system-ui,sans-serif;fill:var(--muted);font-variant-numeric:tabular-nums}
 svg .axis{stroke:var(--axis);fill:none}

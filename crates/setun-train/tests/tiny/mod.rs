@@ -67,13 +67,9 @@ pub fn batches(settings: &Settings) -> Batches {
     let source = [settings.data.train[0].to_str().unwrap().to_owned()];
     let corpus = load_documents(&source, Path::new(""), &DocumentOptions::default()).unwrap();
     let split = Split::by_fraction(&corpus, 0.1, 1).unwrap();
-    let texts = split
-        .train
-        .iter()
-        .map(|&i| corpus.documents[i].text.as_str());
     let vocab_size = settings.tokenizer.vocab_size;
-    let tokenizer = setun_formats::Tokenizer::train(texts, vocab_size).unwrap();
-    let tokens = TokenSet::encode(&corpus, &split.train, &tokenizer, 1, &|_, _| {}).unwrap();
+    let tokenizer = corpus.train_tokenizer(&split.train, vocab_size).unwrap();
+    let tokens = TokenSet::encode(&corpus, &split.train, &tokenizer, 1, None, &|_, _| {}).unwrap();
     let train = &settings.train;
     Batches::new(tokens, train.seq_len, train.batch_size, 1).unwrap()
 }

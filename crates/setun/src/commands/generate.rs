@@ -30,8 +30,11 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
     let sampler = sampler_options(&args);
     sampler.validate()?;
     let texts = prompts(&args)?;
+    let start = Instant::now();
     let model = super::open(&args.model, args.checkpoint)?;
+    let opening = start.elapsed();
     let tokenizer = super::tokenizer_of(&model)?;
+    let tokenizing = start.elapsed() - opening;
     let stop = StopRules {
         end_tokens: model.config().eos_token_ids.clone(),
         max_tokens: args.max_tokens,
@@ -48,6 +51,7 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
     let options = engine_options(&args, &model, &requests, super::isa(environment)?);
     let (mut engine, mut drafter) =
         drafts::engine_and_drafter(&args.draft, &model, &tokenizer, options)?;
+    let loading = start.elapsed() - tokenizing;
     let start = Instant::now();
     let mut clock = || start.elapsed().as_secs_f64();
     let mut decoder = Decoder::new(drafter.as_deref_mut(), &mut clock);
@@ -71,6 +75,10 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
         )?,
     }
     if args.stats {
+        let [loading, tokenizing] = [loading, tokenizing].map(|t| t.as_secs_f64());
+        console::tell(format_args!(
+            "loaded in {loading:.2} s, its tokenizer in {tokenizing:.2} s"
+        ));
         timer.tell();
         decoder.tell();
     }

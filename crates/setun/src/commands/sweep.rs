@@ -85,6 +85,7 @@ pub fn compare(args: CompareArgs, _: &Environment) -> CommandResult {
             ("compare.md", compared.to_markdown()),
             ("compare.json", compared.to_json()),
             ("compare.html", compared.to_html()),
+            ("compare.svg", compared.to_svg()),
         ];
         for (name, text) in files {
             write_atomic(&output.join(name), text.as_bytes())?;

@@ -74,7 +74,7 @@ pub fn compare() -> Command {
                 .num_args(2..)
                 .help("Run directories; the others are held against the first"),
             path_flag("output", "DIR")
-                .help("Also write compare.md, compare.json and compare.html there"),
+                .help("Also write compare.md, .json, .html and .svg (the curves alone) there"),
         ])
         .after_help(
             "Runs with other held-out tokens or another tokenizer than the first are marked: \

@@ -1,29 +1,15 @@
 //! Streams against their definition.
 
 use super::*;
-use crate::data::Document;
-use std::{cell::RefCell, path::PathBuf};
-
-/// A corpus of these texts in one file.
-fn corpus(texts: &[String]) -> Corpus {
-    let documents = texts.iter().map(|text| Document {
-        source: 0,
-        offset: 5,
-        text: text.clone(),
-        conversation: None,
-    });
-    Corpus {
-        sources: vec![PathBuf::from("a.txt")],
-        documents: documents.collect(),
-        ..Corpus::default()
-    }
-}
+use crate::data::corpus::tests::Texts;
+use std::cell::RefCell;
 
 /// Encodes with one id per byte; `vocab_size - 1` is `<|endoftext|>`.
 fn encode_bytes(
     texts: &[String],
     vocab_size: u32,
     seed: u64,
+    spill: Option<&Path>,
     progress: &dyn Fn(u64, u64),
 ) -> Result<TokenSet, DataError> {
     let encode_one = |text: &&str| {
@@ -41,7 +27,14 @@ fn encode_bytes(
         encode: &encode,
     };
     let documents: Vec<usize> = (0..texts.len()).collect();
-    TokenSet::encode_with(&corpus(texts), &documents, &encoder, seed, progress)
+    TokenSet::encode_with(
+        &Texts::new(texts),
+        &documents,
+        &encoder,
+        seed,
+        spill,
+        progress,
+    )
 }
 
 /// A stream of documents with these ids (without separators), in this order.
@@ -55,30 +48,21 @@ pub(in crate::data) fn masked_token_set(
     vocab_size: u32,
     is_target: Option<fn(u32) -> bool>,
 ) -> TokenSet {
-    let mut stream = Stream::new(vocab_size, is_target.is_some());
+    let mut stream = Stream::new(vocab_size, is_target.is_some(), None);
     for document in documents {
         let ids = [&document[..], &[vocab_size - 1]].concat();
         let targets = ids.iter().map(|&id| is_target.is_none_or(|fits| fits(id)));
-        stream.append(&Chunk {
+        let chunk = Chunk {
             targets: targets.collect(),
             ids,
             document_starts: vec![0],
             done_bytes: document.len() as u64,
             raw_bytes: document.len() as u64,
-        });
+        };
+        stream.append(&chunk).expect("memory takes it");
     }
-    TokenSet {
-        info: TokenInfo {
-            num_tokens: stream.ids.len() as u64,
-            raw_bytes: stream.done_bytes,
-            vocab_size,
-            end_of_text: vocab_size - 1,
-            tokenizer_hash: blake3::hash(b"test"),
-        },
-        source: Source::Memory(stream.ids),
-        document_starts: stream.document_starts,
-        targets: stream.targets,
-    }
+    let set = stream.finish(vocab_size - 1, blake3::hash(b"test"));
+    set.expect("it is in memory")
 }
 
 pub(in crate::data) fn all(tokens: &TokenSet) -> Vec<u32> {
@@ -91,14 +75,14 @@ pub(in crate::data) fn all(tokens: &TokenSet) -> Vec<u32> {
 fn texts() -> Vec<String> {
     let line = |i: usize| format!("document {i} ").repeat(1 + i * i % 977);
     let mut texts: Vec<String> = (0..300).map(line).collect();
-    texts.push("x".repeat(CHUNK_BYTES + 1));
+    texts.push("x".repeat(CHUNK_BYTES as usize + 1));
     texts
 }
 
 #[test]
 fn every_document_is_there_once_in_the_seeded_order() {
     let texts = texts();
-    let tokens = encode_bytes(&texts, 257, 3, &|_, _| {}).expect("encodes");
+    let tokens = encode_bytes(&texts, 257, 3, None, &|_, _| {}).expect("encodes");
     let ids = all(&tokens);
     let starts = tokens.document_starts();
     let ends = starts.iter().skip(1).copied().chain([ids.len() as u64]);
@@ -125,8 +109,8 @@ fn a_real_tokenizer_gives_the_text_back_and_is_recognised() {
     let texts = ["one small text, <|endoftext|> included", "another\none"].map(str::to_owned);
     let train = |size| Tokenizer::train(texts.iter().map(String::as_str), size);
     let tokenizer = train(260).expect("trains");
-    let corpus = corpus(&texts);
-    let tokens = TokenSet::encode(&corpus, &[0, 1], &tokenizer, 1, &|_, _| {});
+    let corpus = Texts::new(&texts);
+    let tokens = TokenSet::encode(&corpus, &[0, 1], &tokenizer, 1, None, &|_, _| {});
     let tokens = tokens.expect("encodes");
     let end = tokenizer.end_of_text().expect("it was trained here");
     let mut found: Vec<String> = all(&tokens)
@@ -145,7 +129,7 @@ fn a_real_tokenizer_gives_the_text_back_and_is_recognised() {
 fn the_stream_is_a_function_of_the_seed() {
     let texts = texts();
     let hash = |seed| {
-        let tokens = encode_bytes(&texts, 257, seed, &|_, _| {}).expect("encodes");
+        let tokens = encode_bytes(&texts, 257, seed, None, &|_, _| {}).expect("encodes");
         tokens.content_hash().expect("hashes")
     };
     assert_eq!(hash(1), hash(1));
@@ -156,7 +140,7 @@ fn the_stream_is_a_function_of_the_seed() {
 fn progress_rises_to_the_total() {
     let seen = RefCell::new(Vec::new());
     let progress = |done, total| seen.borrow_mut().push((done, total));
-    let tokens = encode_bytes(&texts(), 257, 0, &progress).expect("encodes");
+    let tokens = encode_bytes(&texts(), 257, 0, None, &progress).expect("encodes");
     let seen = seen.into_inner();
     assert!(seen.len() > 2 && seen.is_sorted());
     let total = tokens.info().raw_bytes;
@@ -170,21 +154,20 @@ fn the_first_bad_document_is_named_whatever_the_threads_do() {
         text.push('!');
     }
     let messages: Vec<String> = (0..5)
-        .map(|_| encode_bytes(&texts, 257, 3, &|_, _| {}).expect_err("bad"))
+        .map(|_| encode_bytes(&texts, 257, 3, None, &|_, _| {}).expect_err("bad"))
         .map(|why| why.to_string())
+        // Each time another file has the texts.
+        .filter_map(|why| Some(why.split_once(", byte ")?.1.to_owned()))
         .collect();
-    assert!(
-        messages[0].contains("a.txt, byte 5: no ! please"),
-        "{}",
-        messages[0]
-    );
+    assert_eq!(messages.len(), 5);
+    assert!(messages[0].contains(": no ! please"), "{}", messages[0]);
     assert!(messages.iter().all(|m| *m == messages[0]), "{messages:?}");
 }
 
 #[test]
 fn ids_outside_the_vocabulary_and_no_documents_are_refused() {
     let message = |vocab_size| {
-        let why = encode_bytes(&["abc".to_owned()], vocab_size, 0, &|_, _| {});
+        let why = encode_bytes(&["abc".to_owned()], vocab_size, 0, None, &|_, _| {});
         why.expect_err("refused").to_string()
     };
     assert!(
@@ -197,7 +180,7 @@ fn ids_outside_the_vocabulary_and_no_documents_are_refused() {
         "{}",
         message(97)
     );
-    let why = encode_bytes(&[], 257, 0, &|_, _| {}).expect_err("none");
+    let why = encode_bytes(&[], 257, 0, None, &|_, _| {}).expect_err("none");
     assert!(why.to_string().contains("no documents"), "{why}");
 }
 
@@ -224,4 +207,37 @@ fn circular_reads_wrap() {
 fn reads_outside_are_refused() {
     let tokens = token_set(&[vec![1, 2, 3]], 10);
     let _ = tokens.read(3, &mut [0; 2]);
+}
+
+#[test]
+fn a_large_stream_goes_to_a_file_without_a_name() {
+    let folder = std::env::temp_dir().join(format!("setun-spill-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("temporary folder");
+    // 14 MB of ids, so that the file is written in several parts.
+    let texts: Vec<String> = (0..140).map(|i| format!("{i:05} ").repeat(8000)).collect();
+    for vocab_size in [300, 70_000] {
+        let encode = |spill| encode_bytes(&texts, vocab_size, 7, spill, &|_, _| {});
+        let held = encode(None).expect("encodes");
+        let spilled = encode(Some(&folder)).expect("encodes");
+        assert!(matches!(held.source, Source::Memory(_)));
+        assert!(matches!(spilled.source, Source::File(_)));
+        assert_eq!(std::fs::read_dir(&folder).expect("lists").count(), 0);
+        assert_eq!(spilled.info(), held.info());
+        assert_eq!(all(&spilled), all(&held));
+        let hash = |tokens: &TokenSet| tokens.content_hash().expect("hashes");
+        assert_eq!(hash(&spilled), hash(&held));
+        spilled
+            .verify()
+            .expect("there is nothing to check it against");
+        let copy = folder.join("copy.tokens");
+        spilled.save(&copy).expect("saves");
+        let opened = TokenSet::open(&copy).expect("opens");
+        assert_eq!(hash(&opened), hash(&held));
+        std::fs::remove_file(copy).expect("it was saved");
+    }
+    let small = encode_bytes(&texts[..1], 300, 7, Some(&folder), &|_, _| {});
+    assert!(matches!(small.expect("encodes").source, Source::Memory(_)));
+    std::fs::remove_dir_all(&folder).expect("it is empty");
+    let why = encode_bytes(&texts, 300, 7, Some(&folder), &|_, _| {}).expect_err("gone");
+    assert!(matches!(why, DataError::Io { .. }), "{why}");
 }
