@@ -26,7 +26,8 @@ pub struct TopK<'a> {
     pub k: usize,
     /// What logits go through first, for each row.
     pub shaping: &'a [Shaping],
-    /// For each row, the tokens that occurred, ascending, each with how often.
+    /// For each row, the tokens that occurred, ascending, each with how often it was
+    /// generated.
     pub occurred: &'a [Vec<(u32, u32)>],
 }
 

@@ -78,6 +78,7 @@ fn greedy(engine: &mut Engine, prompt: &[u32], n: usize) -> Result<Vec<u32>, Eng
             max_tokens: n,
         },
         seed: (0, 0),
+        logprobs: None,
     };
     Ok(engine.generate(&request, |_| {})?.tokens)
 }

@@ -207,21 +207,36 @@ pub type OnTopK<'a> = dyn FnMut(usize, usize, &[Candidate], Total) + 'a;
 pub struct Shaped {
     /// Penalties and temperature.
     pub shaping: Shaping,
-    /// Tokens that occurred, ascending, each with how often.
+    /// Tokens that occurred, ascending, each with how often it was generated: 0 times if only
+    /// the prompt has it.
     pub occurred: Vec<(u32, u32)>,
 }
 
 impl Shaped {
-    /// With the tokens of `history` as those that occurred.
-    pub fn new(shaping: Shaping, history: &[u32]) -> Self {
-        let mut sorted = history.to_vec();
-        sorted.sort_unstable();
-        let runs = sorted.chunk_by(|a, b| a == b);
+    /// With the tokens of `history`, of which the first `num_prompt` are the prompt.
+    pub fn new(shaping: Shaping, history: &[u32], num_prompt: usize) -> Self {
         Self {
             shaping,
-            occurred: runs.map(|run| (run[0], run.len() as u32)).collect(),
+            occurred: occurrences(history, num_prompt),
         }
     }
+}
+
+/// The tokens of `history`, ascending, each with how often it occurs behind the first
+/// `num_prompt` tokens.
+pub fn occurrences(history: &[u32], num_prompt: usize) -> Vec<(u32, u32)> {
+    let (prompt, generated) = history.split_at(num_prompt.min(history.len()));
+    let of_prompt = prompt.iter().map(|&token| (token, 0));
+    let mut all: Vec<(u32, u32)> = of_prompt.chain(generated.iter().map(|&t| (t, 1))).collect();
+    all.sort_unstable();
+    all.dedup_by(|next, kept| {
+        let same = next.0 == kept.0;
+        if same {
+            kept.1 += next.1;
+        }
+        same
+    });
+    all
 }
 
 /// What a step does with the logits that are wanted.

@@ -1,8 +1,9 @@
 //! Continuing prompts: one, or many at a time.
 
-use crate::engine::{Chunk, Engine, EngineError, Shaped, Wanted};
+use crate::engine::{Chunk, Engine, EngineError, Shaped, Wanted, occurrences};
 use crate::kept::{choose, needed, shaping};
 use crate::kv::Sequence;
+use crate::logprobs::{Row, TokenLogprobs};
 use crate::sampler::{Sampler, SamplerOptions, uniform_at};
 use crate::stop::{FinishReason, StopRules};
 use setun_backend::CACHE_BLOCK;
@@ -18,15 +19,20 @@ pub struct Request {
     pub stop: StopRules,
     /// Seed and number of the request: with the position they choose each token.
     pub seed: (u64, u64),
+    /// Whether log-probabilities are wanted, and of how many of the likeliest tokens beside
+    /// the chosen one.
+    pub logprobs: Option<usize>,
 }
 
 /// What was generated.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Generation {
     /// The new tokens; an end token is not among them.
     pub tokens: Vec<u32>,
     /// Why it ended.
     pub reason: FinishReason,
+    /// Of each token, if [`Request::logprobs`] asked for them.
+    pub logprobs: Vec<TokenLogprobs>,
 }
 
 /// A request on its way.
@@ -35,6 +41,27 @@ pub(crate) struct Active {
     pub(crate) sequence: Sequence,
     /// Prompt and text.
     pub(crate) history: Vec<u32>,
+    num_prompt: usize,
+    /// Of each token of the text, if they are wanted.
+    pub(crate) logprobs: Vec<TokenLogprobs>,
+}
+
+impl Active {
+    /// What penalties count; nothing where there are none.
+    pub(crate) fn occurred(&self, options: &SamplerOptions) -> Vec<(u32, u32)> {
+        match options.penalises() {
+            true => occurrences(&self.history, self.num_prompt),
+            false => Vec::new(),
+        }
+    }
+
+    /// Penalties with what they count.
+    pub(crate) fn shaped(&self, options: &SamplerOptions) -> Shaped {
+        match options.penalises() {
+            true => Shaped::new(shaping(options), &self.history, self.num_prompt),
+            false => Shaped::default(),
+        }
+    }
 }
 
 impl Engine {
@@ -144,6 +171,8 @@ impl Engine {
             index,
             sequence: self.start(&request.prompt),
             history: request.prompt.clone(),
+            num_prompt: found,
+            logprobs: Vec::new(),
         })
     }
 
@@ -179,14 +208,19 @@ impl Engine {
             })
             .collect();
         let options = |c: usize| requests[active[running[c].0].index].sampler;
-        let needed: Option<Vec<usize>> = (0..chunks.len()).map(|c| needed(&options(c))).collect();
+        let logprobs = |c: usize| requests[active[running[c].0].index].logprobs;
+        let needed = (0..chunks.len())
+            .map(|c| needed(&options(c)).map(|k| k.max(logprobs(c).unwrap_or(0))))
+            .collect::<Option<Vec<usize>>>();
         let mut chosen = vec![Ok(0); chunks.len()];
+        let mut rows: Vec<Option<Row>> = chunks.iter().map(|_| None).collect();
         if let Some(k) = needed.and_then(|needed| needed.into_iter().max()) {
             let shaped: Vec<Shaped> = (0..chunks.len())
-                .map(|c| shaped(&options(c), &active[running[c].0].history))
+                .map(|c| active[running[c].0].shaped(&options(c)))
                 .collect();
             self.step_topk(&chunks, k, &shaped, &mut |c, _, best, total| {
                 chosen[c] = choose(&options(c), best, total, uniforms[c]);
+                rows[c] = logprobs(c).map(|_| Row::Kept(best.to_vec(), total));
             })?;
         } else {
             let vocab_size = self.spec().config.vocab_size;
@@ -199,14 +233,19 @@ impl Engine {
             self.step(&chunks, &mut |c, _, logits| {
                 let request = &active[running[c].0];
                 if let Some(sampler) = &mut samplers[request.index] {
-                    chosen[c] = sampler.sample(logits, &request.history, uniforms[c]);
+                    let occurred = request.occurred(&options(c));
+                    chosen[c] = sampler.sample(logits, &occurred, uniforms[c]);
+                    rows[c] = logprobs(c).map(|_| Row::Whole(logits.to_vec()));
                 }
             })?;
         }
         drop(chunks);
-        for (&(i, _), token) in running.iter().zip(chosen) {
+        for ((&(i, _), token), row) in running.iter().zip(chosen).zip(rows) {
             let (request, token) = (&mut active[i], token?);
             request.history.push(token);
+            if let (Some(row), Some(num_top)) = (row, requests[request.index].logprobs) {
+                request.logprobs.push(row.of(token, num_top));
+            }
             if !requests[request.index].stop.end_tokens.contains(&token) {
                 on_token(request.index, token);
             }
@@ -224,14 +263,11 @@ impl Engine {
         if matches!(reason, FinishReason::EndToken(_)) {
             tokens.pop();
         }
-        Some(Generation { tokens, reason })
+        let logprobs = active.logprobs.iter().take(tokens.len());
+        Some(Generation {
+            logprobs: logprobs.cloned().collect(),
+            tokens,
+            reason,
+        })
     }
-}
-
-/// Penalties with what they count, where there are any.
-fn shaped(options: &SamplerOptions, history: &[u32]) -> Shaped {
-    if options.repetition_penalty == 1.0 {
-        return Shaped::default();
-    }
-    Shaped::new(shaping(options), history)
 }

@@ -22,6 +22,8 @@ pub fn needed(options: &SamplerOptions) -> Option<usize> {
 pub fn shaping(options: &SamplerOptions) -> Shaping {
     Shaping {
         repetition_penalty: options.repetition_penalty,
+        presence_penalty: options.presence_penalty,
+        frequency_penalty: options.frequency_penalty,
         ..Shaping::default()
     }
 }
@@ -105,7 +107,7 @@ fn sum(weighted: &[(u32, f64)]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Sampler, Shaped};
+    use crate::{Sampler, Shaped, occurrences};
     use setun_backend::philox::Philox;
     use setun_backend::topk::by_rank;
 
@@ -141,20 +143,24 @@ mod tests {
                 top_p: [1.0, 0.5, 0.9][number(3) as usize % 3],
                 min_p: [0.0, 0.2][number(4) as usize % 2],
                 repetition_penalty: [1.0, 1.3][number(5) as usize % 2],
+                presence_penalty: [0.0, 0.5][number(6) as usize % 2],
+                frequency_penalty: [0.0, -0.25][number(7) as usize % 2],
             };
             let history: Vec<u32> = (0..5).map(|i| number(20 + i) % vocab_size as u32).collect();
+            let num_prompt = number(8) as usize % 6;
+            let occurred = occurrences(&history, num_prompt);
             let mut shaped = logits.clone();
-            let shape = Shaped::new(shaping(&options), &history);
+            let shape = Shaped::new(shaping(&options), &history, num_prompt);
             shape.shaping.apply(0, &shape.occurred, &mut shaped);
             let (best, total) = kept(&shaped, needed(&options).unwrap());
             let uniform = random.uniform(7);
             let chosen = choose(&options, &best, total, uniform).unwrap();
             let mut sampler = Sampler::new(options, vocab_size).unwrap();
             let mut row = logits.clone();
-            let expected = sampler.sample(&mut logits, &history, uniform).unwrap();
+            let expected = sampler.sample(&mut logits, &occurred, uniform).unwrap();
             assert_eq!(chosen, expected, "case {case}, {options:?}");
             let left = distribution(&options, &best, total).unwrap();
-            let expected = sampler.distribution(&mut row, &history).unwrap();
+            let expected = sampler.distribution(&mut row, &occurred).unwrap();
             assert_eq!(left, expected, "case {case}, {options:?}");
         }
     }

@@ -9,6 +9,7 @@ mod engine;
 mod generate;
 pub mod kept;
 pub mod kv;
+mod logprobs;
 pub mod plan;
 pub mod sampler;
 mod speculate;
@@ -22,10 +23,11 @@ pub use draft::{
 };
 pub use engine::{
     Chunk, Engine, EngineError, EngineOptions, OnLogits, OnTopK, Shaped, Wanted, load_parameters,
-    spec_of,
+    occurrences, spec_of,
 };
 pub use generate::{Generation, Request};
 pub use kv::{KvError, KvTables, Sequence};
+pub use logprobs::TokenLogprobs;
 pub use plan::{CostModel, Planner};
 pub use sampler::{Sampler, SamplerError, SamplerOptions, uniform_at, uniform_draw};
 pub use speculate::{Clock, Speculator, TreeSize};

@@ -2,18 +2,21 @@
 //! options and one uniform number.
 //!
 //! The filters are those of Hugging Face's `generate`, in its order: repetition penalty,
-//! temperature, top-k, top-p, min-p. Every tie is broken by the lowest token id, sums run
+//! temperature, top-k, top-p, min-p; behind the first of them the presence and frequency
+//! penalties of OpenAI's interface. Every tie is broken by the lowest token id, sums run
 //! over ascending ids in f64, and `exp` is that of the `libm` crate, so that the same
 //! logits give the same token on every platform and in every batch. With the number of
 //! [`uniform_at`], a request's text depends on its own seed and positions only, never on
 //! what else the engine computes.
 
 use crate::distribution::Distribution;
+use crate::kept::shaping;
 use setun_backend::philox::Philox;
 use std::cmp::Ordering;
 use thiserror::Error;
 
-/// How a token is chosen. Names and meanings are Hugging Face's.
+/// How a token is chosen. Names and meanings are Hugging Face's, of the presence and frequency
+/// penalties OpenAI's.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SamplerOptions {
     /// Divides the logits; finite, at least 0. 0 takes the best token (greedy).
@@ -26,9 +29,14 @@ pub struct SamplerOptions {
     /// Keeps the tokens that are at least this share as probable as the best one; in
     /// `[0, 1]`. 0: all.
     pub min_p: f32,
-    /// Positive logits of tokens in the history are divided by it, negative ones
+    /// Positive logits of tokens in prompt or text are divided by it, negative ones
     /// multiplied, once per distinct token; finite, above 0. 1: no change.
     pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens that were generated; finite. 0: no change.
+    pub presence_penalty: f32,
+    /// Subtracted from the logit of a token once for each time that it was generated; finite.
+    /// 0: no change.
+    pub frequency_penalty: f32,
 }
 
 impl Default for SamplerOptions {
@@ -40,6 +48,8 @@ impl Default for SamplerOptions {
             top_p: 1.0,
             min_p: 0.0,
             repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
         }
     }
 }
@@ -72,6 +82,8 @@ impl SamplerOptions {
             top_p,
             min_p,
             repetition_penalty: penalty,
+            presence_penalty: presence,
+            frequency_penalty: frequency,
             top_k: _,
         } = self;
         check(
@@ -87,7 +99,16 @@ impl SamplerOptions {
             "repetition_penalty",
             penalty,
             "finite and above 0",
-        )
+        )?;
+        check(presence.is_finite(), "presence_penalty", presence, "finite")?;
+        let is_finite = frequency.is_finite();
+        check(is_finite, "frequency_penalty", frequency, "finite")
+    }
+
+    /// Whether logits depend on the tokens before them.
+    pub fn penalises(&self) -> bool {
+        let (presence, frequency) = (self.presence_penalty, self.frequency_penalty);
+        self.repetition_penalty != 1.0 || presence != 0.0 || frequency != 0.0
     }
 }
 
@@ -163,8 +184,6 @@ pub fn uniform_draw(seed: u64, request: u64, position: u64, draw: usize) -> f64 
 #[derive(Clone, Debug)]
 pub struct Sampler {
     options: SamplerOptions,
-    /// `[vocab_size]`, all false between calls: whether a token of the history was seen.
-    seen: Vec<bool>,
     /// Ids that are still candidates; capacity `vocab_size`.
     candidates: Vec<u32>,
     /// `[vocab_size]`, by id, valid for candidates: probability relative to the best
@@ -185,7 +204,6 @@ impl Sampler {
         }
         Ok(Self {
             options,
-            seen: vec![false; vocab_size],
             candidates: Vec::with_capacity(vocab_size),
             weights: vec![0.0; vocab_size],
         })
@@ -199,20 +217,19 @@ impl Sampler {
     /// Chooses one token by inverting the cumulative distribution, in ascending order of
     /// ids, at `uniform` in `[0, 1)`.
     ///
-    /// `logits` is one row, `[vocab_size]`; the repetition penalty is written into it.
-    /// `history` holds prompt and text so far, in any order. A logit of -inf excludes its
-    /// token.
+    /// `logits` is one row, `[vocab_size]`; penalties are written into it. `occurred` holds the
+    /// tokens so far ([`occurrences`](crate::occurrences)). A logit of -inf excludes its token.
     ///
     /// # Errors
     /// Any [`SamplerError`] about an argument; the logits are then unchanged.
     pub fn sample(
         &mut self,
         logits: &mut [f32],
-        history: &[u32],
+        occurred: &[(u32, u32)],
         uniform: f64,
     ) -> Result<u32, SamplerError> {
-        self.check(logits, history, uniform)?;
-        let best = self.filter(logits, history)?;
+        self.check(logits, occurred, uniform)?;
+        let best = self.filter(logits, occurred)?;
         if self.options.temperature == 0.0 {
             return Ok(best);
         }
@@ -227,10 +244,10 @@ impl Sampler {
     pub fn distribution(
         &mut self,
         logits: &mut [f32],
-        history: &[u32],
+        occurred: &[(u32, u32)],
     ) -> Result<Distribution, SamplerError> {
-        self.check(logits, history, 0.0)?;
-        let best = self.filter(logits, history)?;
+        self.check(logits, occurred, 0.0)?;
+        let best = self.filter(logits, occurred)?;
         if self.options.temperature == 0.0 {
             return Ok(Distribution::point(best));
         }
@@ -240,8 +257,8 @@ impl Sampler {
     }
 
     /// Leaves the candidates with their weights; the best token.
-    fn filter(&mut self, logits: &mut [f32], history: &[u32]) -> Result<u32, SamplerError> {
-        self.penalise(logits, history);
+    fn filter(&mut self, logits: &mut [f32], occurred: &[(u32, u32)]) -> Result<u32, SamplerError> {
+        shaping(&self.options).apply(0, occurred, logits);
         let best = argmax(logits).ok_or(SamplerError::NoCandidate)?;
         if self.options.temperature == 0.0 {
             return Ok(best);
@@ -257,7 +274,12 @@ impl Sampler {
         Ok(best)
     }
 
-    fn check(&self, logits: &[f32], history: &[u32], uniform: f64) -> Result<(), SamplerError> {
+    fn check(
+        &self,
+        logits: &[f32],
+        occurred: &[(u32, u32)],
+        uniform: f64,
+    ) -> Result<(), SamplerError> {
         let vocab_size = self.weights.len();
         if logits.len() != vocab_size {
             return Err(SamplerError::LogitsLength {
@@ -265,7 +287,8 @@ impl Sampler {
                 found: logits.len(),
             });
         }
-        if let Some(&token) = history.iter().find(|&&token| token as usize >= vocab_size) {
+        let outside = |&&(token, _): &&(u32, u32)| token as usize >= vocab_size;
+        if let Some(&(token, _)) = occurred.iter().find(outside) {
             return Err(SamplerError::HistoryToken { token, vocab_size });
         }
         if !(0.0..1.0).contains(&uniform) {
@@ -279,30 +302,6 @@ impl Sampler {
         {
             Some((&value, token)) => Err(SamplerError::InvalidLogit { token, value }),
             None => Ok(()),
-        }
-    }
-
-    fn penalise(&mut self, logits: &mut [f32], history: &[u32]) {
-        let penalty = self.options.repetition_penalty;
-        if penalty == 1.0 {
-            return;
-        }
-        for &token in history {
-            let logit = &mut logits[token as usize];
-            if std::mem::replace(&mut self.seen[token as usize], true) || !logit.is_finite() {
-                continue;
-            }
-            let changed = if *logit < 0.0 {
-                *logit * penalty
-            } else {
-                *logit / penalty
-            };
-            // An extreme penalty must not turn a number into an infinity, which would
-            // exclude a token that nobody excluded.
-            *logit = changed.clamp(f32::MIN, f32::MAX);
-        }
-        for &token in history {
-            self.seen[token as usize] = false;
         }
     }
 
@@ -407,6 +406,7 @@ fn by_rank(logits: &[f32], a: u32, b: u32) -> Ordering {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::occurrences;
 
     const INF: f32 = f32::INFINITY;
 
@@ -416,8 +416,13 @@ mod tests {
             top_k,
             top_p,
             min_p,
-            repetition_penalty: 1.0,
+            ..SamplerOptions::default()
         }
+    }
+
+    /// A history that is all prompt.
+    fn prompt(history: &[u32]) -> Vec<(u32, u32)> {
+        occurrences(history, history.len())
     }
 
     fn penalty(repetition_penalty: f32) -> SamplerOptions {
@@ -433,7 +438,7 @@ mod tests {
         history: &[u32],
         uniform: f64,
     ) -> Result<u32, SamplerError> {
-        Sampler::new(options, logits.len())?.sample(&mut logits.to_vec(), history, uniform)
+        Sampler::new(options, logits.len())?.sample(&mut logits.to_vec(), &prompt(history), uniform)
     }
 
     /// Every token that some of 1,000 evenly spaced uniform numbers gives, ascending.
@@ -512,7 +517,8 @@ mod tests {
         let probabilities = distribution_by_definition(logits, history, &options);
         for (id, &p) in (0u32..).zip(&probabilities) {
             if p > 1e-9 {
-                let found = sampler.sample(&mut logits.to_vec(), history, before + p / 2.0);
+                let found =
+                    sampler.sample(&mut logits.to_vec(), &prompt(history), before + p / 2.0);
                 assert_eq!(found, Ok(id), "{options:?}");
             }
             before += p;
@@ -588,11 +594,16 @@ mod tests {
             let history: Vec<u32> = (0..position as u32).map(|i| i * 37 % 300).collect();
             let uniform = uniform_at(5, 6, position);
             let (mut row, mut fresh_row) = (logits.clone(), logits.clone());
-            let found = shared.sample(&mut row, &history, uniform);
+            let found = shared.sample(&mut row, &prompt(&history), uniform);
             let mut fresh = Sampler::new(options, 300).unwrap();
-            assert_eq!(found, fresh.sample(&mut fresh_row, &history, uniform));
+            assert_eq!(
+                found,
+                fresh.sample(&mut fresh_row, &prompt(&history), uniform)
+            );
             assert_eq!(row, fresh_row);
-            let left = shared.distribution(&mut logits.clone(), &history).unwrap();
+            let left = shared
+                .distribution(&mut logits.clone(), &prompt(&history))
+                .unwrap();
             assert_eq!(found.clone().ok(), left.pick(uniform));
             let reversed: Vec<u32> = history.iter().rev().copied().collect();
             assert_eq!(found, sample(options, &logits, &reversed, uniform));
@@ -673,17 +684,31 @@ mod tests {
     fn repetition_penalty_counts_a_token_once_and_has_two_signs() {
         let mut logits = [4.0, -4.0, 4.0, -INF, 0.0];
         let mut sampler = Sampler::new(penalty(2.0), 5).unwrap();
-        let history = [1, 0, 0, 3, 4, 1, 0];
-        assert_eq!(sampler.sample(&mut logits, &history, 0.0), Ok(2));
+        let occurred = occurrences(&[1, 0, 0, 3, 4, 1, 0], 3);
+        assert_eq!(sampler.sample(&mut logits, &occurred, 0.0), Ok(2));
         assert_eq!(logits, [2.0, -8.0, 4.0, -INF, 0.0]);
-        assert!(sampler.seen.iter().all(|&seen| !seen));
+    }
+
+    #[test]
+    fn presence_and_frequency_penalties_count_what_was_generated() {
+        let options = SamplerOptions {
+            presence_penalty: 1.0,
+            frequency_penalty: 0.25,
+            ..SamplerOptions::greedy()
+        };
+        let occurred = occurrences(&[0, 1, 1, 2, 1, 2, 3], 3);
+        assert_eq!(occurred, [(0, 0), (1, 1), (2, 2), (3, 1)]);
+        let mut logits = [4.0, 4.0, 4.0, -INF, 3.0];
+        let mut sampler = Sampler::new(options, 5).unwrap();
+        assert_eq!(sampler.sample(&mut logits, &occurred, 0.0), Ok(0));
+        assert_eq!(logits, [4.0, 2.75, 2.5, -INF, 3.0]);
     }
 
     #[test]
     fn an_extreme_penalty_makes_no_infinity() {
         let mut logits = [f32::MAX, -f32::MAX];
         let mut sampler = Sampler::new(penalty(1e-30), 2).unwrap();
-        assert_eq!(sampler.sample(&mut logits, &[0], 0.0), Ok(0));
+        assert_eq!(sampler.sample(&mut logits, &prompt(&[0]), 0.0), Ok(0));
         assert_eq!(logits, [f32::MAX, -f32::MAX]);
         let only_negative = [-1e30, -INF];
         assert_eq!(sample(penalty(1e30), &only_negative, &[0], 0.0), Ok(0));
@@ -723,7 +748,9 @@ mod tests {
         let mut sampler = Sampler::new(penalty(2.0), 3).unwrap();
         let mut fails = |logits: &[f32], history: &[u32], uniform: f64| {
             let mut row = logits.to_vec();
-            let error = sampler.sample(&mut row, history, uniform).unwrap_err();
+            let error = sampler
+                .sample(&mut row, &prompt(history), uniform)
+                .unwrap_err();
             let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&row), bits(logits));
             error.to_string()

@@ -8,9 +8,10 @@
 
 use crate::distribution::Distribution;
 use crate::draft::{Budget, Draft, DraftTree, Drafter, MAX_NODES, Target};
-use crate::engine::{Chunk, Engine, EngineError, Shaped, Wanted};
+use crate::engine::{Chunk, Engine, EngineError, Wanted, occurrences};
 use crate::generate::{Active, Generation, Request};
-use crate::kept::{self, needed, shaping};
+use crate::kept::{self, needed};
+use crate::logprobs::Row;
 use crate::plan::{Cycle, Planner};
 use crate::sampler::{Sampler, SamplerError, uniform_at, uniform_draw};
 use crate::verify::{DraftStats, Walk, walk, walk_rejecting};
@@ -150,9 +151,10 @@ impl Engine {
             };
             let drafted = speculator.draft(target, &active.history, room)?;
             let start = speculator.time();
-            let said = self.verify(request, active, &drafted.verified, &mut sampler)?;
+            let (said, rows) = self.verify(request, active, &drafted.verified, &mut sampler)?;
             let (mut walk, chosen) = said.walk(request, active, &drafted.verified);
-            let emitted = self.emit(request, active, &drafted.verified.tree, &walk, on_token)?;
+            let verified = (&drafted.verified.tree, &walk, rows.as_slice());
+            let emitted = self.emit(request, active, verified, on_token)?;
             let step_seconds = speculator.time() - start;
             walk.accepted.truncate(emitted);
             let tree = &drafted.verified.tree;
@@ -204,14 +206,15 @@ impl Engine {
         })
     }
 
-    /// One step for the last token and the tree behind it.
+    /// One step for the last token and the tree behind it; with what is left of each row,
+    /// where log-probabilities are wanted.
     fn verify(
         &mut self,
         request: &Request,
         active: &Active,
         draft: &Draft,
         sampler: &mut Option<Sampler>,
-    ) -> Result<Said, EngineError> {
+    ) -> Result<(Said, Vec<Row>), EngineError> {
         let tree = &draft.tree;
         let mut tokens = active.history[active.history.len() - 1..].to_vec();
         tokens.extend_from_slice(tree.tokens());
@@ -227,23 +230,23 @@ impl Engine {
         let draws = !draft.proposals.is_empty() && request.sampler.temperature != 0.0;
         let mut rows = Rows {
             request,
-            history: &active.history,
+            active,
             tree,
             said: match draws {
                 true => Said::Left(Vec::new()),
                 false => Said::Chosen(Vec::new()),
             },
             failed: None,
+            kept: Vec::new(),
         };
         let options = &request.sampler;
-        let alike = options.repetition_penalty == 1.0 || tree.is_empty();
+        let alike = !options.penalises() || tree.is_empty();
         match needed(options).filter(|_| alike) {
             Some(k) => {
-                let shaped = match options.repetition_penalty == 1.0 {
-                    true => Shaped::default(),
-                    false => Shaped::new(shaping(options), &active.history),
-                };
+                let k = k.max(request.logprobs.unwrap_or(0));
+                let shaped = active.shaped(options);
                 self.step_topk(&[chunk], k, &[shaped], &mut |_, row, best, total| {
+                    rows.keep(|| Row::Kept(best.to_vec(), total));
                     rows.add(row, |uniform| match uniform {
                         None => kept::distribution(options, best, total).map(Choice::Left),
                         Some(u) => kept::choose(options, best, total, u).map(Choice::Token),
@@ -257,17 +260,18 @@ impl Engine {
                     None => sampler.insert(Sampler::new(*options, vocab_size)?),
                 };
                 self.step(&[chunk], &mut |_, row, logits| {
-                    let history = rows.history_of(row);
+                    let occurred = rows.occurred(row);
                     rows.add(row, |uniform| match uniform {
-                        None => sampler.distribution(logits, &history).map(Choice::Left),
-                        Some(u) => sampler.sample(logits, &history, u).map(Choice::Token),
+                        None => sampler.distribution(logits, &occurred).map(Choice::Left),
+                        Some(u) => sampler.sample(logits, &occurred, u).map(Choice::Token),
                     });
+                    rows.keep(|| Row::Whole(logits.to_vec()));
                 })?;
             }
         }
         match rows.failed {
             Some(error) => Err(error.into()),
-            None => Ok(rows.said),
+            None => Ok((rows.said, rows.kept)),
         }
     }
 
@@ -277,13 +281,15 @@ impl Engine {
         &mut self,
         request: &Request,
         active: &mut Active,
-        tree: &DraftTree,
-        walk: &Walk,
+        (tree, walk, kept): (&DraftTree, &Walk, &[Row]),
         on_token: &mut dyn FnMut(u32),
     ) -> Result<usize, EngineError> {
         let mut emitted = 0;
-        for token in walk.tokens(tree) {
+        for (token, row) in walk.tokens(tree).into_iter().zip(rows_of(walk)) {
             active.history.push(token);
+            if let (Some(num_top), Some(row)) = (request.logprobs, kept.get(row)) {
+                active.logprobs.push(row.of(token, num_top));
+            }
             emitted += 1;
             if !request.stop.end_tokens.contains(&token) {
                 on_token(token);
@@ -333,17 +339,29 @@ enum Choice {
 /// Collects what the target says, row by row.
 struct Rows<'a> {
     request: &'a Request,
-    history: &'a [u32],
+    active: &'a Active,
     tree: &'a DraftTree,
     said: Said,
     failed: Option<SamplerError>,
+    /// The rows, where log-probabilities are wanted.
+    kept: Vec<Row>,
 }
 
 impl Rows<'_> {
-    /// Tokens that a row of the step has before it.
-    fn history_of(&self, row: usize) -> Vec<u32> {
+    /// What penalties count of the tokens that a row of the step has before it.
+    fn occurred(&self, row: usize) -> Vec<(u32, u32)> {
+        if !self.request.sampler.penalises() {
+            return Vec::new();
+        }
         let path = row.checked_sub(1).map(|node| self.tree.path(node));
-        [self.history, &path.unwrap_or_default()].concat()
+        let history = [&self.active.history, path.unwrap_or_default().as_slice()].concat();
+        occurrences(&history, self.request.prompt.len())
+    }
+
+    fn keep(&mut self, row: impl FnOnce() -> Row) {
+        if self.request.logprobs.is_some() {
+            self.kept.push(row());
+        }
     }
 
     /// Adds what `say` makes of a row: a token, if it is given the random number of the
@@ -357,7 +375,7 @@ impl Rows<'_> {
                 Some(uniform_at(
                     seed,
                     number,
-                    (self.history.len() + depth) as u64,
+                    (self.active.history.len() + depth) as u64,
                 ))
             }
         };

@@ -66,6 +66,7 @@ fn one_beam_equals_greedy_decoding() {
                 max_tokens: 20,
             },
             seed: (0, 0),
+            logprobs: None,
         };
         let greedy = engine.generate(&greedy, |_| {}).unwrap();
         let options = BeamOptions {

@@ -86,6 +86,7 @@ fn request(prompt: Vec<u32>, temperature: f32) -> Request {
             max_tokens: 70,
         },
         seed: (5, 0),
+        logprobs: None,
     }
 }
 

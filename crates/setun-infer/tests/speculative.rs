@@ -58,6 +58,7 @@ fn greedy(prompt: Vec<u32>, end_tokens: Vec<u32>, max_tokens: usize) -> Request 
             max_tokens,
         },
         seed: (0, 0),
+        logprobs: None,
     }
 }
 
@@ -438,13 +439,18 @@ fn sampled_texts_and_penalties_are_those_of_plain_decoding() {
             top_p: small.numbers.one_of(&[1.0, 0.9]),
             min_p: small.numbers.one_of(&[0.0, 0.05]),
             repetition_penalty: [1.0, 1.4, 3.0][(case / 3) as usize % 3],
+            presence_penalty: [0.0, 0.6][(case / 2) as usize % 2],
+            frequency_penalty: [0.0, 0.3, -0.2][(case / 4) as usize % 3],
         };
         let request = Request {
             sampler,
             seed: (3, case),
+            logprobs: (case % 4 == 1).then_some(case as usize % 5),
             ..greedy(small.prompt(10), Vec::new(), 60)
         };
         let plain = small.engine.generate(&request, |_| {}).unwrap();
+        let wanted = request.logprobs.map_or(0, |_| plain.tokens.len());
+        assert_eq!(plain.logprobs.len(), wanted);
         let truth = [&request.prompt[..], &plain.tokens].concat();
         let mut oracle = Small::new(100 + case % 8).engine;
         let mut mixed = Mixed::new(&mut oracle, &truth, case);
@@ -605,6 +611,7 @@ fn drawn_drafts_keep_the_distribution_of_texts() {
         let request = Request {
             sampler,
             seed: (11, number),
+            logprobs: None,
             ..greedy(prompt.clone(), Vec::new(), 2)
         };
         let engine = &mut small.engine;

@@ -542,6 +542,7 @@ fn time(
                 max_tokens: seq_len - prompt,
             },
             seed: (settings.run.seed, 0),
+            logprobs: None,
         };
         let start = Instant::now();
         let expected = plain.generate(&request, |_| {})?;

@@ -137,6 +137,7 @@ impl Finish {
                 sampler,
                 stop: stop.clone(),
                 seed: (self.settings.run.seed, request as u64),
+                logprobs: None,
             };
             let out = engine.generate(&request, |_| {})?;
             let text = self.tokenizer.decode(&out.tokens);

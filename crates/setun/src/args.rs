@@ -108,6 +108,12 @@ pub struct GenerateArgs {
     pub min_p: f64,
     /// Divisor of the logits of tokens that occurred; 1 is off.
     pub repetition_penalty: f64,
+    /// Subtracted from the logits of tokens that were generated; 0 is off.
+    pub presence_penalty: f64,
+    /// Subtracted once for each time that a token was generated; 0 is off.
+    pub frequency_penalty: f64,
+    /// Whether to print log-probabilities, and how many tokens beside the chosen one.
+    pub logprobs: Option<usize>,
     /// Seed of the sampling.
     pub seed: u64,
     /// Number of threads; 0 for all cores.
@@ -387,6 +393,9 @@ fn generate(matches: &ArgMatches) -> GenerateArgs {
         top_p: value(matches, "top-p"),
         min_p: value(matches, "min-p"),
         repetition_penalty: value(matches, "repetition-penalty"),
+        presence_penalty: value(matches, "presence-penalty"),
+        frequency_penalty: value(matches, "frequency-penalty"),
+        logprobs: matches.get_one("logprobs").copied(),
         seed: value(matches, "seed"),
         threads: value(matches, "threads"),
         stats: matches.get_flag("stats"),

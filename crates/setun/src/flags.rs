@@ -191,7 +191,10 @@ fn generate() -> Command {
         )
 }
 
-fn sampling_flags() -> [Arg; 6] {
+/// Most tokens whose log-probabilities are printed.
+const MAX_LOGPROBS: usize = 1024;
+
+fn sampling_flags() -> [Arg; 9] {
     [
         decimal(
             "temperature",
@@ -223,6 +226,26 @@ fn sampling_flags() -> [Arg; 6] {
             "Above 1 makes tokens that occurred less likely",
             "1",
         ),
+        decimal(
+            "presence-penalty",
+            any_number,
+            "Above 0 makes tokens that were generated less likely",
+            "0",
+        ),
+        decimal(
+            "frequency-penalty",
+            any_number,
+            "The same, once for each time",
+            "0",
+        ),
+        Arg::new("logprobs")
+            .long("logprobs")
+            .value_name("N")
+            .value_parser(|text: &str| {
+                let n = text.parse().ok().filter(|n: &usize| *n <= MAX_LOGPROBS);
+                n.ok_or(format!("it is a number from 0 to {MAX_LOGPROBS}"))
+            })
+            .help("Print the log-probability of each token, and the N likeliest at its place"),
         Arg::new("seed")
             .long("seed")
             .value_name("N")

@@ -17,9 +17,9 @@ const RUN: usize = 64;
 pub struct Shaping {
     /// Positive logits of tokens that occurred are divided by it, negative ones multiplied.
     pub repetition_penalty: f32,
-    /// Subtracted from the logits of tokens that occurred.
+    /// Subtracted from the logits of tokens that were generated.
     pub presence_penalty: f32,
-    /// Subtracted once for each time that a token occurred.
+    /// Subtracted once for each time that a token was generated.
     pub frequency_penalty: f32,
     /// Divides all logits; above 0.
     pub temperature: f32,
@@ -38,7 +38,8 @@ impl Default for Shaping {
 
 impl Shaping {
     /// Changes the logits `tile` of the entries from `first` on. `occurred` has the tokens
-    /// that occurred, ascending, each with how often.
+    /// that occurred, ascending, each with how often it was generated: 0 times if only the
+    /// prompt has it.
     #[inline(always)]
     pub fn apply(&self, first: usize, occurred: &[(u32, u32)], tile: &mut [f32]) {
         let from = occurred.partition_point(|&(id, _)| (id as usize) < first);
@@ -52,7 +53,10 @@ impl Shaping {
                 } else {
                     *x / self.repetition_penalty
                 };
-                let less = self.presence_penalty + self.frequency_penalty * count as f32;
+                let less = match count {
+                    0 => 0.0,
+                    _ => self.presence_penalty + self.frequency_penalty * count as f32,
+                };
                 // A penalty must not exclude a token: only an infinity does.
                 *x = (scaled - less).clamp(f32::MIN, f32::MAX);
             }

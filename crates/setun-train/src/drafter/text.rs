@@ -176,6 +176,7 @@ impl Writer<'_> {
                 max_tokens: self.settings.train.seq_len - prompt.len(),
             },
             seed: (self.settings.run.seed, number),
+            logprobs: None,
         }
     }
 }

@@ -180,6 +180,8 @@ fn generate_reads_its_numbers() {
         (args.repetition_penalty, args.seed, args.stats),
         (1.0, 1, false)
     );
+    let others = (args.presence_penalty, args.frequency_penalty, args.logprobs);
+    assert_eq!(others, (0.0, 0.0, None));
     assert_eq!(args.draft, Drafting::None);
     let drafting = |name: &str| match parsed(&[&line[..], &["--draft", name]].concat()) {
         Ok(Command::Generate(args)) => args.draft,
@@ -396,7 +398,7 @@ train: RECIPE.toml --init --resume --drafter-for --dry-run --profile
   --log.every
   --log.tensorboard
 verify: PATH --json
-generate: --model --prompt --prompts --beams --length-penalty --kv --draft --checkpoint --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --threads --stats
+generate: --model --prompt --prompts --beams --length-penalty --kv --draft --checkpoint --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --logprobs --seed --threads --stats
 eval: --model --data --checkpoint --seq-len --batch-size --threads --numerics --kv --logits --json --split-on --text-field --min-document-chars
 tokenize: --tokenizer --model --output SOURCES --split-on --text-field --min-document-chars
 tokenizer:

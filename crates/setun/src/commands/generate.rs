@@ -8,7 +8,7 @@ use drafts::Decoder;
 use setun_formats::Tokenizer;
 use setun_infer::{
     BeamOptions, BeamRequest, Engine, EngineOptions, FinishReason, Generation, LengthPenalty,
-    Request, SamplerOptions, StopRules,
+    Request, SamplerOptions, StopRules, TokenLogprobs,
 };
 use setun_io::OpenModel;
 use setun_train::machine;
@@ -25,6 +25,10 @@ const MAX_SEQUENCES: usize = 64;
 pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult {
     if args.beams > 0 && args.draft != Drafting::None {
         let error = "a beam search has no drafts; leave out --beams or --draft";
+        return Err(Box::new(WrongUsage(error.to_owned())));
+    }
+    if args.beams > 0 && args.logprobs.is_some() {
+        let error = "the results of a beam search have scores; leave out --beams or --logprobs";
         return Err(Box::new(WrongUsage(error.to_owned())));
     }
     let sampler = sampler_options(&args);
@@ -46,6 +50,7 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
             sampler,
             stop: stop.clone(),
             seed: (args.seed, i as u64),
+            logprobs: args.logprobs,
         });
     }
     let options = engine_options(&args, &model, &requests, super::isa(environment)?);
@@ -92,6 +97,8 @@ fn sampler_options(args: &GenerateArgs) -> SamplerOptions {
         top_p: args.top_p as f32,
         min_p: args.min_p as f32,
         repetition_penalty: args.repetition_penalty as f32,
+        presence_penalty: args.presence_penalty as f32,
+        frequency_penalty: args.frequency_penalty as f32,
     }
 }
 
@@ -154,6 +161,17 @@ fn stream(
         }
     })?;
     console::print(format_args!("{}\n", stream.finish().unwrap_or_default()))?;
+    for t in &generation.logprobs {
+        let top = t
+            .top
+            .iter()
+            .map(|&(id, p)| format!("{:?} {p:.3}", tokenizer.decode(&[id])));
+        let (text, top) = (
+            tokenizer.decode(&[t.token]),
+            top.collect::<Vec<_>>().join("  "),
+        );
+        console::print(format_args!("{:>9.4}  {text:?}    {top}\n", t.logprob))?;
+    }
     warn_if_cut(&generation, engine.context());
     Ok(())
 }
@@ -175,11 +193,24 @@ fn batch(
     let all = decoder.generate_all(engine, requests, &mut |_| timer.token())?;
     for (prompt, generation) in texts.iter().zip(&all) {
         let text = tokenizer.decode(&generation.tokens);
-        let line = serde_json::json!({ "prompt": prompt, "text": text });
+        let mut line = serde_json::json!({ "prompt": prompt, "text": text });
+        if requests[0].logprobs.is_some() {
+            let of_token = |t| logprobs_json(tokenizer, t);
+            line["logprobs"] = generation.logprobs.iter().map(of_token).collect();
+        }
         console::print(format_args!("{line}\n"))?;
         warn_if_cut(generation, engine.context());
     }
     Ok(())
+}
+
+/// As OpenAI's interface has them.
+fn logprobs_json(tokenizer: &Tokenizer, said: &TokenLogprobs) -> serde_json::Value {
+    let of = |id: u32, logprob: f64| serde_json::json!({ "token": tokenizer.decode(&[id]), "id": id, "logprob": logprob });
+    let top = said.top.iter().map(|&(id, logprob)| of(id, logprob));
+    let mut value = of(said.token, said.logprob);
+    value["top_logprobs"] = top.collect();
+    value
 }
 
 /// Beams of all prompts; the best text as it is, or every result on a line of JSON.

@@ -43,16 +43,14 @@ impl Kind {
             prompt: passage.repeat(times),
             sampler: SamplerOptions {
                 temperature,
-                top_k: 0,
-                top_p: 1.0,
-                min_p: 0.0,
-                repetition_penalty: 1.0,
+                ..SamplerOptions::default()
             },
             stop: StopRules {
                 end_tokens: Vec::new(),
                 max_tokens: tokens,
             },
             seed: (1, number),
+            logprobs: None,
         }
     }
 }
