@@ -1,6 +1,6 @@
 //! All documents of a run: where each of them is, read again from its file when needed.
 //!
-//! A corpus may be larger than memory. So a document is a place in a file (32 bytes), and its
+//! A corpus may be larger than memory. So a document is a place in a file (24 bytes), and its
 //! text is read, and for `.jsonl` parsed and rendered, each time that somebody asks for it. A
 //! file that has changed since the corpus was made is refused, by its length and time.
 

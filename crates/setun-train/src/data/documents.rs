@@ -278,9 +278,14 @@ impl Lines {
     fn open(path: &Path) -> Result<Self, DataError> {
         let io = |why| DataError::io("read", path)(why);
         let file = File::open(path).map_err(io)?;
+        let metadata = file.metadata().map_err(io)?;
+        if !metadata.is_file() {
+            let path = path.to_path_buf();
+            return Err(DataError::NotAFile { path });
+        }
         Ok(Self {
             path: path.to_path_buf(),
-            stamp: Stamp::of(&file.metadata().map_err(io)?),
+            stamp: Stamp::of(&metadata),
             input: BufReader::with_capacity(1 << 16, file),
             line: Vec::new(),
             end: 0,
@@ -348,10 +353,10 @@ impl Reading {
         let whole_file = matches!(splitter, Splitter::File);
         while let Some(line) = lines.next()? {
             let content = line.text.trim_end_matches(['\n', '\r']);
-            if splitter.ends_before(content, &line, &path)? {
-                if let Some(text) = open.take() {
-                    self.push(text.document(source), text.num_chars);
-                }
+            if splitter.ends_before(content, &line, &path)?
+                && let Some(text) = open.take()
+            {
+                self.push(text.document(source), text.num_chars);
             }
             if whole_file {
                 let text = open.get_or_insert(OpenText::at(line.start));
@@ -728,6 +733,14 @@ mod tests {
             let message = folder.message(&[source]);
             assert!(message.contains(expected), "{message}");
         }
+    }
+
+    #[test]
+    fn what_can_be_read_only_once_is_refused() {
+        let sources = ["/dev/null".to_owned()];
+        let options = DocumentOptions::default();
+        let why = load_documents(&sources, Path::new(""), &options).expect_err("no file");
+        assert!(why.to_string().contains("save its text in a file"), "{why}");
     }
 
     #[test]

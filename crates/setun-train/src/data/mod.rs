@@ -98,6 +98,12 @@ pub enum DataError {
         /// First byte that does not fit.
         offset: u64,
     },
+    /// A pipe or a device, of which nothing could be read again.
+    #[error("{} is no ordinary file, and documents are read more than once: save its text in a file", path.display())]
+    NotAFile {
+        /// What was opened.
+        path: PathBuf,
+    },
     /// A file is not what it was when its documents were found.
     #[error("{} has changed since it was first read: start again when nobody writes it", path.display())]
     Changed {
