@@ -23,7 +23,7 @@ PATH_B = dict(
     max_position_embeddings=2048,
     rope_theta=1e6,
 )
-BATCH, SEQ, GROUP = 16, 256, 128
+BATCH, SEQ = 16, 256
 # bf16 where nothing else is said: without AMX or AVX-512 PyTorch's bf16 products are slow.
 MODES = ["eager", "compiled", "eager f32", "compiled f32"]
 
@@ -43,43 +43,16 @@ def figure(name, seconds, work, unit, **facts):
     return dict(name=name, seconds=seconds, rate=work / seconds, unit=unit, **facts)
 
 
-def ternary(weight):
-    """s * t of each group of 128 along the rows; the gradient passes straight through."""
-    grouped = weight.view(weight.shape[0], -1, GROUP)
-    scale = grouped.abs().mean(-1, keepdim=True).clamp_min(1e-8)
-    projected = (grouped / scale).round().clamp(-1, 1) * scale
-    return weight + (projected.view_as(weight) - weight).detach()
-
-
-def ternary_model():
-    import torch
-    import torch.nn.functional as F
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    class Linear(torch.nn.Linear):
-        def forward(self, x):
-            return F.linear(x, ternary(self.weight))
-
-    class Embedding(torch.nn.Embedding):
-        def forward(self, ids):
-            return F.embedding(ids, ternary(self.weight))
-
-    model = Qwen3ForCausalLM(Qwen3Config(**PATH_B)).float()
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.__class__ = Linear
-        elif type(module) is torch.nn.Embedding:
-            module.__class__ = Embedding
-    return model
-
-
 def train(args):
     """Whole steps: forward in bf16 autocast or in f32, backward, clipping, fused AdamW."""
     import torch
     import torch.nn.functional as F
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from torch_ternary import make_ternary
 
     torch.manual_seed(0)
-    model = ternary_model()
+    model = make_ternary(Qwen3ForCausalLM(Qwen3Config(**PATH_B)).float())
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), fused=True)
     forward = torch.compile(model) if args.mode.startswith("compiled") else model
     in_bf16 = not args.mode.endswith("f32")

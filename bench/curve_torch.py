@@ -22,27 +22,11 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from torch_ternary import make_ternary
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BATCH, SEQ, GROUP, VOCAB = 8, 128, 128, 1024
+BATCH, SEQ, VOCAB = 8, 128, 1024
 LR, DECAY = 2e-3, 0.1
-
-
-def ternary(weight):
-    """bf16(mean |w|) * trits of each group of 128; the gradient passes straight through."""
-    grouped = weight.view(weight.shape[0], -1, GROUP)
-    scale = grouped.abs().double().mean(-1, keepdim=True).float().bfloat16().float()
-    trits = grouped.sign() * (grouped.abs() > scale / 2)
-    return weight + ((trits * scale).view_as(weight) - weight).detach()
-
-
-class Linear(torch.nn.Linear):
-    def forward(self, x):
-        return F.linear(x, ternary(self.weight))
-
-
-class Embedding(torch.nn.Embedding):
-    def forward(self, ids):
-        return F.embedding(ids, ternary(self.weight))
 
 
 def new_model(path):
@@ -99,11 +83,7 @@ def train_setun(work, model, numerics, steps):
 
 def train_torch(model, batches, rates, autocast):
     model = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.__class__ = Linear
-        elif type(module) is torch.nn.Embedding:
-            module.__class__ = Embedding
+    make_ternary(model, exact=True)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [dict(params=matrices, weight_decay=DECAY), dict(params=norms, weight_decay=0.0)]
