@@ -217,6 +217,10 @@ multiversion! {
     fn add_run[R: Real][R](x: &[R], y: &mut [R]) = elementwise::add;
 }
 multiversion! {
+    /// [`elementwise::lerp`]
+    fn lerp_run[R: Real][R](x: &[R], share: R, y: &mut [R]) = elementwise::lerp;
+}
+multiversion! {
     /// [`elementwise::dropout`]
     fn dropout_run[R: Real][R](chances: elementwise::Chances<R>, first: u32, x: &mut [R])
         = elementwise::dropout;

@@ -461,6 +461,8 @@ pub trait Backend {
     fn copy(&mut self, from: Buf<Self::Real>, to: Buf<Self::Real>);
     /// `to += from`.
     fn add(&mut self, from: Buf<Self::Real>, to: Buf<Self::Real>);
+    /// `to += share * (from - to)`.
+    fn lerp(&mut self, from: Buf<Self::Real>, share: f64, to: Buf<Self::Real>);
     /// Leaves values out by chance.
     fn dropout(&mut self, op: Dropout<Self::Real>);
 

@@ -287,6 +287,27 @@ impl<R: Real> Parameters<R> {
         self.extend(plan, vec![ParameterInfo { name, shape }], purpose);
     }
 
+    /// Reserves memory for other values of the same parameters, with projections of their own.
+    #[must_use]
+    pub fn twin(&self, plan: &mut Plan) -> Self {
+        let mut twin = self.clone();
+        let category = Category::Optimizer;
+        for p in &mut twin.list {
+            let numel = p.numel();
+            let name = |what: &str| format!("{} {what}", p.name);
+            p.latent = p
+                .latent
+                .map(|_| plan.alloc(category, name("average"), numel));
+            p.ternary = p.ternary.map(|ternary| TernaryBuf {
+                trits: plan.alloc(category, name("average trits"), numel),
+                scales: plan.alloc(category, name("average scales"), ternary.scales.len()),
+                group_size: ternary.group_size,
+            });
+            (p.grad, p.blend) = (None, None);
+        }
+        twin
+    }
+
     /// The parameter called `name`.
     ///
     /// # Errors

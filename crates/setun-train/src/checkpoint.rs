@@ -69,6 +69,9 @@ pub struct DataIdentity {
 /// if both were empty.
 pub const STATE_VERSION: u32 = 2;
 
+/// Ending of the name of a latent beside the moments.
+const LATENT: &str = ".latent";
+
 /// Weights that are copied at a time for the packed file.
 const BLOCK_WEIGHTS: usize = 1 << 20;
 
@@ -178,22 +181,32 @@ pub struct Snapshot<S> {
 
 /// Takes hold of what a checkpoint of `trainer` consists of. The state is a copy, weights
 /// and moments are not: the trainer waits for the writer before it changes them.
+///
+/// # Errors
+/// An average with a scale that cannot be shipped.
 pub fn snapshot<B: Backend<Real = f32>>(
     trainer: &mut Trainer<B>,
     state: &TrainState,
     constants: Constants,
-) -> Snapshot<B::Shared> {
-    let parameters = trainer.model.parameters.clone();
+) -> Result<Snapshot<B::Shared>, TrainError> {
+    trainer.project_average()?;
+    let trained = &trainer.model.parameters;
     let optimizer = &trainer.optimizer;
+    let average = optimizer.average.as_ref().map(|a| &a.parameters);
+    let parameters = average.unwrap_or(trained).clone();
     let latents: Vec<Entry> = parameters.list.iter().map(Entry::latent).collect();
-    let trained = parameters.list.iter().enumerate();
+    // With an average, the latents are state that only training needs.
+    let beside = average.iter().flat_map(|_| &trained.list);
+    let beside = beside.map(|p| Entry::of(p, LATENT, StoredBuf::Real(p.values())));
+    let trained = trained.list.iter().enumerate();
     let moments = trained.filter(|(_, p)| !p.frozen).flat_map(|(i, p)| {
         [
             Entry::of(p, ".m", optimizer.m[i]),
             Entry::of(p, ".v", optimizer.v[i]),
         ]
     });
-    let moments: Vec<Entry> = moments.filter(|entry| !entry.buf.is_empty()).collect();
+    let moments = moments.filter(|entry| !entry.buf.is_empty());
+    let moments: Vec<Entry> = moments.chain(beside).collect();
     let ternary = parameters.list.iter().filter_map(|p| p.ternary);
     let extents: Vec<Extent> = latents
         .iter()
@@ -201,14 +214,14 @@ pub fn snapshot<B: Backend<Real = f32>>(
         .map(|entry| entry.buf.into())
         .chain(ternary.flat_map(|t| [t.trits.into(), t.scales.into()]))
         .collect();
-    Snapshot {
+    Ok(Snapshot {
         shared: trainer.backend.share(&extents),
         parameters,
         latents,
         moments,
         state: state.clone(),
         constants,
-    }
+    })
 }
 
 impl<S: Reader> Snapshot<S> {
@@ -326,11 +339,16 @@ pub fn restore<B: Backend<Real = f32>>(
     let moments = TensorFile::open(&dir.join("optimizer.safetensors"))?;
     let list = trainer.model.parameters.list.clone();
     for (i, p) in list.iter().enumerate() {
-        trainer.model.parameters.set_values(
-            &mut trainer.backend,
-            &p.name,
-            &latents.floats(&p.name)?,
-        )?;
+        let (b, trained) = (&mut trainer.backend, &trainer.model.parameters);
+        let shipped = latents.floats(&p.name)?;
+        match &trainer.optimizer.average {
+            Some(average) => {
+                average.parameters.set_values(b, &p.name, &shipped)?;
+                let latent = moments.floats(&format!("{}{LATENT}", p.name))?;
+                trained.set_values(b, &p.name, &latent)?;
+            }
+            None => trained.set_values(b, &p.name, &shipped)?,
+        }
         if p.frozen {
             continue;
         }

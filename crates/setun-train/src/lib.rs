@@ -3,6 +3,7 @@
 //! [`run::train`] is the whole of `setun train`; [`trainer::Trainer::step`] is one step.
 #![forbid(unsafe_code)]
 
+pub mod average;
 pub mod checkpoint;
 pub mod clip;
 pub mod data;

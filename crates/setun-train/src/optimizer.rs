@@ -1,5 +1,6 @@
 //! AdamW over all parameters, or beside Muon, and the gradient norm.
 
+use crate::average::Average;
 use crate::muon::{Muon, MuonOptions, MuonStep, is_updated};
 use crate::settings::OptimizerState;
 use setun_backend::{AdamW, Backend, Category, Plan, StoredBuf};
@@ -26,6 +27,8 @@ pub struct Optimizer {
     pub v: Vec<StoredBuf<f32>>,
     /// Updates so far: steps that were skipped do not count.
     pub updates: u64,
+    /// Average of what it updates, where there is one.
+    pub average: Option<Average>,
     options: AdamWOptions,
     muon: Option<Muon>,
 }
@@ -60,6 +63,7 @@ impl Optimizer {
             m,
             v,
             updates: 0,
+            average: None,
             options,
             muon: muon.map(|options| Muon::reserve(plan, parameters, options)),
         }
@@ -111,6 +115,9 @@ impl Optimizer {
                 weight_decay: if p.is_matrix { weight_decay } else { 0.0 },
                 step: self.updates,
             });
+        }
+        if let Some(average) = &self.average {
+            average.update(b, parameters, self.updates);
         }
     }
 }

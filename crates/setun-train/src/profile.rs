@@ -309,6 +309,10 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed(Op::CopyAdd, none, |b| b.add(from, to));
     }
 
+    fn lerp(&mut self, from: Buf<B::Real>, share: f64, to: Buf<B::Real>) {
+        self.timed(Op::CopyAdd, none, |b| b.lerp(from, share, to));
+    }
+
     fn project(
         &mut self,
         latent: Buf<B::Real>,

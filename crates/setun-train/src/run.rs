@@ -491,9 +491,7 @@ impl Session {
     }
 
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<Evaluation, TrainError> {
-        let evaluation = self
-            .evaluator
-            .run(&mut self.trainer.backend, &self.trainer.model)?;
+        let evaluation = self.trainer.evaluate(&mut self.evaluator)?;
         let (sum, count) = std::mem::take(&mut self.state.losses_since_eval);
         let record = EvalRecord {
             step: self.trainer.step,

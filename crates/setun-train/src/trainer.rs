@@ -1,8 +1,10 @@
 //! One training step, from a batch to new weights.
 
 use crate::TrainError;
+use crate::average::Average;
 use crate::clip::Clip;
 use crate::data::{self, Batches};
+use crate::evaluate::{Evaluation, Evaluator};
 use crate::guard::{Guard, Skip};
 use crate::learned_scales::{self, LearnedScales};
 use crate::muon::MuonOptions;
@@ -93,7 +95,11 @@ impl Layout {
             state: train.optimizer_state,
         };
         let muon = muon_options(train);
-        let optimizer = Optimizer::reserve_with(&mut plan, &model.parameters, options, muon);
+        let mut optimizer = Optimizer::reserve_with(&mut plan, &model.parameters, options, muon);
+        if train.ema_decay > 0.0 {
+            let average = Average::reserve(&mut plan, &model.parameters, train.ema_decay);
+            optimizer.average = Some(average);
+        }
         let workspace = HostWorkspace::reserve(&mut plan, threads, limits);
         Self {
             plan,
@@ -310,9 +316,48 @@ impl<B: Backend<Real = f32>> Trainer<B> {
     /// A scale that cannot be shipped.
     pub fn project(&mut self) -> Result<ProjectStats, TrainError> {
         let parameters = &self.model.parameters;
+        if let (0, Some(average)) = (self.optimizer.updates, &self.optimizer.average) {
+            // These are the first weights.
+            average.start(&mut self.backend, parameters);
+        }
         match &mut self.scales {
             Some(scales) => scales.project(&mut self.backend, parameters),
             None => Ok(parameters.project(&mut self.backend)?),
+        }
+    }
+
+    /// Projects the average, if there is one, as it is now.
+    ///
+    /// # Errors
+    /// A scale that cannot be shipped.
+    pub(crate) fn project_average(&mut self) -> Result<(), TrainError> {
+        // Somebody may still read the projection of an earlier one.
+        if self.optimizer.average.is_some() {
+            self.wait_for_saver();
+        }
+        match &self.optimizer.average {
+            Some(average) => average.project(&mut self.backend),
+            None => Ok(()),
+        }
+    }
+
+    /// Held-out loss of the weights that are shipped: the average, or else the latents, both
+    /// behind their projection.
+    ///
+    /// # Errors
+    /// Tokens that cannot be read; a scale that cannot be shipped.
+    pub fn evaluate(&mut self, evaluator: &mut Evaluator) -> Result<Evaluation, TrainError> {
+        self.project_average()?;
+        self.swap_average();
+        let evaluation = evaluator.run(&mut self.backend, &self.model);
+        self.swap_average();
+        evaluation
+    }
+
+    /// Exchanges what the model reads: latents and average.
+    fn swap_average(&mut self) {
+        if let Some(average) = &mut self.optimizer.average {
+            std::mem::swap(&mut average.parameters, &mut self.model.parameters);
         }
     }
 

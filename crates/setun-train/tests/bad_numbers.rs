@@ -128,6 +128,9 @@ impl Backend for Poisoned {
     fn dropout(&mut self, op: Dropout<f32>) {
         self.host.dropout(op);
     }
+    fn lerp(&mut self, from: Buf<f32>, share: f64, to: Buf<f32>) {
+        self.host.lerp(from, share, to);
+    }
     // No part of Qwen3.
     fn layer_norm(&mut self, op: LayerNorm<f32>, y: ActBuf<f32>) {
         self.host.layer_norm(op, y);

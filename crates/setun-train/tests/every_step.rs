@@ -5,7 +5,9 @@ mod tiny;
 
 use setun_formats::PackedHeader;
 use setun_formats::TernaryInfo;
-use setun_io::{RealOps, newest_valid_checkpoint};
+use setun_io::{Matrix, RealOps, newest_valid_checkpoint};
+use setun_model::Parameters;
+use setun_ternary::PackedMatrix;
 use setun_train::checkpoint::{Constants, DataIdentity, TrainState, restore, snapshot};
 use setun_train::data::Batches;
 use setun_train::settings::Settings;
@@ -59,7 +61,7 @@ fn checkpoint(run: &Path, settings: &Settings, trainer: &mut HostTrainer) -> Pat
         experiment: None,
     };
     let files: Arc<dyn setun_io::FileOps> = Arc::new(RealOps);
-    let snapshot = snapshot(trainer, &state, constants);
+    let snapshot = snapshot(trainer, &state, constants).unwrap();
     snapshot.write(&files, run, || {}).unwrap().0
 }
 
@@ -88,6 +90,66 @@ fn stopping_at_any_step_changes_nothing() {
             "from {from}, {threads} threads"
         );
     }
+}
+
+/// An average is the recurrence of its definition; a checkpoint ships it, with its own
+/// projection, and goes on with the latents.
+#[test]
+fn an_average_is_kept_shipped_and_resumed() {
+    let scratch = Scratch::new("average");
+    let corpus = scratch.join("corpus.txt");
+    std::fs::write(&corpus, tiny::corpus()).unwrap();
+    let settings = tiny::settings(
+        &corpus,
+        &[("train.steps", "50"), ("train.ema_decay", "0.6")],
+    );
+    let batches = tiny::batches(&settings);
+    let new = || trainer(&settings, &batches, 1);
+    let values = |trainer: &HostTrainer, parameters: &Parameters<f32>| -> Vec<Vec<f32>> {
+        let each = parameters.list.iter();
+        each.map(|p| parameters.read_values(&trainer.backend, p))
+            .collect()
+    };
+    let latents = |t: &HostTrainer| values(t, &t.model.parameters);
+    let averages = |t: &HostTrainer| {
+        let average = t.optimizer.average.as_ref().expect("it was asked for");
+        values(t, &average.parameters)
+    };
+    let mut straight = new();
+    let mut expected = latents(&straight);
+    assert_eq!(averages(&straight), expected);
+    for n in 1..=8 {
+        straight.step(&batches).unwrap();
+        let share = (1.0 - 0.6f64.min((1.0 + n as f64) / (10.0 + n as f64))) as f32;
+        for (average, latent) in expected.iter_mut().zip(latents(&straight)) {
+            for (average, latent) in average.iter_mut().zip(latent) {
+                *average = share.mul_add(latent - *average, *average);
+            }
+        }
+        assert_eq!(averages(&straight), expected, "after {n} updates");
+    }
+    let dir = checkpoint(&scratch.0, &settings, &mut straight);
+    let shipped = setun_io::OpenModel::open(&dir).unwrap();
+    for (p, average) in straight.model.parameters.list.iter().zip(&expected) {
+        if p.is_matrix {
+            let rule = settings.model.scale_rule;
+            let size = settings.model.group_size;
+            let projected = PackedMatrix::from_latents(average, p.cols, size, rule).unwrap();
+            let found = shipped.matrix(&p.name).unwrap();
+            assert!(found == Matrix::Ternary(projected), "{}", p.name);
+        } else {
+            assert_eq!(&shipped.norm(&p.name).unwrap(), average);
+        }
+    }
+    let mut resumed = new();
+    restore(&dir, &mut resumed, &identity()).unwrap();
+    for trainer in [&mut straight, &mut resumed] {
+        for _ in 0..3 {
+            trainer.step(&batches).unwrap();
+        }
+    }
+    assert!(tiny::state(&resumed) == tiny::state(&straight));
+    assert_eq!(averages(&resumed), averages(&straight));
 }
 
 #[test]

@@ -51,6 +51,15 @@ impl<R: Real> Backend for Host<R> {
         });
     }
 
+    fn lerp(&mut self, from: Buf<R>, share: f64, to: Buf<R>) {
+        let share = R::from_f64(share);
+        let mut lease = self.arena.lease();
+        let (from, to) = (lease.read(from), RowsMut::new(lease.write(to), 1));
+        self.pool.by_rows(from.len(), RUN, to, |rows, to| {
+            lerp_run(self.isa, &from[rows], share, to)
+        });
+    }
+
     fn dropout(&mut self, op: Dropout<R>) {
         let chances = elementwise::Chances::new(op.share, op.seed);
         let mut lease = self.arena.lease();

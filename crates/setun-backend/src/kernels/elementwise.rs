@@ -41,6 +41,14 @@ pub fn add<R: Real>(x: &[R], y: &mut [R]) {
     }
 }
 
+/// `y += share * (x - y)`.
+#[inline(always)]
+pub fn lerp<R: Real>(x: &[R], share: R, y: &mut [R]) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = share.mul_add(x - *y, *y);
+    }
+}
+
 /// What decides on [`dropout`], computed once.
 #[derive(Clone, Copy)]
 pub struct Chances<R> {

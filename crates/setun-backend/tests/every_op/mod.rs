@@ -317,6 +317,8 @@ impl EveryOp {
         after("swiglu_backward", "", &[Seen::F32(b), Seen::F32(c)], host);
         host.add(b, c);
         after("add", "", &[Seen::F32(c)], host);
+        host.lerp(b, 0.125, c);
+        after("lerp", "", &[Seen::F32(c)], host);
         host.dropout(Dropout {
             x: c,
             first: u32::MAX - 1000,

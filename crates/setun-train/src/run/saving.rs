@@ -12,6 +12,7 @@ use setun_formats::PackedHeader;
 use setun_io::{
     IoError, Retention, checkpoint_name, checkpoints, remove_checkpoint, retire, verify_manifest,
 };
+use setun_model::Parameter;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -172,7 +173,7 @@ impl Session {
             }),
             experiment: self.settings.experiment(),
         };
-        let snapshot = checkpoint::snapshot(&mut self.trainer, &self.state, constants);
+        let snapshot = checkpoint::snapshot(&mut self.trainer, &self.state, constants)?;
         let (sender, receiver) = channel();
         self.trainer.set_saver(receiver);
         let (files, run) = (Arc::clone(&self.files), self.run.clone());
@@ -252,6 +253,13 @@ impl Session {
             .iter()
             .map(|p| p.numel() * if p.frozen { 1 } else { 3 })
             .sum();
+        let average = &self.trainer.optimizer.average;
+        let averages: usize = average
+            .iter()
+            .flat_map(|_| list)
+            .map(Parameter::numel)
+            .sum();
+        let values = values + averages;
         4 * values as u64 + self.record.model.packed_bytes + self.tokenizer_json.len() as u64
     }
 }

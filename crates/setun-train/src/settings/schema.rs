@@ -230,6 +230,9 @@ settings! {
         /// Share of the values that a step leaves out of the embedding and of what attention and
         /// feed-forward blocks add to the residual stream; 0 for none.
         dropout: f64 = 0.0,
+        /// Decay of a moving average of the weights, of which evaluations, checkpoints and
+        /// exports then are the projection; 0 for none.
+        ema_decay: f64 = 0.0,
         /// How the gradient passes the projection: clipped stops it where `|w| > 1.5 s`.
         ste: Ste = Ste::Identity,
         /// Whether activations are computed again in the backward pass, for less memory.

@@ -221,6 +221,18 @@ fn validate_optimizer(settings: &Settings) -> Checked {
         "set train.optimizer_state = \"f32\"",
     )?;
     within("train.dropout", train.dropout, 0.0, 1.0, Upper::Excluded)?;
+    within(
+        "train.ema_decay",
+        train.ema_decay,
+        0.0,
+        1.0,
+        Upper::Excluded,
+    )?;
+    refuse_if(
+        train.ema_decay > 0.0 && settings.model.learned_scales,
+        || "an average of the weights (train.ema_decay) has no learned scales".to_owned(),
+        "drop one of the two",
+    )?;
     not_negative("train.z_loss", train.z_loss)?;
     refuse_if(
         train.z_loss > 0.0 && settings.distill.weight > 0.0,

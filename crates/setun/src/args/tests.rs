@@ -361,6 +361,7 @@ train: RECIPE.toml --init --resume --drafter-for --dry-run --profile
   --train.grad_clip
   --train.z_loss
   --train.dropout
+  --train.ema_decay
   --train.ste
   --train.recompute
   --train.spike_sigma
