@@ -7,7 +7,7 @@
 use super::decode::byte_of;
 use super::{MAX_VOCAB_SIZE, TokenizerError};
 use crate::config::json::{cut, refuse_repeated_keys};
-use serde::de::{Error, MapAccess, SeqAccess, Visitor};
+use serde::de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
@@ -160,10 +160,13 @@ impl<'de: 'a, 'a> Deserialize<'de> for Merge<'a> {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut pair: A) -> Result<Merge<'de>, A::Error> {
-                let missing = |found| A::Error::invalid_length(found, &self);
-                let left = pair.next_element()?.ok_or_else(|| missing(0))?;
-                let right = pair.next_element()?.ok_or_else(|| missing(1))?;
-                Ok(Merge::Pair(left, right))
+                let wrong = |found| A::Error::invalid_length(found, &self);
+                let left = pair.next_element()?.ok_or_else(|| wrong(0))?;
+                let right = pair.next_element()?.ok_or_else(|| wrong(1))?;
+                match pair.next_element::<IgnoredAny>()? {
+                    None => Ok(Merge::Pair(left, right)),
+                    Some(_) => Err(wrong(3)),
+                }
             }
 
             fn visit_borrowed_str<E: Error>(self, text: &'de str) -> Result<Merge<'de>, E> {

@@ -461,19 +461,19 @@ fn merges() -> Vec<Exhibit> {
         exhibit(
             "merge-of-three",
             "three sides",
-            &["Merge", "line 1"],
+            &["expected a merge", "line 1"],
             merge(json!(["A", "B", "C"])),
         ),
         exhibit(
             "merge-of-one",
             "one side",
-            &["Merge", "line 1"],
+            &["expected a merge", "line 1"],
             merge(json!(["A"])),
         ),
         exhibit(
             "merge-number",
             "a merge that is a number",
-            &["Merge"],
+            &["expected a merge"],
             merge(json!(7)),
         ),
         exhibit(
