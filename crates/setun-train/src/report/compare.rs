@@ -167,7 +167,7 @@ impl HeadToHead {
         let mut legend = String::new();
         for (index, entry) in self.entries.iter().enumerate() {
             let x = 24.0 + width / 2.0 * (index % 2) as f64;
-            let y = height + LEGEND_LINE * (index / 2) as f64;
+            let y = height + LEGEND_LINE * (index / 2 + 1) as f64;
             _ = write!(
                 legend,
                 "<g class=\"s{}\"><text class=\"end\" x=\"{x}\" y=\"{y}\">{} {}</text></g>",
@@ -176,15 +176,17 @@ impl HeadToHead {
                 escape(&entry.name)
             );
         }
-        let lines = self.entries.len().div_ceil(2) as f64;
-        let all = height + LEGEND_LINE * lines;
+        let lines = 1 + self.entries.len().div_ceil(2);
+        let all = height + LEGEND_LINE * lines as f64;
         format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{all}\" \
              viewBox=\"0 0 {width} {all}\"><style>{}{MORE_COLORS}{}</style>\
              <rect width=\"{width}\" height=\"{all}\" fill=\"var(--surface)\"/>\
+             <text class=\"label\" x=\"24\" y=\"20\">{}; dashed: held-out, thin: training</text>\
              {curves}{legend}</svg>\n",
             plot::COLORS,
             plot::STYLE,
+            escape(&plot.title),
         )
     }
 
