@@ -71,8 +71,8 @@ struct Kind {
     kind: Option<String>,
 }
 
-// Texts are borrowed from the file where they have no escapes, and a merge is no untagged enum:
-// that halves the time for the 151,643 tokens of Qwen3.
+// Texts are borrowed from the file where they have no escapes, and a merge is no untagged enum,
+// because a large vocabulary is read each time that a program starts.
 #[derive(Deserialize)]
 struct TokenFile<'a> {
     #[serde(default)]
