@@ -31,7 +31,8 @@ pub use host::{Host, HostWorkspace, Limits};
 pub use memory::{Arena, Buf, Category, Extent, Lease, Plan, PlanRow, Shared};
 pub use ops::{
     ActBuf, AdamW, Attention, AttentionBackward, AttnBuf, Backend, CrossEntropy, Distillation,
-    DraftBlocks, Dropout, LayerNorm, LayerNormBackward, NormRope, PackedBuf, Product, ProjectError,
-    ProjectStats, Reader, RmsNorm, Segment, StoredBuf, TernaryBuf, WeightBuf, WeightData,
+    DraftBlocks, Dropout, LayerNorm, LayerNormBackward, NormRope, PACKED_ROWS, PackedBuf, Product,
+    ProjectError, ProjectStats, Reader, RmsNorm, Segment, StoredBuf, TernaryBuf, WeightBuf,
+    WeightData,
 };
 pub use real::Real;

@@ -438,6 +438,9 @@ impl Reader for Shared {
     }
 }
 
+/// Rows of a packed matrix are written in blocks of a multiple of this.
+pub const PACKED_ROWS: usize = 64;
+
 /// A device. All methods block until their result is there.
 pub trait Backend {
     /// Reads from another thread, see [`Backend::share`].
@@ -477,8 +480,9 @@ pub trait Backend {
 
     /// Bytes of a packed matrix `[out, in]`.
     fn packed_len(out: usize, inp: usize, group_size: usize) -> usize;
-    /// Lays out a matrix whose codes are valid.
-    fn write_packed(&mut self, to: PackedBuf, matrix: &PackedMatrix);
+    /// Lays out rows of a matrix, whose codes are valid: `rows` are the first of them, a multiple
+    /// of [`PACKED_ROWS`], and the number of rows of the whole matrix.
+    fn write_packed(&mut self, to: PackedBuf, rows: (usize, usize), matrix: &PackedMatrix);
 
     /// `y[r] = weight[ids[r]]`, unrounded.
     fn embedding(&mut self, ids: Buf<u32>, weight: WeightBuf<Self::Real>, y: Buf<Self::Real>);

@@ -49,7 +49,7 @@ pub trait Real:
     fn ln(self) -> Self;
     /// Nearest bf16 (ties to even), denormals to zero.
     fn to_bf16(self) -> bf16;
-    /// Denormals to zero, as the bf16 products define it.
+    /// Denormals to zeros of their sign, as the bf16 products define it.
     fn flush(self) -> Self;
     /// Lower bound on the binary exponents of the non-zero values; `i32::MAX` without any.
     fn min_exponent(values: &[Self]) -> i32;
@@ -137,7 +137,7 @@ impl Real for f32 {
     #[inline(always)]
     fn flush(self) -> Self {
         if self.abs() < f32::MIN_POSITIVE {
-            0.0
+            0.0f32.copysign(self)
         } else {
             self
         }

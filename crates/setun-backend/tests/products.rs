@@ -225,10 +225,18 @@ fn check_onto(o: &Operands, powers: (i32, i32), scale: f32, machines: &[(Isa, us
             got.push(content(&host, dw));
             let names = ["linear", "linear_dx", "linear_dx, accumulated", "linear_dw"];
             for ((name, got), expected) in names.iter().zip(&got).zip(&expected[m]) {
+                let (got, expected) = (bits(got), bits(expected));
+                let wrong = got
+                    .iter()
+                    .zip(&expected)
+                    .position(|(got, expected)| got != expected);
                 assert!(
-                    bits(got) == bits(expected),
-                    "{name}, {}, {sizes:?}, 2^{powers:?}, {scale:e}, {isa:?}, {threads} threads",
-                    mode.name
+                    wrong.is_none(),
+                    "{name}, {}, {sizes:?}, 2^{powers:?}, {scale:e}, {isa:?}, {threads} threads: \
+                    value {wrong:?} is {:x?}, not {:x?}",
+                    mode.name,
+                    wrong.map(|i| got[i]),
+                    wrong.map(|i| expected[i]),
                 );
             }
         }

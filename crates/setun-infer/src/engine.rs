@@ -9,12 +9,13 @@ use crate::kv::{KvError, KvTables, Sequence};
 use crate::sampler::SamplerError;
 use setun_backend::topk::{Candidate, Kept, Shaping, TopK, Total};
 use setun_backend::{
-    Backend, CACHE_BLOCK, CacheKind, CachedSegment, Host, HostWorkspace, Isa, Limits, Plan,
+    Backend, CACHE_BLOCK, CacheKind, CachedSegment, Host, HostWorkspace, Isa, Limits, PACKED_ROWS,
+    Plan,
 };
 use setun_io::{IoError, Matrix, OpenModel};
 use setun_model::{
-    BlockDrafter, CachedRows, DecodeShape, DrafterSpec, ModelSpec, ParameterUse, Parameters,
-    Purpose, Qwen3, Scheme, SetError,
+    BlockDrafter, CachedRows, DecodeShape, DrafterSpec, ModelSpec, Parameter, ParameterUse,
+    Parameters, Purpose, Qwen3, Scheme, SetError,
 };
 use setun_ternary::Numerics;
 use thiserror::Error;
@@ -160,8 +161,35 @@ pub fn load_parameters<B: Backend<Real = f32>>(
             parameters.set_values(backend, &p.name, &model.norm(&p.name)?)?;
             continue;
         }
+        if p.packed.is_some() {
+            load_packed(model, parameters, backend, p)?;
+            continue;
+        }
         match model.matrix(&p.name)? {
             Matrix::Ternary(m) => parameters.set_ternary(backend, &p.name, &m)?,
+            Matrix::Dense(values) => parameters.set_values(backend, &p.name, &values)?,
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of packed weights that are read at a time, so that they stay in the cache until they
+/// are laid out, in memory that is used again.
+const LOADED_AT_A_TIME: usize = 1 << 18;
+
+/// A matrix that stays packed, block by block of rows.
+fn load_packed<B: Backend<Real = f32>>(
+    model: &OpenModel,
+    parameters: &Parameters<f32>,
+    backend: &mut B,
+    p: &Parameter<f32>,
+) -> Result<(), EngineError> {
+    let step = (4 * LOADED_AT_A_TIME / p.cols).next_multiple_of(PACKED_ROWS);
+    for first in (0..p.rows).step_by(step) {
+        let rows = first..p.rows.min(first + step);
+        match model.matrix_rows(&p.name, rows)? {
+            Matrix::Ternary(m) => parameters.set_packed_rows(backend, &p.name, first, &m)?,
+            // Refused, with the parameter's name.
             Matrix::Dense(values) => parameters.set_values(backend, &p.name, &values)?,
         }
     }

@@ -390,6 +390,37 @@ impl<R: Real> Parameters<R> {
         Ok(())
     }
 
+    /// Sets rows of `name` from `first_row` on, a multiple of [`setun_backend::PACKED_ROWS`], as their number is
+    /// unless they are the last: for weights that stay packed.
+    ///
+    /// # Errors
+    /// An unknown name, weights that do not stay packed, another width or group size, bytes that
+    /// are no trits.
+    pub fn set_packed_rows<B: Backend<Real = R>>(
+        &self,
+        b: &mut B,
+        name: &str,
+        first_row: usize,
+        matrix: &PackedMatrix,
+    ) -> Result<(), SetError> {
+        let p = self.named(name)?;
+        let fits = |to: &PackedBuf| (matrix.cols, matrix.group_size) == (p.cols, to.group_size);
+        let Some(to) = p.packed.filter(fits) else {
+            let (cols, size) = (matrix.cols, matrix.group_size);
+            return Err(form_error(
+                p,
+                &format!("rows of {cols} in packed groups of {size}"),
+            ));
+        };
+        matrix.check().map_err(|(row, source)| SetError::Packed {
+            name: name.to_owned(),
+            row: first_row + row,
+            source,
+        })?;
+        b.write_packed(to, (first_row, p.rows), matrix);
+        Ok(())
+    }
+
     /// Sets trits and scales of `name`, and latents that project onto them if the model
     /// has latents (DESIGN 3.1: never project twice).
     ///
@@ -402,18 +433,10 @@ impl<R: Real> Parameters<R> {
         matrix: &PackedMatrix,
     ) -> Result<(), SetError> {
         let p = self.named(name)?;
-        let given = (matrix.rows, matrix.cols, matrix.group_size);
-        if let Some(to) = p.packed
-            && given == (p.rows, p.cols, to.group_size)
-        {
-            matrix.check().map_err(|(row, source)| SetError::Packed {
-                name: name.to_owned(),
-                row,
-                source,
-            })?;
-            b.write_packed(to, matrix);
-            return Ok(());
+        if p.packed.is_some() && matrix.rows == p.rows {
+            return self.set_packed_rows(b, name, 0, matrix);
         }
+        let given = (matrix.rows, matrix.cols, matrix.group_size);
         let buf = p
             .ternary
             .filter(|t| given == (p.rows, p.cols, t.group_size));

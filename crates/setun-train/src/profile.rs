@@ -270,8 +270,8 @@ impl<B: Backend> Backend for Profiled<B> {
         B::packed_len(out, inp, group_size)
     }
 
-    fn write_packed(&mut self, to: PackedBuf, matrix: &PackedMatrix) {
-        self.inner.write_packed(to, matrix);
+    fn write_packed(&mut self, to: PackedBuf, rows: (usize, usize), matrix: &PackedMatrix) {
+        self.inner.write_packed(to, rows, matrix);
     }
 
     fn linear_topk(

@@ -143,8 +143,8 @@ impl Backend for Poisoned {
         Host::<f32>::packed_len(out, inp, group_size)
     }
 
-    fn write_packed(&mut self, to: PackedBuf, matrix: &PackedMatrix) {
-        self.host.write_packed(to, matrix);
+    fn write_packed(&mut self, to: PackedBuf, rows: (usize, usize), matrix: &PackedMatrix) {
+        self.host.write_packed(to, rows, matrix);
     }
 
     fn linear_topk(

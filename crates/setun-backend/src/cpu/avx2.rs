@@ -31,13 +31,14 @@ fn store(x: &mut [f32], v: __m256) {
     unsafe { _mm256_storeu_ps(x.as_mut_ptr(), v) }
 }
 
-/// Denormals to zero; NaN stays.
+/// Denormals to zeros of their sign; NaN stays.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn flush(x: __m256) -> __m256 {
-    let magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0), x);
+    let sign = _mm256_set1_ps(-0.0);
+    let magnitude = _mm256_andnot_ps(sign, x);
     let normal = _mm256_cmp_ps::<_CMP_NLT_UQ>(magnitude, _mm256_set1_ps(f32::MIN_POSITIVE));
-    _mm256_and_ps(x, normal)
+    _mm256_and_ps(x, _mm256_or_ps(normal, sign))
 }
 
 /// One register tile, one FMA chain per output.
@@ -154,8 +155,13 @@ unsafe fn even_odd_blocks<const FLUSH: bool>(
                     // SAFETY: row `first + i` of the caller's tile.
                     unsafe {
                         let at = c.add((first + i) * stride + half * W);
-                        let total = _mm256_add_ps(_mm256_loadu_ps(at), sum);
-                        _mm256_storeu_ps(at, if FLUSH { flush(total) } else { total });
+                        let so_far = _mm256_loadu_ps(at);
+                        let total = if FLUSH {
+                            flush(_mm256_add_ps(flush(so_far), sum))
+                        } else {
+                            _mm256_add_ps(so_far, sum)
+                        };
+                        _mm256_storeu_ps(at, total);
                     }
                 }
             }
@@ -285,7 +291,12 @@ fn even_odd_lanes<const N: usize>(x: &[f32], y: &[f32], lanes: usize, acc: &mut 
         for v in 0..N {
             let to = &mut acc[v * W..];
             let sum = _mm256_add_ps(even[v], odd[v]);
-            store(to, flush(_mm256_add_ps(load(to), sum)));
+            let so_far = if block == 0 {
+                flush(load(to))
+            } else {
+                load(to)
+            };
+            store(to, flush(_mm256_add_ps(so_far, sum)));
         }
     }
 }
@@ -346,7 +357,12 @@ fn rows_of<const M: usize>(
                 for half in 0..2 {
                     let to = &mut acc[i * lanes + at + half * W..];
                     let sum = _mm256_add_ps(even[i][half], odd[i][half]);
-                    store(to, flush(_mm256_add_ps(load(to), sum)));
+                    let so_far = if start == 0 {
+                        flush(load(to))
+                    } else {
+                        load(to)
+                    };
+                    store(to, flush(_mm256_add_ps(so_far, sum)));
                 }
             }
         }

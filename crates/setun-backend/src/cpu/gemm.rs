@@ -5,6 +5,8 @@
 //! equals [`vec_mat`](crate::kernels::product::vec_mat) bit for bit. Work is split over
 //! rectangles of outputs, whose [`Operand`]s are packed a block of steps at a time.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::operand::{Exponents, Left, Operand};
 use crate::cpu::{Isa, Pool, RowParts, RowsMut};
 use crate::kernels::product::{BLOCK, Order, needs_flush};
@@ -64,7 +66,16 @@ pub fn gemm<R: Real>(
     scratch: &mut [R],
 ) {
     assert_eq!(c.len(), shape.rows * shape.cols);
-    let split = Split::new(shape, pool.threads());
+    #[cfg(target_arch = "x86_64")]
+    let tiles = as_tiles(isa, shape.order, &a, &b);
+    #[cfg(not(target_arch = "x86_64"))]
+    let tiles = None::<()>;
+    let threads = pool.threads();
+    let split = match tiles {
+        #[cfg(target_arch = "x86_64")]
+        Some(_) => amx::gemm::split(shape, threads),
+        _ => Split::new(shape, threads, (ROWS, MR), (COLS, NR)),
+    };
     let out = Rectangles {
         start: c.as_mut_ptr(),
     };
@@ -74,6 +85,18 @@ pub fn gemm<R: Real>(
         let (rows, columns) = split.rectangle(task);
         // SAFETY: each worker has its own row of scratch, and runs one task at a time.
         let scratch = unsafe { scratch.part(worker..worker + 1) };
+        // SAFETY: the rectangle lies in `c` (asserted above).
+        let at = unsafe { out.start.add(rows.start * shape.cols + columns.start) };
+        #[cfg(target_arch = "x86_64")]
+        if let Some((a, b)) = &tiles {
+            let scratch = bytemuck::cast_slice_mut(scratch);
+            let c = (at.cast(), shape.cols);
+            // SAFETY: `Isa::Amx` is made by `Isa::available` only, where there is AMX; R is
+            // f32; the rectangle belongs to this task.
+            return unsafe {
+                amx::gemm::rectangle((rows, columns), shape.depth, (a, b), c, scratch)
+            };
+        }
         let (left, right) = scratch.split_at_mut(LEFT);
         let mut exponents = Exponents::default();
         for d in (0..shape.depth).step_by(DEPTH) {
@@ -92,7 +115,6 @@ pub fn gemm<R: Real>(
             let operands = (left, &*right);
             // SAFETY: the rectangle lies in `c` (asserted above) and belongs to this task.
             unsafe {
-                let at = out.start.add(rows.start * shape.cols + columns.start);
                 multiply_block(
                     isa,
                     shape.order,
@@ -107,36 +129,54 @@ pub fn gemm<R: Real>(
     });
 }
 
+/// The operands of a product that the AMX unit computes.
+#[cfg(target_arch = "x86_64")]
+fn as_tiles<'a, R: Real>(
+    isa: Isa,
+    order: Order,
+    a: &Operand<'a, R>,
+    b: &Operand<'a, R>,
+) -> Option<(Operand<'a, f32>, Operand<'a, f32>)> {
+    (isa == Isa::Amx && order == Order::EvenOdd).then_some(())?;
+    Some((a.as_f32()?, b.as_f32()?))
+}
+
 /// How the outputs are cut into rectangles of about equal size.
-struct Split {
+pub(super) struct Split {
     shape: Gemm,
     row_step: usize,
     col_step: usize,
 }
 
 impl Split {
-    fn new(shape: Gemm, threads: usize) -> Self {
+    /// At most so many rows and columns, in units of so many.
+    pub(super) fn new(
+        shape: Gemm,
+        threads: usize,
+        (most_rows, row_unit): (usize, usize),
+        (most_cols, col_unit): (usize, usize),
+    ) -> Self {
         let even = |n: usize, most: usize, unit: usize| {
             n.div_ceil(n.div_ceil(most).max(1))
                 .next_multiple_of(unit)
                 .max(unit)
         };
-        let row_step = even(shape.rows, ROWS, MR);
+        let row_step = even(shape.rows, most_rows, row_unit);
         let mut split = Self {
             shape,
             row_step,
-            col_step: even(shape.cols, COLS, NR),
+            col_step: even(shape.cols, most_cols, col_unit),
         };
         // A few tasks for each thread, so that a slow one does not hold up the others; cut
         // where fewer values are packed anew.
         while threads > 1 && split.tasks() < 3 * threads {
             let again_left = shape.rows * split.wide();
             let again_right = shape.cols * split.tall();
-            let (by_rows, by_cols) = (split.row_step > 8 * MR, split.col_step > 4 * NR);
+            let (by_rows, by_cols) = (split.row_step > 48, split.col_step > 64);
             if by_rows && (again_right <= again_left || !by_cols) {
-                split.row_step = (split.row_step / 2).next_multiple_of(MR);
+                split.row_step = (split.row_step / 2).next_multiple_of(row_unit);
             } else if by_cols {
-                split.col_step = (split.col_step / 2).next_multiple_of(NR);
+                split.col_step = (split.col_step / 2).next_multiple_of(col_unit);
             } else {
                 break;
             }
@@ -218,7 +258,7 @@ unsafe fn multiply_block<R: Real>(
 /// # Safety
 /// `from` and `to` point to `m` rows of `n` values, `from_stride` and `to_stride` apart,
 /// and nobody else uses `to`.
-unsafe fn copy_rows<R: Real>(
+pub(super) unsafe fn copy_rows<R: Real>(
     from: *const R,
     from_stride: usize,
     to: *mut R,
@@ -261,13 +301,17 @@ unsafe fn multiply_tile<R: Real>(
     stride: usize,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx2, false, Some(operands)) = (isa, operands.flush, as_f32(operands)) {
-        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it;
-        // R is f32, so `c` is what the caller says it is.
+    if let (true, false, Some(operands)) = (isa.has_avx2(), operands.flush, as_f32(operands)) {
+        use super::{avx2, avx512};
+        let c = c.cast();
+        // SAFETY: an `Isa` that has AVX2 or AVX-512 is made by `Isa::available` only, after
+        // CPUID has shown it; R is f32, so `c` is what the caller says it is.
         return unsafe {
-            match order {
-                Order::Sequential => super::avx2::tile_sequential(operands, c.cast(), stride),
-                Order::EvenOdd => super::avx2::tile_even_odd(operands, c.cast(), stride),
+            match (order, isa.has_avx512()) {
+                (Order::Sequential, true) => avx512::tile_sequential(operands, c, stride),
+                (Order::Sequential, false) => avx2::tile_sequential(operands, c, stride),
+                (Order::EvenOdd, true) => avx512::tile_even_odd(operands, c, stride),
+                (Order::EvenOdd, false) => avx2::tile_even_odd(operands, c, stride),
             }
         };
     }
@@ -328,7 +372,7 @@ fn even_odd<R: Real, const FLUSH: bool>(operands: TileOperands<'_, R>, tile: &mu
         for (tile, (even, odd)) in tile.iter_mut().zip(even.iter().zip(odd)) {
             for (acc, (&even, &odd)) in tile.iter_mut().zip(even.iter().zip(odd)) {
                 // Always flushed: the accumulator itself may come from anywhere.
-                *acc = (*acc + flush(even + odd)).flush();
+                *acc = (acc.flush() + flush(even + odd)).flush();
             }
         }
     }

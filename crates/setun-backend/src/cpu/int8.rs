@@ -50,7 +50,7 @@ pub struct Int8Shape {
 }
 
 impl Int8Shape {
-    fn groups(self) -> usize {
+    pub(super) fn groups(self) -> usize {
         groups_per_row(self.width, self.group_size)
     }
 
@@ -70,7 +70,18 @@ pub fn scratch_len(width: usize, group_size: usize) -> usize {
     let groups = groups_per_row(width, group_size);
     let quads = width.div_ceil(4) + groups;
     let values = 4 * quads * (LANES + ROWS);
-    (values + 4 * groups * (LANES + ROWS)).next_multiple_of(64)
+    let own = (values + 4 * groups * (LANES + ROWS)).next_multiple_of(64);
+    #[cfg(target_arch = "x86_64")]
+    if super::amx::available() {
+        let shape = Int8Shape {
+            rows: ROWS,
+            out: 0,
+            width,
+            group_size,
+        };
+        return own.max(super::amx::int8::scratch_len(shape).next_multiple_of(64));
+    }
+    own
 }
 
 struct Rectangles<R> {
@@ -106,25 +117,36 @@ pub fn int8_linear<R: Real>(
     // Wide tasks, because each packs its rows anew, but some for each thread, so that a
     // slow one does not hold up the others.
     let wide = (3 * pool.threads()).div_ceil(tall);
-    let step = LANES * shape.out.div_ceil(LANES).div_ceil(wide).max(1);
+    let lanes = if isa == Isa::Amx { 2 * LANES } else { LANES };
+    let step = lanes * shape.out.div_ceil(lanes).div_ceil(wide).max(1);
+    let write = |row: usize, n0: usize, values: &[f32]| {
+        let at = row * shape.out + n0;
+        assert!(at + values.len() <= out.len);
+        // SAFETY: inside `y` by the assertion; rows and columns of a task belong to it alone.
+        let y = unsafe { std::slice::from_raw_parts_mut(out.start.add(at), values.len()) };
+        for (y, &v) in y.iter_mut().zip(values) {
+            *y = R::from_f32(v);
+        }
+    };
     pool.run(tall * shape.out.div_ceil(step), &|task, worker| {
         // SAFETY: each worker has its own row of scratch, and runs one task at a time.
         let scratch = unsafe { scratch.part(worker..worker + 1) };
         let (r0, first) = (task % tall * ROWS, task / tall * step);
         let rows = r0..shape.rows.min(r0 + ROWS);
+        let outputs = first..shape.out.min(first + step);
+        #[cfg(target_arch = "x86_64")]
+        if isa == Isa::Amx {
+            let (x, w) = ((x, rows), (w, outputs));
+            // SAFETY: `Isa::Amx` is made by `Isa::available` only, where there is AMX.
+            unsafe { super::amx::int8::task(shape, x, w, scratch, &mut |r, n, y| write(r, n, y)) };
+            return;
+        }
         let mut block = RowBlock::pack(shape, x, rows, scratch);
-        for n0 in (first..shape.out.min(first + step)).step_by(LANES) {
+        for n0 in outputs.step_by(LANES) {
             let n = LANES.min(shape.out - n0);
             block.pack_weights(w, n0, n);
             block.multiply(isa, x, &mut |row, values: &[f32; LANES]| {
-                let at = row * shape.out + n0;
-                assert!(at + n <= out.len);
-                // SAFETY: inside `y` by the assertion; rows and columns of the task belong
-                // to it alone.
-                let y = unsafe { std::slice::from_raw_parts_mut(out.start.add(at), n) };
-                for (y, &v) in y.iter_mut().zip(values) {
-                    *y = R::from_f32(v);
-                }
+                write(row, n0, &values[..n])
             });
         }
     });
@@ -272,9 +294,16 @@ pub(super) struct Group<'a> {
 /// `y = fma(s * a, dot, y)` of one group.
 fn add_group(isa: Isa, group: &Group<'_>, y: &mut [[f32; LANES]; MR]) {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx2 {
-        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
-        return unsafe { super::avx2::int8_group(group, y) };
+    if isa.has_avx2() {
+        // SAFETY: an `Isa` that has AVX2 or AVX-512 is made by `Isa::available` only, after CPUID
+        // has shown it.
+        return unsafe {
+            if isa.has_avx512() {
+                super::avx512::int8_group(group, y)
+            } else {
+                super::avx2::int8_group(group, y)
+            }
+        };
     }
     let _ = isa;
     let mut dots = [[0i32; LANES]; MR];

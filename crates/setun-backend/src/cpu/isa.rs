@@ -7,17 +7,27 @@ pub enum Isa {
     Reference,
     /// x86-64 with AVX2 and FMA.
     Avx2,
+    /// [`Self::Avx2`], and AVX-512 with byte dots (F, BW, DQ, VL, VNNI).
+    Avx512,
+    /// [`Self::Avx512`], and matrix tiles of bf16 and int8.
+    Amx,
     /// AArch64, whose baseline has NEON and FMA.
     Neon,
 }
 
 impl Isa {
-    /// Every instruction set that this machine can run.
+    /// Every instruction set that this machine can run, slower ones first.
     pub fn available() -> Vec<Self> {
         let mut all = vec![Self::Reference];
         #[cfg(target_arch = "x86_64")]
         if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
             all.push(Self::Avx2);
+            if has_avx512() {
+                all.push(Self::Avx512);
+                if super::amx::available() {
+                    all.push(Self::Amx);
+                }
+            }
         }
         #[cfg(target_arch = "aarch64")]
         all.push(Self::Neon);
@@ -29,11 +39,25 @@ impl Isa {
         Self::available().pop().unwrap_or(Self::Reference)
     }
 
+    /// Whether kernels for AVX2 may run.
+    #[inline(always)]
+    pub fn has_avx2(self) -> bool {
+        matches!(self, Self::Avx2 | Self::Avx512 | Self::Amx)
+    }
+
+    /// Whether kernels for AVX-512 may run.
+    #[inline(always)]
+    pub fn has_avx512(self) -> bool {
+        matches!(self, Self::Avx512 | Self::Amx)
+    }
+
     /// Name as it is written in `SETUN_ISA`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Reference => "reference",
             Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Amx => "amx",
             Self::Neon => "neon",
         }
     }
@@ -42,6 +66,15 @@ impl Isa {
     pub fn from_name(name: &str) -> Option<Self> {
         Self::available().into_iter().find(|isa| isa.name() == name)
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx512() -> bool {
+    std::is_x86_feature_detected!("avx512f")
+        && std::is_x86_feature_detected!("avx512bw")
+        && std::is_x86_feature_detected!("avx512dq")
+        && std::is_x86_feature_detected!("avx512vl")
+        && std::is_x86_feature_detected!("avx512vnni")
 }
 
 /// Compiles an `inline(always)` kernel once per instruction set behind one function with
@@ -53,14 +86,14 @@ macro_rules! multiversion {
         #[allow(clippy::too_many_arguments)]
         pub(crate) fn $name<$($gen)*>(isa: $crate::cpu::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
-            if isa == $crate::cpu::Isa::Avx2 {
+            if isa.has_avx2() {
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx2<$($gen)*>($($arg: $ty),*) $(-> $ret)? {
                     $kernel($($arg),*)
                 }
-                // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has
-                // shown AVX2 and FMA.
+                // SAFETY: an `Isa` that has AVX2 is made by `Isa::available` only, after
+                // CPUID has shown AVX2 and FMA.
                 return unsafe { avx2::<$($use)*>($($arg),*) };
             }
             let _ = isa;

@@ -1,9 +1,15 @@
 //! The CPU: instruction sets, threads and blocked products.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx2_packed;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_packed;
 pub mod gemm;
 pub mod int8;
 pub(crate) mod isa;

@@ -131,7 +131,40 @@ impl Exponents {
     }
 }
 
-impl<R: Real> Operand<'_, R> {
+impl<'a, R: Real> Operand<'a, R> {
+    /// The same of f32, if that is what its values are.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn as_f32(&self) -> Option<Operand<'a, f32>> {
+        let same = std::any::TypeId::of::<R>() == std::any::TypeId::of::<f32>();
+        same.then(|| Operand {
+            values: match self.values {
+                Values::Plain(x) => Values::Plain(bytemuck::cast_slice(x)),
+                Values::Rounded(x) => Values::Rounded(bytemuck::cast_slice(x)),
+                Values::Bf16(x) => Values::Bf16(x),
+                Values::Int8 {
+                    q,
+                    scales,
+                    group_size,
+                } => Values::Int8 {
+                    q,
+                    scales,
+                    group_size,
+                },
+                Values::Ternary {
+                    trits,
+                    scales,
+                    group_size,
+                } => Values::Ternary {
+                    trits,
+                    scales,
+                    group_size,
+                },
+            },
+            width: self.width,
+            depth_in_rows: self.depth_in_rows,
+        })
+    }
+
     /// Packs rows `rows` of the result and steps `depths` of the reduction; rows up to the
     /// next multiple of [`MR`] are zero.
     pub(super) fn pack_left<'p>(
@@ -252,7 +285,7 @@ multiversion! {
 }
 
 /// A form of storage: values of stored row `row` from `column` on.
-trait Source<R: Real> {
+pub(super) trait Source<R: Real> {
     /// Values that share a scale; `usize::MAX` where there are no scales.
     fn group_size(&self) -> usize;
     /// Number of values.
@@ -267,37 +300,41 @@ trait Source<R: Real> {
 macro_rules! with_source {
     ($values:expr, $width:expr, $source:ident => $body:expr) => {
         match $values {
-            Values::Plain(x) => {
-                let $source = Plain(x, $width);
+            $crate::cpu::operand::Values::Plain(x) => {
+                let $source = $crate::cpu::operand::Plain(x, $width);
                 $body
             }
-            Values::Rounded(x) => {
-                let $source = Rounded(x, $width);
+            $crate::cpu::operand::Values::Rounded(x) => {
+                let $source = $crate::cpu::operand::Rounded(x, $width);
                 $body
             }
-            Values::Bf16(x) => {
-                let $source = Halves(x, $width);
+            $crate::cpu::operand::Values::Bf16(x) => {
+                let $source = $crate::cpu::operand::Halves(x, $width);
                 $body
             }
-            Values::Int8 {
+            $crate::cpu::operand::Values::Int8 {
                 q,
                 scales,
                 group_size,
             } => {
-                let $source = Scaled::<true>::new(q, scales, group_size, $width);
+                let $source =
+                    $crate::cpu::operand::Scaled::<true>::new(q, scales, group_size, $width);
                 $body
             }
-            Values::Ternary {
+            $crate::cpu::operand::Values::Ternary {
                 trits,
                 scales,
                 group_size,
             } => {
-                let $source = Scaled::<false>::new(trits, scales, group_size, $width);
+                let $source =
+                    $crate::cpu::operand::Scaled::<false>::new(trits, scales, group_size, $width);
                 $body
             }
         }
     };
 }
+
+pub(super) use with_source;
 
 /// Converts `columns` of the stored rows `rows` in runs of `N`. With `PAD` the rest of the
 /// last run is filled with zeros.
@@ -447,7 +484,7 @@ fn pack_column_kernel<R: Real>(
 }
 
 /// [`Values::Plain`] and the width of a row.
-struct Plain<'a, R>(&'a [R], usize);
+pub(super) struct Plain<'a, R>(pub(super) &'a [R], pub(super) usize);
 
 impl<R: Real> Source<R> for Plain<'_, R> {
     #[inline(always)]
@@ -472,7 +509,7 @@ impl<R: Real> Source<R> for Plain<'_, R> {
 }
 
 /// [`Values::Rounded`] and the width of a row.
-struct Rounded<'a, R>(&'a [R], usize);
+pub(super) struct Rounded<'a, R>(pub(super) &'a [R], pub(super) usize);
 
 impl<R: Real> Source<R> for Rounded<'_, R> {
     #[inline(always)]
@@ -500,7 +537,7 @@ impl<R: Real> Source<R> for Rounded<'_, R> {
 }
 
 /// [`Values::Bf16`] and the width of a row.
-struct Halves<'a>(&'a [bf16], usize);
+pub(super) struct Halves<'a>(pub(super) &'a [bf16], pub(super) usize);
 
 impl<R: Real> Source<R> for Halves<'_> {
     #[inline(always)]
@@ -529,7 +566,7 @@ impl<R: Real> Source<R> for Halves<'_> {
 
 /// Integers with scales: int8 activations, whose products with their scale are rounded to
 /// bf16, or trits, whose products are exact.
-struct Scaled<'a, const ROUND: bool> {
+pub(super) struct Scaled<'a, const ROUND: bool> {
     integers: &'a [i8],
     scales: &'a [f32],
     group_size: usize,
@@ -539,7 +576,12 @@ struct Scaled<'a, const ROUND: bool> {
 
 impl<'a, const ROUND: bool> Scaled<'a, ROUND> {
     #[inline(always)]
-    fn new(integers: &'a [i8], scales: &'a [f32], group_size: usize, width: usize) -> Self {
+    pub(super) fn new(
+        integers: &'a [i8],
+        scales: &'a [f32],
+        group_size: usize,
+        width: usize,
+    ) -> Self {
         Self {
             integers,
             scales,

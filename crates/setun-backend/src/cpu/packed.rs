@@ -34,6 +34,8 @@ pub(super) const WORD_BYTES: usize = 4 * PANEL;
 pub const MAX_ROWS: usize = 64;
 /// Rows whose sums are in registers together.
 pub(super) const MR: usize = 4;
+/// Rows of a tile of AMX; [`MAX_ROWS`] are whole tiles.
+const TILE: usize = 16;
 
 /// Sizes of a packed matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,7 +201,8 @@ pub(crate) struct InputRows<'s> {
     shape: PackedShape,
     rows: usize,
     /// Rows of a block in memory: those that there are, but four for three, and [`MR`]
-    /// where there are several blocks. Those behind the last row are zeros.
+    /// where there are several blocks; one where tiles of [`TILE`] rows read them. Those behind
+    /// the last row are zeros.
     block: usize,
     q: &'s mut [i8],
     sums: &'s mut [i32],
@@ -216,8 +219,12 @@ impl<'s> InputRows<'s> {
         scratch: &'s mut [u8],
     ) -> Self {
         let (groups, words) = (shape.groups(), shape.words());
-        let block = if rows < 3 { rows.max(1) } else { MR };
-        let places = rows.next_multiple_of(block);
+        let block = match rows {
+            _ if in_tiles(isa, shape, rows) => 1,
+            0..3 => rows.max(1),
+            _ => MR,
+        };
+        let places = rows.next_multiple_of(if block == 1 && rows > 1 { TILE } else { block });
         let (sums, rest) = scratch.split_at_mut(4 * places * groups);
         let (scales, rest) = rest.split_at_mut(4 * places * groups);
         let mut inputs = Self {
@@ -280,11 +287,21 @@ impl<'s> InputRows<'s> {
     }
 }
 
+/// Whether so many rows meet the weights in the tiles of AMX, which want them one by one.
+fn in_tiles(isa: Isa, shape: PackedShape, rows: usize) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Amx {
+        return rows > MR && super::amx::int8::suits(shape);
+    }
+    let _ = (isa, shape, rows);
+    false
+}
+
 /// Lays out the values of a group as row `i` of `m` and returns their sum.
 fn spread_group(isa: Isa, values: &[i8], (m, i): (usize, usize), to: &mut [i8]) -> i32 {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx2 && values.len().is_multiple_of(2 * WORD) {
-        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
+    if isa.has_avx2() && values.len().is_multiple_of(2 * WORD) {
+        // SAFETY: an `Isa` that has AVX2 is made by `Isa::available` only, after CPUID has shown it.
         return unsafe { super::avx2_packed::spread_group(values, (m, i), to) };
     }
     let _ = isa;
@@ -395,6 +412,30 @@ pub fn packed_linear<R: Real>(
     }
 }
 
+/// The kernel of a module for so many rows, with so many vectors of outputs at a time for one
+/// row, two and [`MR`].
+#[cfg(target_arch = "x86_64")]
+macro_rules! by_rows {
+    ($module:ident, [$one:literal, $two:literal, $more:literal], $shape:expr, $panel:expr,
+        ($rows:expr, $m:expr), $x:expr, $scratch:expr) => {{
+        use super::$module::{multiply, multiply_many};
+        let (shape, panel, rows, x, scratch) = ($shape, $panel, $rows, $x, $scratch);
+        match $m {
+            1 => multiply::<1, $one>(shape, panel, x, &mut scratch.y),
+            2 => multiply::<2, $two>(shape, panel, x, &mut scratch.y),
+            _ if shape.group_size <= MANY_GROUP && rows > MR => {
+                multiply_many(shape, panel, rows, x, scratch);
+            }
+            _ => {
+                for first in (0..rows).step_by(MR) {
+                    let x = x.block(shape, first, MR);
+                    multiply::<MR, $more>(shape, panel, x, &mut scratch.y[first..]);
+                }
+            }
+        }
+    }};
+}
+
 /// One panel times all rows; `rows` of them in blocks of `m`.
 fn multiply(
     isa: Isa,
@@ -405,25 +446,31 @@ fn multiply(
     scratch: &mut PanelScratch,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx2 {
-        use super::avx2_packed::{multiply, multiply_many};
-        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
-        unsafe {
-            match m {
-                1 => multiply::<1, 4>(shape, panel, x, &mut scratch.y),
-                2 => multiply::<2, 2>(shape, panel, x, &mut scratch.y),
-                _ if shape.group_size <= MANY_GROUP && rows > MR => {
-                    multiply_many(shape, panel, rows, x, scratch);
-                }
-                _ => {
-                    for first in (0..rows).step_by(MR) {
-                        let x = x.block(shape, first, MR);
-                        multiply::<MR, 1>(shape, panel, x, &mut scratch.y[first..]);
-                    }
-                }
-            }
-        }
-        return;
+    if in_tiles(isa, shape, rows) {
+        // SAFETY: `Isa::Amx` is made by `Isa::available` only, where there is AMX.
+        return unsafe { super::amx::int8::multiply_packed(shape, panel, rows, x, scratch) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_avx512() {
+        // SAFETY: an `Isa` that has AVX-512 is made by `Isa::available` only, after CPUID has
+        // shown it.
+        return unsafe {
+            by_rows!(
+                avx512_packed,
+                [2, 2, 1],
+                shape,
+                panel,
+                (rows, m),
+                x,
+                scratch
+            )
+        };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_avx2() {
+        // SAFETY: an `Isa` that has AVX2 is made by `Isa::available` only, after CPUID has
+        // shown it.
+        return unsafe { by_rows!(avx2_packed, [4, 2, 1], shape, panel, (rows, m), x, scratch) };
     }
     let _ = isa;
     for first in (0..rows).step_by(m) {

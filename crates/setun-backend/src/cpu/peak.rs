@@ -19,6 +19,17 @@ pub fn fma(pool: &Pool, isa: Isa, rounds: usize) -> f64 {
     on_every_thread(pool, &|| fma_rounds(isa, rounds))
 }
 
+/// `rounds` rounds of independent multiply-adds of bf16 values as the bf16 products do them: in
+/// tiles, where there are any, else as [`fma`]; returns their number in all.
+pub fn bf16(pool: &Pool, isa: Isa, rounds: usize) -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Amx {
+        // SAFETY: `Isa::Amx` is made by `Isa::available` only, where there is AMX.
+        return on_every_thread(pool, &|| unsafe { super::amx::bf16_rounds(rounds) });
+    }
+    fma(pool, isa, rounds)
+}
+
 /// `rounds` rounds of independent products of bytes, summed in pairs as the int8 kernels
 /// do, in registers on every thread; returns the number of multiply-adds in all.
 pub fn int8(pool: &Pool, isa: Isa, rounds: usize) -> f64 {
@@ -51,9 +62,16 @@ fn on_every_thread(pool: &Pool, rounds: &(dyn Fn() -> f64 + Sync)) -> f64 {
 
 fn fma_rounds(isa: Isa, rounds: usize) -> f64 {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx2 {
-        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
-        return unsafe { super::avx2::fma_rounds(rounds) };
+    if isa.has_avx2() {
+        // SAFETY: an `Isa` that has AVX2 or AVX-512 is made by `Isa::available` only, after CPUID
+        // has shown it.
+        return unsafe {
+            if isa.has_avx512() {
+                super::avx512::fma_rounds(rounds)
+            } else {
+                super::avx2::fma_rounds(rounds)
+            }
+        };
     }
     let _ = isa;
     let (a, b) = (black_box(0.999f32), black_box(1e-3f32));
@@ -69,9 +87,16 @@ fn fma_rounds(isa: Isa, rounds: usize) -> f64 {
 
 fn int8_rounds(isa: Isa, rounds: usize) -> f64 {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx2 {
-        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
-        return unsafe { super::avx2::int8_rounds(rounds) };
+    if isa.has_avx2() {
+        // SAFETY: an `Isa` that has AVX2, AVX-512 or AMX is made by `Isa::available` only, after
+        // CPUID has shown it.
+        return unsafe {
+            match isa {
+                Isa::Amx => super::amx::int8_rounds(rounds),
+                Isa::Avx512 => super::avx512::int8_rounds(rounds),
+                _ => super::avx2::int8_rounds(rounds),
+            }
+        };
     }
     let _ = isa;
     let (a, b) = (black_box(3i8), black_box(1i8));

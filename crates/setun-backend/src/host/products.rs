@@ -6,10 +6,10 @@ use crate::cpu::RowsMut;
 use crate::cpu::gemm::{Gemm, gemm};
 use crate::cpu::int8::{Int8Rows, Int8Shape, TernaryRows, int8_linear};
 use crate::cpu::operand::{Operand, Values};
-use crate::cpu::packed::{InputRows, MAX_ROWS, PackedPart, pack_panels, packed_linear};
+use crate::cpu::packed::{InputRows, MAX_ROWS, PANEL, PackedPart, pack_panels, packed_linear};
 use crate::kernels::product::Order;
 use crate::memory::{Buf, Lease};
-use crate::ops::{ActBuf, PackedBuf, Product, WeightBuf, WeightData};
+use crate::ops::{ActBuf, PACKED_ROWS, PackedBuf, Product, WeightBuf, WeightData};
 use crate::real::Real;
 use crate::topk::{Kept, Source, TopK, run};
 use setun_ternary::PackedMatrix;
@@ -226,13 +226,24 @@ impl<R: Real> Host<R> {
         run(&self.pool, self.isa, (rows, w.out), source, wanted, kept);
     }
 
-    pub(super) fn write_packed_op(&mut self, to: PackedBuf, matrix: &PackedMatrix) {
-        let shape = packed_shape(matrix.rows, matrix.cols, matrix.group_size);
-        assert_eq!(to.bytes.len(), shape.bytes());
+    pub(super) fn write_packed_op(
+        &mut self,
+        to: PackedBuf,
+        (first_row, out): (usize, usize),
+        matrix: &PackedMatrix,
+    ) {
+        const { assert!(PACKED_ROWS.is_multiple_of(PANEL)) };
+        let whole = packed_shape(out, matrix.cols, matrix.group_size);
+        assert_eq!(to.bytes.len(), whole.bytes());
+        let end = first_row + matrix.rows;
+        assert!(first_row.is_multiple_of(PACKED_ROWS) && end <= out);
+        assert!(end == out || end.is_multiple_of(PACKED_ROWS));
+        let rows = packed_shape(matrix.rows, matrix.cols, matrix.group_size);
         let mut lease = self.arena.lease();
-        let panels = RowsMut::new(lease.write(to.bytes), shape.panel_bytes());
-        self.pool.by_rows(shape.panels(), 8, panels, |panels, to| {
-            pack_panels(shape, &matrix.trits, &matrix.scales, panels.start, to);
+        let bytes = &mut lease.write(to.bytes)[first_row / PANEL * whole.panel_bytes()..];
+        let panels = RowsMut::new(&mut bytes[..rows.bytes()], rows.panel_bytes());
+        self.pool.by_rows(rows.panels(), 8, panels, |panels, to| {
+            pack_panels(rows, &matrix.trits, &matrix.scales, panels.start, to);
         });
     }
 

@@ -84,8 +84,8 @@ impl<R: Real> Backend for Host<R> {
         packed_shape(out, inp, group_size).bytes()
     }
 
-    fn write_packed(&mut self, to: PackedBuf, matrix: &PackedMatrix) {
-        self.write_packed_op(to, matrix);
+    fn write_packed(&mut self, to: PackedBuf, rows: (usize, usize), matrix: &PackedMatrix) {
+        self.write_packed_op(to, rows, matrix);
     }
 
     fn embedding(&mut self, ids: Buf<u32>, weight: WeightBuf<R>, y: Buf<R>) {

@@ -13,7 +13,9 @@
 
 use crate::cpu::Isa;
 use crate::kernels::loss::row_max;
-use crate::kernels::product::{Order, ROWS_TOGETHER, needs_flush, rows_mat, transpose, vec_mat};
+use crate::kernels::product::{
+    Order, ROWS_TOGETHER, needs_flush, rows_mat, tiles_mat, transpose, vec_mat,
+};
 use crate::ops::{DraftBlocks, Segment};
 use crate::real::{Real, sum_slices};
 use bytemuck::Pod;
@@ -242,6 +244,9 @@ pub(super) fn multiply_rows<R: Real, S: Store<R>>(
     lanes: usize,
     acc: &mut [R],
 ) {
+    if S::ORDER == Order::EvenOdd && tiles_mat(isa, x, (stride, depth), panel.values, lanes, acc) {
+        return;
+    }
     let few = x.chunks(ROWS_TOGETHER * stride);
     for (x, acc) in few.zip(acc.chunks_mut(ROWS_TOGETHER * lanes)) {
         // Zeros behind a row do not count among the exponents.

@@ -2,7 +2,7 @@
 
 use crate::cpu::Isa;
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::avx2;
+use crate::cpu::{amx, avx2, avx512};
 use crate::real::Real;
 use setun_ternary::groups_per_row;
 #[cfg(target_arch = "x86_64")]
@@ -14,7 +14,8 @@ pub enum Order {
     /// f32: one FMA chain over the ascending index.
     Sequential,
     /// bf16, as the AMX unit does it: per 32 values one FMA chain over even and one over
-    /// odd indices, both from zero, then `acc += even + odd`; denormals flushed.
+    /// odd indices, both from zero, then `acc += even + odd`; denormals, of `acc` too, become
+    /// zeros of their sign.
     EvenOdd,
 }
 
@@ -72,13 +73,42 @@ pub fn rows_mat<R: Real>(
     acc: &mut [R],
 ) -> bool {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx2 && lanes.is_multiple_of(16) && TypeId::of::<R>() == TypeId::of::<f32>() {
+    if isa.has_avx2() && lanes.is_multiple_of(16) && TypeId::of::<R>() == TypeId::of::<f32>() {
         const { assert!(ROWS_TOGETHER == avx2::ROWS_TOGETHER) };
         let (x, y) = (bytemuck::cast_slice(x), bytemuck::cast_slice(y));
         let acc = bytemuck::cast_slice_mut(acc);
-        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
-        unsafe { avx2::rows_even_odd(x, (stride, depth), y, lanes, acc) };
+        // SAFETY: an `Isa` that has AVX2 or AVX-512 is made by `Isa::available` only, after CPUID
+        // has shown it.
+        unsafe {
+            if isa.has_avx512() {
+                avx512::rows_even_odd(x, (stride, depth), y, lanes, acc);
+            } else {
+                avx2::rows_even_odd(x, (stride, depth), y, lanes, acc);
+            }
+        }
         return true;
+    }
+    let _ = (isa, x, stride, depth, y, lanes, acc);
+    false
+}
+
+/// [`rows_mat`] for any number of rows, and with denormals flushed, on a unit that is made for
+/// it. False where there is none or the sizes do not suit; nothing is done then.
+#[inline(always)]
+pub fn tiles_mat<R: Real>(
+    isa: Isa,
+    x: &[R],
+    (stride, depth): (usize, usize),
+    y: &[R],
+    lanes: usize,
+    acc: &mut [R],
+) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Amx && TypeId::of::<R>() == TypeId::of::<f32>() {
+        let (x, y) = (bytemuck::cast_slice(x), bytemuck::cast_slice(y));
+        let acc = bytemuck::cast_slice_mut(acc);
+        // SAFETY: `Isa::Amx` is made by `Isa::available` only, where there is AMX.
+        return unsafe { amx::gemm::rows_even_odd(x, (stride, depth), y, lanes, acc) };
     }
     let _ = (isa, x, stride, depth, y, lanes, acc);
     false
@@ -110,13 +140,13 @@ fn vector_transpose<R: Real>(
     to: &mut [R],
 ) -> usize {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx2 && width.is_multiple_of(8) && TypeId::of::<R>() == TypeId::of::<f32>() {
+    if isa.has_avx2() && width.is_multiple_of(8) && TypeId::of::<R>() == TypeId::of::<f32>() {
         let from: &[f32] = bytemuck::cast_slice(from);
         let to: &mut [f32] = bytemuck::cast_slice_mut(to);
         let whole = from.len() / width / 8 * 8;
         for row in (0..whole).step_by(8) {
             let (from, to) = (&from[row * width..], &mut to[row..]);
-            // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
+            // SAFETY: an `Isa` that has AVX2 is made by `Isa::available` only, after CPUID has shown it.
             unsafe { avx2::transpose_eight(from, width, tile, to) };
         }
         return whole;
@@ -137,11 +167,11 @@ fn vector_lanes<R: Real>(
     acc: &mut [R],
 ) -> usize {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx2 && !flush && TypeId::of::<R>() == TypeId::of::<f32>() {
+    if isa.has_avx2() && !flush && TypeId::of::<R>() == TypeId::of::<f32>() {
         let whole = lanes / 8 * 8;
         let (x, y) = (bytemuck::cast_slice(x), bytemuck::cast_slice(y));
         let acc = bytemuck::cast_slice_mut(&mut acc[..whole]);
-        // SAFETY: `Isa::Avx2` is made by `Isa::available` only, after CPUID has shown it.
+        // SAFETY: an `Isa` that has AVX2 is made by `Isa::available` only, after CPUID has shown it.
         unsafe {
             match order {
                 Order::Sequential => avx2::vec_mat_sequential(x, y, lanes, 0, acc),
@@ -215,7 +245,7 @@ fn even_odd<R: Real, const W: usize, const FLUSH: bool>(
         }
         for ((acc, &e), &o) in acc.iter_mut().zip(&even).zip(&odd) {
             // Always flushed: the accumulator itself may come from anywhere.
-            *acc = (*acc + flush(e + o)).flush();
+            *acc = (acc.flush() + flush(e + o)).flush();
         }
     }
 }

@@ -64,7 +64,7 @@ fn measure(bench: &Bench, seq: usize, heads: usize, head_dim: usize, peaks: &Pea
         seconds,
         work: products * product,
         unit: Unit::MultiplyAdds,
-        limit: Some(peaks.fma),
+        limit: Some(peaks.bf16),
         facts: vec![("MiB", bytes / f64::from(1 << 20))],
     };
     let forward_time = bench.median(|| host.attention(forward));

@@ -16,7 +16,7 @@ pub(super) fn peaks(bench: &Bench) -> Vec<Figure> {
     }
     let pairs = threads.into_iter().flat_map(|threads| {
         let pool = Pool::new(threads);
-        [fma(bench, &pool), int8(bench, &pool)]
+        [fma(bench, &pool), bf16(bench, &pool), int8(bench, &pool)]
     });
     pairs.collect()
 }
@@ -25,6 +25,12 @@ fn fma(bench: &Bench, pool: &Pool) -> Figure {
     let mut work = 0.0;
     let seconds = bench.median(|| work = peak::fma(pool, bench.isa, ROUNDS));
     figure("f32 peak", pool, seconds, work, Unit::MultiplyAdds)
+}
+
+fn bf16(bench: &Bench, pool: &Pool) -> Figure {
+    let mut work = 0.0;
+    let seconds = bench.median(|| work = peak::bf16(pool, bench.isa, ROUNDS));
+    figure("bf16 peak", pool, seconds, work, Unit::MultiplyAdds)
 }
 
 fn int8(bench: &Bench, pool: &Pool) -> Figure {
@@ -57,8 +63,8 @@ fn figure(name: &str, pool: &Pool, seconds: f64, work: f64, unit: Unit) -> Figur
 
 /// What the machine can do at most on the threads of a benchmark.
 pub(super) struct Limits {
-    /// Products of floats.
-    pub fma: Limit,
+    /// Products of bf16 values.
+    pub bf16: Limit,
     /// Products of bytes.
     pub int8: Limit,
 }
@@ -71,7 +77,7 @@ impl Limits {
             rate: figure.rate(),
         };
         Self {
-            fma: limit("f32 peak", fma(bench, &pool)),
+            bf16: limit("bf16 peak", bf16(bench, &pool)),
             int8: limit("int8 peak", int8(bench, &pool)),
         }
     }

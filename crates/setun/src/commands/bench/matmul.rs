@@ -123,7 +123,7 @@ fn products(bench: &Bench, m: &Matrix, peaks: &Peaks) -> [Figure; 3] {
     let dw = bench.median(|| host.linear_dw(p.y, p.x, m.out, m.inp, p.dw));
     [
         figure("int8 forward", forward, peaks.int8),
-        figure("bf16 dx", dx, peaks.fma),
-        figure("bf16 dw", dw, peaks.fma),
+        figure("bf16 dx", dx, peaks.bf16),
+        figure("bf16 dw", dw, peaks.bf16),
     ]
 }

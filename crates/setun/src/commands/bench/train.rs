@@ -170,8 +170,8 @@ pub(super) fn run(
     }
     let work = Work::new(&settings);
     let limit = Limit {
-        name: "int8 and f32 peaks",
-        rate: 1.0 / (work.int8 / peaks.int8.rate + work.float / peaks.fma.rate),
+        name: "int8 and bf16 peaks",
+        rate: 1.0 / (work.int8 / peaks.int8.rate + work.float / peaks.bf16.rate),
     };
     let mib = f64::from(1 << 20);
     let mut facts = vec![("loss", loss), ("plan_MiB", planned as f64 / mib)];
