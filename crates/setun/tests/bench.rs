@@ -35,7 +35,7 @@ fn check(figures: &[Value], count: usize) {
 
 #[test]
 fn benchmarks_print_rates_limits_and_ratios() {
-    check(&figures(&["peak"]), 2);
+    check(&figures(&["peak"]), 3);
     let attention = [
         "attention",
         "--seq",
