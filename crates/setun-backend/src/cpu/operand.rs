@@ -334,6 +334,7 @@ macro_rules! with_source {
     };
 }
 
+#[cfg(target_arch = "x86_64")]
 pub(super) use with_source;
 
 /// Converts `columns` of the stored rows `rows` in runs of `N`. With `PAD` the rest of the
