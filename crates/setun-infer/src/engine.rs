@@ -184,7 +184,8 @@ fn load_packed<B: Backend<Real = f32>>(
     backend: &mut B,
     p: &Parameter<f32>,
 ) -> Result<(), EngineError> {
-    let step = (4 * LOADED_AT_A_TIME / p.cols).next_multiple_of(PACKED_ROWS);
+    let rows = (4 * LOADED_AT_A_TIME / p.cols).max(1);
+    let step = rows.next_multiple_of(PACKED_ROWS);
     for first in (0..p.rows).step_by(step) {
         let rows = first..p.rows.min(first + step);
         match model.matrix_rows(&p.name, rows)? {
