@@ -149,6 +149,17 @@ def norms(args):
     return figures
 
 
+def topk(args):
+    """softmax and topk of [rows, vocabulary] logits in f32."""
+    import torch
+
+    vocab, k = 151_936, 64
+    logits = 3 * torch.randn(args.rows, vocab)
+    seconds = median_seconds(args.steps, lambda: logits.softmax(-1).topk(k))
+    read = 4 * args.rows * vocab / 1e9
+    return [figure(f"softmax + top-{k} of [{args.rows}, {vocab}]", seconds, read, "GB/s")]
+
+
 def table(paths):
     """Medians over all files; training against every PyTorch variant."""
     ours, theirs = {}, {}
@@ -182,7 +193,7 @@ def table(paths):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("train", "attention", "norms"):
+    for name in ("train", "attention", "norms", "topk"):
         command = commands.add_parser(name)
         command.add_argument("--threads", type=int, default=2)
         command.add_argument("--steps", type=int, default=5)
@@ -191,6 +202,8 @@ def main():
         elif name == "attention":
             command.add_argument("--seq", type=int, default=1024)
             command.add_argument("--head-dim", type=int, default=64)
+        elif name == "topk":
+            command.add_argument("--rows", type=int, default=1)
         else:
             command.add_argument("--rows", type=int, default=4096)
             command.add_argument("--width", type=int, default=1024)
@@ -202,7 +215,7 @@ def main():
     import torch
 
     torch.set_num_threads(args.threads)
-    run = {"train": train, "attention": attention, "norms": norms}[args.command]
+    run = {"train": train, "attention": attention, "norms": norms, "topk": topk}[args.command]
     print(json.dumps(dict(peer="torch", torch=torch.__version__, figures=run(args))))
 
 

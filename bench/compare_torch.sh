@@ -1,9 +1,9 @@
 #!/bin/bash
 # Setun and PyTorch side by side on this machine: training steps of the path-b shape,
-# attention, and the norms with their errors against f64. Runs take turns, so that a change
-# of the machine's mood hits both; the table shows medians. Nothing else should run.
+# attention, the norms with their errors against f64, softmax with top-k. Runs take turns, so
+# that a change of the machine's mood hits both; the table shows medians. Nothing else should run.
 #
-#   bench/compare_torch.sh [train|attention|norms|all]
+#   bench/compare_torch.sh [train|attention|norms|topk|all]
 #
 # PYTHON   interpreter with torch, transformers and numpy; without them a virtual
 #          environment is made in target/compare-torch   [python3]
@@ -16,8 +16,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-all}
 case $what in
-    train | attention | norms | all) ;;
-    *) echo "usage: bench/compare_torch.sh [train|attention|norms|all]" >&2 && exit 2 ;;
+    train | attention | norms | topk | all) ;;
+    *) echo "usage: bench/compare_torch.sh [train|attention|norms|topk|all]" >&2 && exit 2 ;;
 esac
 python=${PYTHON:-python3}
 setun=${SETUN:-target/release/setun}
@@ -60,6 +60,12 @@ for ((round = 1; round <= rounds; round++)); do
         for width in 1024 4096; do
             ours layer-norm --width $width
             torch norms --width $width
+        done
+    fi
+    if [[ $what == topk || $what == all ]]; then
+        for batch in 1 64; do
+            ours softmax-topk --batch $batch
+            torch topk --rows $batch
         done
     fi
 done

@@ -276,6 +276,11 @@ def project(latents, group_size, rule):
         limit = (0.5 * mean).astype(np.float32)
         kept = magnitude > limit[:, :, None]
         exact = (magnitude * kept).sum(axis=2) / np.maximum(kept.sum(axis=2), 1)
+    elif rule == "least-squares":
+        sums = np.cumsum(-np.sort(-magnitude, axis=2), axis=2)
+        numbers = np.arange(1, group_size + 1)
+        best = (sums * sums / numbers).argmax(axis=2)[:, :, None]
+        exact = (np.take_along_axis(sums, best, axis=2) / (best + 1))[:, :, 0]
     else:
         exact = mean
     low, high = (round_to_bf16(exact * (1 + e)) for e in (-1e-13, 1e-13))

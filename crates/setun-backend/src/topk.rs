@@ -130,7 +130,15 @@ pub(crate) enum Source<'a> {
     },
 }
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    /// The logits, if they are there and nothing changes them first.
+    fn as_they_are(self, wanted: TopK<'_>) -> Option<&'a [f32]> {
+        match self {
+            Self::Logits(logits) if wanted.shaping.is_empty() => Some(logits),
+            _ => None,
+        }
+    }
+
     /// Rows that share a tile: all of them where weights are read for it.
     fn step(&self, rows: usize) -> usize {
         match self {
@@ -214,6 +222,12 @@ pub(crate) fn run(
         for first in (0..rows).step_by(together.max(1)) {
             for t in task.clone() {
                 let tile = t * TILE..vocab_size.min((t + 1) * TILE);
+                let at = (t - task.start) * rows;
+                if let Some(logits) = source.as_they_are(wanted) {
+                    let values = &logits[first * vocab_size..][tile.clone()];
+                    sums[at + first] = look_at(isa, tile.start, values, &mut bench.best[first]);
+                    continue;
+                }
                 bench.fill(isa, source, vocab_size, first, &tile);
                 let Bench {
                     best, tile: buffer, ..
@@ -224,8 +238,7 @@ pub(crate) fn run(
                         let occurred = wanted.occurred.get(row).map_or(&[][..], Vec::as_slice);
                         shaping.apply(tile.start, occurred, values);
                     }
-                    sums[(t - task.start) * rows + row] =
-                        look_at(isa, tile.start, values, &mut best[row]);
+                    sums[at + row] = look_at(isa, tile.start, values, &mut best[row]);
                 }
             }
         }
@@ -255,11 +268,11 @@ fn collect(rows: usize, sums: &[TileSum], benches: Vec<Mutex<Bench>>, kept: &mut
 
 multiversion! {
     /// The sum of a tile, whose best entries are kept.
-    fn look_at[][](first: usize, tile: &mut [f32], best: &mut Best) -> TileSum = look_at_kernel;
+    fn look_at[][](first: usize, tile: &[f32], best: &mut Best) -> TileSum = look_at_kernel;
 }
 
 #[inline(always)]
-fn look_at_kernel(first: usize, tile: &mut [f32], best: &mut Best) -> TileSum {
+fn look_at_kernel(first: usize, tile: &[f32], best: &mut Best) -> TileSum {
     best.add(first, tile);
     TileSum::of(tile)
 }

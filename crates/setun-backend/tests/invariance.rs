@@ -351,7 +351,7 @@ fn projection_equals_the_number_format() {
     const ROWS: usize = 37;
     for machine in machines() {
         for (cols, group_size) in [(1, 16), (33, 16), (70, 32), (129, 128), (301, 300)] {
-            for rule in [ScaleRule::Mean, ScaleRule::Max, ScaleRule::MeanNonzero] {
+            for rule in ScaleRule::ALL {
                 let latents: Vec<f32> = randoms(60, ROWS * cols);
                 let (mut host, latent, to) = projection(&latents, cols, group_size, machine);
                 let (mut t, mut s) = (vec![0i8; ROWS * cols], Vec::new());

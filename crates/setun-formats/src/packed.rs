@@ -336,8 +336,13 @@ pub fn parse_ternary(
     })?;
     let key = format!("{prefix}scale_rule");
     let scale_rule = ScaleRule::from_name(value(metadata, &key)?);
-    let scale_rule = scale_rule
-        .ok_or_else(|| bad_value(metadata, &key, "mean, max or mean-nonzero".to_owned()))?;
+    let scale_rule = scale_rule.ok_or_else(|| {
+        bad_value(
+            metadata,
+            &key,
+            "mean, max, mean-nonzero or least-squares".to_owned(),
+        )
+    })?;
     let key = format!("{prefix}numerics");
     let numerics = Numerics::from_name(value(metadata, &key)?);
     let numerics =

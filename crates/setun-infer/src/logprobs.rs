@@ -50,10 +50,7 @@ impl Row {
 
 /// As the fused product adds it up.
 fn total_of(logits: &[f32]) -> Total {
-    let tiles = logits
-        .chunks(TILE)
-        .map(|tile| TileSum::of(&mut tile.to_vec()));
-    let tiles: Vec<TileSum> = tiles.collect();
+    let tiles: Vec<TileSum> = logits.chunks(TILE).map(TileSum::of).collect();
     Total::of(tiles.into_iter())
 }
 

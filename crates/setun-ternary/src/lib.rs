@@ -34,6 +34,10 @@ pub enum ScaleRule {
     /// `s = mean |w|` over the weights with `|w| > mean / 2` (TWN's least-squares scale
     /// for that support); exactly those weights are non-zero.
     MeanNonzero,
+    /// The scale and the trits that lie nearest to the weights, by the sum of squared errors
+    /// (TWN's problem, solved exactly): `s` is the mean of the `k` largest `|w|`, for the `k`
+    /// that is best.
+    LeastSquares,
     /// As [`ScaleRule::Mean`], but the scale is rounded to f16: three more bits, with
     /// which `s * t` is exact in f16 and f32 and no longer in bf16. An experiment that
     /// measures what the rounding to bf16 costs: no file has it, and no name leads to it.
@@ -42,7 +46,7 @@ pub enum ScaleRule {
 
 impl ScaleRule {
     /// The rules that files can have, in the order of help texts.
-    pub const ALL: [Self; 3] = [Self::Mean, Self::Max, Self::MeanNonzero];
+    pub const ALL: [Self; 4] = [Self::Mean, Self::Max, Self::MeanNonzero, Self::LeastSquares];
 
     /// Name as it is written in recipes and file metadata.
     pub fn name(self) -> &'static str {
@@ -50,6 +54,7 @@ impl ScaleRule {
             Self::Mean => "mean",
             Self::Max => "max",
             Self::MeanNonzero => "mean-nonzero",
+            Self::LeastSquares => "least-squares",
             Self::MeanF16 => "mean-f16",
         }
     }

@@ -40,10 +40,11 @@ pub fn project_group(
             let threshold = (0.5 * mean_abs(latents)) as f32;
             (mean_abs_above(latents, threshold), Some(threshold))
         }
+        ScaleRule::LeastSquares => (least_squares(latents), None),
     };
     let fraction = match rule {
         ScaleRule::MeanF16 => 10,
-        ScaleRule::Mean | ScaleRule::Max | ScaleRule::MeanNonzero => 7,
+        ScaleRule::Mean | ScaleRule::Max | ScaleRule::MeanNonzero | ScaleRule::LeastSquares => 7,
     };
     threshold_group(latents, (exact, fraction), threshold, trits)
 }
@@ -102,7 +103,7 @@ pub fn reconstruct_latents(trits: &[i8], scale: f32, rule: ScaleRule, latents: &
         ScaleRule::Mean | ScaleRule::MeanF16 => {
             (f64::from(scale) * trits.len() as f64 / nonzero.max(1) as f64) as f32
         }
-        ScaleRule::Max | ScaleRule::MeanNonzero => scale,
+        ScaleRule::Max | ScaleRule::MeanNonzero | ScaleRule::LeastSquares => scale,
     };
     for (latent, &trit) in latents.iter_mut().zip(trits) {
         *latent = f32::from(trit) * magnitude;
@@ -119,6 +120,36 @@ fn mean_abs(latents: &[f32]) -> f64 {
         }
     }
     ((sums[0] + sums[2]) + (sums[1] + sums[3])) / latents.len() as f64
+}
+
+/// The scale of the ternary group nearest to `latents`. With the `k` largest magnitudes kept,
+/// their sum `S` and the scale `S / k`, the squared error is `sum w^2 - S^2 / k`; so the best
+/// `k` is that of the largest `S^2 / k`.
+fn least_squares(latents: &[f32]) -> f64 {
+    let (mut short, mut long) = ([0u32; 256], Vec::new());
+    let magnitudes = match short.get_mut(..latents.len()) {
+        Some(short) => short,
+        None => {
+            long.resize(latents.len(), 0);
+            &mut long[..]
+        }
+    };
+    for (magnitude, w) in magnitudes.iter_mut().zip(latents) {
+        // The bits of values without a sign have the order of the values.
+        *magnitude = w.abs().to_bits();
+    }
+    magnitudes.sort_unstable();
+    let (mut sum, mut best) = (0.0, (0.0, 0.0));
+    for (i, &magnitude) in magnitudes.iter().rev().enumerate() {
+        let k = (i + 1) as f64;
+        sum += f64::from(f32::from_bits(magnitude));
+        let less = sum * sum / k;
+        if less > best.0 {
+            best = (less, sum / k);
+        }
+    }
+    // A NaN is greater than nothing, and would leave the best of nothing.
+    if sum.is_finite() { best.1 } else { sum }
 }
 
 /// Rounds a finite value to `fraction` bits behind the leading one (bf16 has 7, f16 10),
@@ -200,6 +231,46 @@ mod tests {
             assert_eq!(half::f16::from_f32(s).to_f32(), s);
             assert_eq!(bf16::from_f32(s).to_f32(), s);
         }
+    }
+
+    /// Every set of kept weights is tried, not only those of the largest magnitudes.
+    #[test]
+    fn no_scale_and_no_trits_lie_nearer_than_those_of_least_squares() {
+        for n in 1..=if cfg!(miri) { 6 } else { 11 } {
+            let w = latents(n, 50 + n as u64);
+            let error = |kept: u32| {
+                let kept = |i: usize| kept >> i & 1 == 1;
+                let values = |keep: bool| (0..n).filter(move |&i| kept(i) == keep);
+                let of = |i: usize| f64::from(w[i].abs());
+                let mean = values(true).map(of).sum::<f64>() / values(true).count().max(1) as f64;
+                let near = values(true).map(|i| (of(i) - mean).powi(2)).sum::<f64>();
+                (
+                    near + values(false).map(|i| of(i).powi(2)).sum::<f64>(),
+                    mean,
+                )
+            };
+            let all = (0..1 << n).map(error);
+            let (_, best) = all.min_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+            let mut t = vec![0i8; n];
+            let s = project_group(&w, ScaleRule::LeastSquares, &mut t).unwrap();
+            assert_eq!(s, bf16::from_f64(best).to_f32(), "n {n}");
+            for (&w, &t) in w.iter().zip(&t) {
+                assert_eq!(
+                    t,
+                    if w.abs() > s / 2.0 {
+                        w.signum() as i8
+                    } else {
+                        0
+                    }
+                );
+            }
+        }
+        let long: Vec<f32> = (0..700).map(|i| (i % 7) as f32).collect();
+        let s = project_group(&long, ScaleRule::LeastSquares, &mut [0; 700]).unwrap();
+        // 6, 5, 4 and 3 are kept: 18^2 / 4 is more than 20^2 / 5 and 15^2 / 3.
+        assert_eq!(s, 4.5);
+        let bad = project_group(&[1.0, f32::NAN], ScaleRule::LeastSquares, &mut [0; 2]);
+        assert_eq!(bad, Err(ScaleError::NotFinite));
     }
 
     #[test]

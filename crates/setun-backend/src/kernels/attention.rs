@@ -388,9 +388,9 @@ pub(super) fn online_softmax<R: Real, S: Store<R>>(
         return;
     }
     for s in scores.iter_mut() {
-        *s = (*s - new_max).exp();
+        *s = (*s - new_max).exp_small();
     }
-    let shrink = (*max - new_max).exp();
+    let shrink = (*max - new_max).exp_small();
     *max = new_max;
     *sum = *sum * shrink + sum_slices([&*scores], |[x]| x);
     for s in scores.iter_mut() {
@@ -468,7 +468,7 @@ impl QueryBlock {
             let (lse, delta) = (saved.lse[row_head], saved.delta[row_head]);
             // One step a loop: all in one, compilers do not vectorise it.
             for p in p.iter_mut() {
-                *p = (*p - lse).exp();
+                *p = (*p - lse).exp_small();
             }
             for (ds, &p) in ds.iter_mut().zip(&*p) {
                 *ds = p * (*ds - delta);

@@ -62,11 +62,11 @@ pub fn cross_entropy_row<R: Real>(
     let max = row_max(logits);
     let of_target = logits[target];
     let Some(RowGradient { scale, z_loss }) = gradient else {
-        let sum = sum_slices([&*logits], |[x]| (x - max).exp());
+        let sum = sum_slices([&*logits], |[x]| (x - max).exp_small());
         return max + sum.ln() - of_target;
     };
     for x in logits.iter_mut() {
-        *x = (*x - max).exp();
+        *x = (*x - max).exp_small();
     }
     let sum = sum_slices([&*logits], |[x]| x);
     // Through the sum and not through its logarithm, which is rounded where max is large.

@@ -4,12 +4,14 @@
 //! softmax (Milakov and Gimelshein, 2018). Tiles begin at multiples of [`TILE`], so which
 //! thread had which tile does not show: [`Total::of`] adds them up in ascending order.
 
-use crate::real::{Real, sum_indexed};
+use crate::real::{Real, sum_slices};
 
 /// Entries of the vocabulary that are handled together.
 pub const TILE: usize = 1024;
 /// Entries that are compared with the threshold at once.
 const RUN: usize = 64;
+/// Of a run in which one is above it, entries that are compared again.
+const SHORT_RUN: usize = 8;
 
 /// What a row of logits goes through before its softmax, in this order. The defaults
 /// change nothing.
@@ -79,15 +81,11 @@ pub struct TileSum {
 }
 
 impl TileSum {
-    /// Of the values of a tile, which become their exponentials: a loop of its own for
-    /// those, because compilers vectorise it.
+    /// Of the values of a tile.
     #[inline(always)]
-    pub fn of(tile: &mut [f32]) -> Self {
-        let max = crate::kernels::loss::row_max(&*tile);
-        for x in tile.iter_mut() {
-            *x = Real::exp(*x - max);
-        }
-        let sum = sum_indexed(tile.len(), |i| tile[i]);
+    pub fn of(tile: &[f32]) -> Self {
+        let max = crate::kernels::loss::row_max(tile);
+        let sum = sum_slices([tile], |[x]| Real::exp_small(x - max));
         Self { max, sum }
     }
 }
@@ -177,24 +175,31 @@ impl Best {
     #[inline(always)]
     pub fn add(&mut self, first: usize, tile: &[f32]) {
         for (run, values) in tile.chunks(RUN).enumerate() {
-            if let Some(threshold) = self.threshold {
-                let above = values
-                    .iter()
-                    .fold(0u32, |n, &x| n + u32::from(x > threshold));
-                if above == 0 {
+            if !self.has_above(values) {
+                continue;
+            }
+            for (short, values) in values.chunks(SHORT_RUN).enumerate() {
+                if !self.has_above(values) {
                     continue;
                 }
-            }
-            for (i, &value) in values.iter().enumerate() {
-                if self.threshold.is_none_or(|threshold| value > threshold) {
-                    let id = (first + run * RUN + i) as u32;
-                    self.kept.push(Candidate { value, id });
+                for (i, &value) in values.iter().enumerate() {
+                    if self.threshold.is_none_or(|threshold| value > threshold) {
+                        let id = (first + run * RUN + short * SHORT_RUN + i) as u32;
+                        self.kept.push(Candidate { value, id });
+                    }
                 }
             }
             if self.kept.len() >= Self::room(self.k) || self.is_first_full() {
                 self.shrink();
             }
         }
+    }
+
+    /// Whether one of the values may be among the best.
+    #[inline(always)]
+    fn has_above(&self, values: &[f32]) -> bool {
+        let above = |threshold| values.iter().fold(false, |any, &x| any | (x > threshold));
+        self.threshold.is_none_or(above)
     }
 
     /// As soon as there are `k`, there is a threshold.

@@ -384,7 +384,7 @@ impl EveryOp {
             after("adamw", mode, &moments, host);
         }
         let latent = weight.part(0, OUT * WIDTH);
-        for rule in [ScaleRule::Mean, ScaleRule::Max, ScaleRule::MeanNonzero] {
+        for rule in ScaleRule::ALL {
             let to = self.projected;
             let stats = host.project(latent, WIDTH, rule, to);
             let stats = stats.expect("finite latents");

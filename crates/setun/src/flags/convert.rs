@@ -61,10 +61,11 @@ pub(super) fn convert() -> Command {
                 .value_name("RULE")
                 .requires("ternarize")
                 .value_parser(|text: &str| {
-                    ScaleRule::from_name(text).ok_or("it is mean, max or mean-nonzero")
+                    ScaleRule::from_name(text)
+                        .ok_or("it is mean, max, mean-nonzero or least-squares")
                 })
                 .default_value(ScaleRule::default().name())
-                .help("How scales follow from weights: mean, max or mean-nonzero"),
+                .help("How scales follow from weights: mean, max, mean-nonzero or least-squares"),
             Arg::new("numerics")
                 .long("numerics")
                 .value_name("MODE")
