@@ -8,7 +8,7 @@
 mod text;
 
 use crate::TrainError;
-use crate::guard::Guard;
+use crate::guard::{Guard, SpikeRule};
 use crate::optimizer::{AdamWOptions, Optimizer};
 use crate::prepare;
 use crate::run::{Observer, RunOptions};
@@ -401,7 +401,11 @@ impl DrafterTrainer {
         let parameters = &self.drafter.body.parameters;
         let norm = Optimizer::gradient_norm(&mut self.backend, parameters);
         let loss = total * scale;
-        if self.guard.inspect(loss, norm, self.spike_sigma).is_ok() {
+        let rule = SpikeRule {
+            sigma: self.spike_sigma,
+            grad_clip: self.grad_clip,
+        };
+        if self.guard.inspect(loss, norm, rule).is_ok() {
             let (lr, decay) = (
                 self.schedule.lr(self.step),
                 self.schedule.weight_decay(self.step),

@@ -2,7 +2,9 @@
 //!
 //! A step is refused if one of the two is not finite, or if one of them lies more than
 //! `spike_sigma` standard deviations above the mean of the last [`WINDOW`] accepted
-//! values. Only accepted values enter the windows: a value that is not finite would
+//! values. A gradient that clipping would leave as it is is no spike however far out it lies:
+//! late in a run norms hardly vary, and an odd document would be one. Only accepted values
+//! enter the windows: a value that is not finite would
 //! poison every mean behind it, and a spike would hide the next one. The windows are in
 //! the checkpoint, so a resumed run judges as a run without a stop.
 
@@ -48,6 +50,15 @@ impl Skip {
     }
 }
 
+/// What counts as a spike.
+#[derive(Clone, Copy, Debug)]
+pub struct SpikeRule {
+    /// Allowed distance from the mean in standard deviations; 0 for any.
+    pub sigma: f64,
+    /// The norm to which gradients are clipped; none up to it is a spike.
+    pub grad_clip: f64,
+}
+
 /// What the guard remembers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Guard {
@@ -67,19 +78,19 @@ impl Default for Guard {
 
 impl Guard {
     /// Judges a step of `loss` nats and a gradient of 2-norm `norm`, and remembers what it
-    /// accepts. `sigma` is the allowed distance from the mean in standard deviations; 0
-    /// turns the rule for spikes off.
-    pub fn inspect(&mut self, loss: f64, norm: f64, sigma: f64) -> Result<(), Skip> {
+    /// accepts.
+    pub fn inspect(&mut self, loss: f64, norm: f64, rule: SpikeRule) -> Result<(), Skip> {
         if !loss.is_finite() {
             return Err(Skip::Loss);
         }
         if !norm.is_finite() {
             return Err(Skip::GradientNorm);
         }
-        if let Some(limit) = limit(&self.losses, sigma).filter(|&limit| loss > limit) {
+        if let Some(limit) = limit(&self.losses, rule.sigma).filter(|&limit| loss > limit) {
             return Err(Skip::LossSpike(limit));
         }
-        if let Some(limit) = limit(&self.norms, sigma).filter(|&limit| norm > limit) {
+        let limit = limit(&self.norms, rule.sigma).map(|limit| limit.max(rule.grad_clip));
+        if let Some(limit) = limit.filter(|&limit| norm > limit) {
             return Err(Skip::GradientSpike(limit));
         }
         remember(&mut self.losses, loss);
@@ -121,7 +132,10 @@ fn limit(window: &VecDeque<f64>, sigma: f64) -> Option<f64> {
 mod tests {
     use super::*;
 
-    const SIGMA: f64 = 6.0;
+    const RULE: SpikeRule = SpikeRule {
+        sigma: 6.0,
+        grad_clip: 1.0,
+    };
 
     /// Losses around 3, norms around 1.
     fn usual(step: u64) -> (f64, f64) {
@@ -132,7 +146,7 @@ mod tests {
     fn trained(steps: u64) -> Guard {
         let mut guard = Guard::default();
         for (loss, norm) in (0..steps).map(usual) {
-            assert_eq!(guard.inspect(loss, norm, SIGMA), Ok(()));
+            assert_eq!(guard.inspect(loss, norm, RULE), Ok(()));
         }
         guard
     }
@@ -141,15 +155,25 @@ mod tests {
     fn spikes_are_refused_and_forgotten() {
         let mut guard = trained(200);
         let before = guard.clone();
-        let loss = guard.inspect(4.0, 1.0, SIGMA);
+        let loss = guard.inspect(4.0, 1.0, RULE);
         assert!(matches!(loss, Err(Skip::LossSpike(limit)) if (3.3..3.7).contains(&limit)));
-        let norm = guard.inspect(3.0, 9.0, SIGMA);
+        let norm = guard.inspect(3.0, 9.0, RULE);
         assert!(matches!(norm, Err(Skip::GradientSpike(limit)) if (1.7..2.1).contains(&limit)));
         assert_eq!(guard, before);
-        assert_eq!(guard.inspect(3.2, 1.3, SIGMA), Ok(()));
+        assert_eq!(guard.inspect(3.2, 1.3, RULE), Ok(()));
         assert_ne!(guard, before);
         // Falling is no spike.
-        assert_eq!(guard.inspect(0.1, 0.0, SIGMA), Ok(()));
+        assert_eq!(guard.inspect(0.1, 0.0, RULE), Ok(()));
+    }
+
+    #[test]
+    fn what_clipping_leaves_alone_is_no_spike() {
+        let rule = |grad_clip| SpikeRule { grad_clip, ..RULE };
+        assert_eq!(trained(200).inspect(3.0, 4.0, rule(5.0)), Ok(()));
+        let beyond = trained(200).inspect(3.0, 5.1, rule(5.0));
+        assert_eq!(beyond, Err(Skip::GradientSpike(5.0)));
+        // Without clipping the spread of the norms decides alone.
+        assert!(trained(200).inspect(3.0, 4.0, rule(0.0)).is_err());
     }
 
     /// llm.c computes its deviations with the bad value inside, and applies the step.
@@ -158,15 +182,15 @@ mod tests {
         let mut guard = trained(100);
         let before = guard.clone();
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-            assert_eq!(guard.inspect(bad, 1.0, SIGMA), Err(Skip::Loss));
-            assert_eq!(guard.inspect(3.0, bad, SIGMA), Err(Skip::GradientNorm));
+            assert_eq!(guard.inspect(bad, 1.0, RULE), Err(Skip::Loss));
+            assert_eq!(guard.inspect(3.0, bad, RULE), Err(Skip::GradientNorm));
         }
         assert_eq!(guard, before);
         // OLMo-core's window holds the NaN, and skips the 128 steps behind it.
         for (loss, norm) in (100..300).map(usual) {
-            assert_eq!(guard.inspect(loss, norm, SIGMA), Ok(()));
+            assert_eq!(guard.inspect(loss, norm, RULE), Ok(()));
         }
-        assert!(guard.inspect(9.0, 1.0, SIGMA).is_err());
+        assert!(guard.inspect(9.0, 1.0, RULE).is_err());
     }
 
     #[test]
@@ -175,22 +199,23 @@ mod tests {
         assert_eq!((guard.losses.len(), guard.norms.len()), (WINDOW, WINDOW));
         assert_eq!(guard.losses[0], usual(300 - WINDOW as u64).0);
         let capacity = guard.losses.capacity();
-        assert_eq!(guard.inspect(3.0, 1.0, SIGMA), Ok(()));
+        assert_eq!(guard.inspect(3.0, 1.0, RULE), Ok(()));
         assert_eq!(guard.losses.capacity(), capacity);
     }
 
     #[test]
     fn there_is_no_judgement_without_knowledge() {
         let mut guard = trained(MIN_VALUES as u64 - 1);
-        assert_eq!(guard.inspect(100.0, 100.0, SIGMA), Ok(()));
+        assert_eq!(guard.inspect(100.0, 100.0, RULE), Ok(()));
         let mut flat = Guard::default();
         for _ in 0..WINDOW {
-            assert_eq!(flat.inspect(1.0, 1.0, SIGMA), Ok(()));
+            assert_eq!(flat.inspect(1.0, 1.0, RULE), Ok(()));
         }
-        assert_eq!(flat.inspect(1.1, 1.1, SIGMA), Ok(()));
+        assert_eq!(flat.inspect(1.1, 1.1, RULE), Ok(()));
         let mut off = trained(200);
-        assert_eq!(off.inspect(1e9, 1e9, 0.0), Ok(()));
-        assert_eq!(off.inspect(f64::NAN, 1.0, 0.0), Err(Skip::Loss));
+        let none = SpikeRule { sigma: 0.0, ..RULE };
+        assert_eq!(off.inspect(1e9, 1e9, none), Ok(()));
+        assert_eq!(off.inspect(f64::NAN, 1.0, none), Err(Skip::Loss));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use crate::average::Average;
 use crate::clip::Clip;
 use crate::data::{self, Batches};
 use crate::evaluate::{Evaluation, Evaluator};
-use crate::guard::{Guard, Skip};
+use crate::guard::{Guard, Skip, SpikeRule};
 use crate::learned_scales::{self, LearnedScales};
 use crate::muon::MuonOptions;
 use crate::optimizer::{AdamWOptions, Optimizer};
@@ -429,11 +429,11 @@ impl<B: Backend<Real = f32>> Trainer<B> {
         }
         let grad_norm = Optimizer::gradient_norm(&mut self.backend, &self.model.parameters);
         let (lr, decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
-        let sigma = self.options.spike_sigma;
-        let skipped = self
-            .guard
-            .inspect(loss + divergence, grad_norm, sigma)
-            .err();
+        let rule = SpikeRule {
+            sigma: self.options.spike_sigma,
+            grad_clip: self.options.grad_clip,
+        };
+        let skipped = self.guard.inspect(loss + divergence, grad_norm, rule).err();
         let scale = clip_scale(grad_norm, self.options.grad_clip);
         let mut projection = ProjectStats::default();
         if skipped.is_none() {

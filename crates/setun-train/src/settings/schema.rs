@@ -238,7 +238,8 @@ settings! {
         /// Whether activations are computed again in the backward pass, for less memory.
         recompute: bool = false,
         /// Standard deviations above the mean of the last 128 accepted steps from which on a
-        /// loss or gradient norm is a spike, and its step is skipped; 0 for off.
+        /// loss or gradient norm is a spike, and its step is skipped; 0 for off. A norm up to
+        /// `grad_clip` is none.
         spike_sigma: f64 = 6.0,
         /// Skipped steps among twice as many after which the run goes back to an earlier
         /// checkpoint and passes over the data since then.
