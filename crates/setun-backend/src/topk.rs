@@ -260,7 +260,7 @@ fn collect(rows: usize, sums: &[TileSum], benches: Vec<Mutex<Bench>>, kept: &mut
     kept.candidates.clear();
     kept.totals.clear();
     for (row, best) in all.iter_mut().enumerate() {
-        kept.candidates.push(best.sorted().to_vec());
+        kept.candidates.push(best.sorted());
         let tiles = sums.chunks(rows).map(|tile| tile[row]);
         kept.totals.push(Total::of(tiles));
     }

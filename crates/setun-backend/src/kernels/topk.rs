@@ -137,20 +137,46 @@ pub struct Candidate {
 
 /// Better first: larger value, then lower id; NaN last.
 pub fn by_rank(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
-    let key = |x: f32| if x.is_nan() { f32::NEG_INFINITY } else { x };
-    let order = key(b.value).partial_cmp(&key(a.value));
-    let nan = a.value.is_nan().cmp(&b.value.is_nan());
-    order
-        .unwrap_or(std::cmp::Ordering::Equal)
-        .then(nan)
-        .then(a.id.cmp(&b.id))
+    Rank::of(*b).cmp(&Rank::of(*a))
+}
+
+/// A candidate as one integer, the larger the better: integers are selected and sorted several
+/// times as fast as what is compared value by value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank(u64);
+
+impl Rank {
+    /// The sign of a zero and what a NaN holds are lost.
+    #[inline(always)]
+    fn of(candidate: Candidate) -> Self {
+        // Both zeros are one value.
+        let bits = (candidate.value + 0.0).to_bits();
+        // Bits of negative values fall where values rise, and lie above those of positive ones.
+        let value = match bits >> 31 {
+            _ if candidate.value.is_nan() => 0,
+            0 => bits | 1 << 31,
+            _ => !bits,
+        };
+        Self(u64::from(value) << 32 | u64::from(!candidate.id))
+    }
+
+    fn candidate(self) -> Candidate {
+        let value = (self.0 >> 32) as u32;
+        let value = match value >> 31 {
+            _ if value == 0 => f32::NAN,
+            0 => f32::from_bits(!value),
+            _ => f32::from_bits(value & !(1 << 31)),
+        };
+        let id = !(self.0 as u32);
+        Candidate { value, id }
+    }
 }
 
 /// The best `k` entries among those seen, and a few that will be dropped.
 #[derive(Clone, Debug)]
 pub struct Best {
     k: usize,
-    kept: Vec<Candidate>,
+    kept: Vec<Rank>,
     /// The k-th best value of some `k` entries: nothing at or below it with a larger id can
     /// be among the best.
     threshold: Option<f32>,
@@ -166,8 +192,10 @@ impl Best {
         }
     }
 
+    /// Entries that are kept before the best of them are selected: twice as many, so that
+    /// each one is looked at twice on average, and the threshold rises soon.
     fn room(k: usize) -> usize {
-        2 * k + 4 * RUN
+        2 * k + RUN
     }
 
     /// Looks at the values of the entries from `first` on, which are larger ids than any
@@ -185,7 +213,7 @@ impl Best {
                 for (i, &value) in values.iter().enumerate() {
                     if self.threshold.is_none_or(|threshold| value > threshold) {
                         let id = (first + run * RUN + short * SHORT_RUN + i) as u32;
-                        self.kept.push(Candidate { value, id });
+                        self.kept.push(Rank::of(Candidate { value, id }));
                     }
                 }
             }
@@ -209,9 +237,10 @@ impl Best {
 
     fn shrink(&mut self) {
         if self.kept.len() >= self.k {
-            self.kept.select_nth_unstable_by(self.k - 1, by_rank);
+            let place = self.k - 1;
+            self.kept.select_nth_unstable_by(place, |a, b| b.cmp(a));
             self.kept.truncate(self.k);
-            let last = self.kept[self.k - 1].value;
+            let last = self.kept[place].candidate().value;
             self.threshold = (!last.is_nan()).then_some(last);
         }
     }
@@ -222,9 +251,49 @@ impl Best {
     }
 
     /// The best `k`, or fewer if fewer were seen, best first.
-    pub fn sorted(&mut self) -> &[Candidate] {
+    pub fn sorted(&mut self) -> Vec<Candidate> {
         self.shrink();
-        self.kept.sort_unstable_by(by_rank);
-        &self.kept
+        self.kept.sort_unstable_by(|a, b| b.cmp(a));
+        self.kept.iter().map(|rank| rank.candidate()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_have_the_order_of_values_and_then_of_ids() {
+        let values = [
+            f32::INFINITY,
+            f32::MAX,
+            1.5,
+            f32::MIN_POSITIVE,
+            1e-45,
+            0.0,
+            -1e-45,
+            -1.5,
+            f32::MIN,
+            f32::NEG_INFINITY,
+            f32::NAN,
+        ];
+        let best_first: Vec<Candidate> = values
+            .into_iter()
+            .flat_map(|value| [0, 7, u32::MAX].map(|id| Candidate { value, id }))
+            .collect();
+        for (i, a) in best_first.iter().enumerate() {
+            for (j, b) in best_first.iter().enumerate() {
+                assert_eq!(by_rank(a, b), i.cmp(&j), "{a:?} {b:?}");
+            }
+            let back = Rank::of(*a).candidate();
+            assert_eq!((back.value.to_bits(), back.id), (a.value.to_bits(), a.id));
+        }
+        let zeros = [-0.0, 0.0].map(|value| Candidate { value, id: 3 });
+        assert!(by_rank(&zeros[0], &zeros[1]).is_eq());
+        let negative_nan = Candidate {
+            value: -f32::NAN,
+            id: 3,
+        };
+        assert!(by_rank(&best_first[29], &negative_nan).is_lt());
     }
 }
