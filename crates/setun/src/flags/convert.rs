@@ -65,7 +65,10 @@ pub(super) fn convert() -> Command {
                         .ok_or("it is mean, max, mean-nonzero or least-squares")
                 })
                 .default_value(ScaleRule::default().name())
-                .help("How scales follow from weights: mean, max, mean-nonzero or least-squares"),
+                .help(
+                    "How scales follow from weights: mean, max, mean-nonzero or least-squares; \
+                     mean for training on, least-squares without",
+                ),
             Arg::new("numerics")
                 .long("numerics")
                 .value_name("MODE")
