@@ -135,25 +135,23 @@ pub enum TokenizerError {
     EndOfTextInText,
 }
 
-/// A `tokenizer.json` in the types of the `tokenizers` crate. Its own reader tries one kind of
-/// model after the other, for which it reads all of the vocabulary into a tree first.
+/// A `tokenizer.json` without its model, in the types of the `tokenizers` crate.
 #[derive(Deserialize)]
 struct Parts {
     version: Option<String>,
     normalizer: Option<NormalizerWrapper>,
     pre_tokenizer: Option<PreTokenizerWrapper>,
     decoder: Option<DecoderWrapper>,
-    model: BPE,
     #[serde(default)]
     added_tokens: Vec<AddedToken>,
 }
 
 impl Parts {
-    fn assemble(self) -> tokenizers::Result<tokenizers::Tokenizer> {
+    fn assemble(self, model: BPE) -> tokenizers::Result<tokenizers::Tokenizer> {
         if let Some(version) = self.version.filter(|version| version != "1.0") {
             return Err(format!("unknown version {version:?} of the format").into());
         }
-        let mut tokenizer = tokenizers::Tokenizer::new(self.model);
+        let mut tokenizer = tokenizers::Tokenizer::new(model);
         tokenizer.with_normalizer(self.normalizer)?;
         tokenizer.with_pre_tokenizer(self.pre_tokenizer);
         tokenizer.with_decoder(self.decoder);
@@ -200,9 +198,10 @@ impl Tokenizer {
         }
         let malformed = |e: &dyn std::fmt::Display| TokenizerError::Malformed(cut(&e.to_string()));
         let text = std::str::from_utf8(json).map_err(|e| malformed(&e))?;
-        let added_tokens = check_file(text)?;
+        let (added_tokens, model) = check_file(text)?;
         let parts: Parts = serde_json::from_str(text).map_err(|e| malformed(&e))?;
-        let inner = parts.assemble().map_err(|e| malformed(&e))?;
+        let inner = parts.assemble(model.into_model()?);
+        let inner = inner.map_err(|e| malformed(&e))?;
         check_model(&inner)?;
         for token in added_tokens {
             match inner.token_to_id(&token.content) {

@@ -4,7 +4,8 @@
 //! a file would mean two different things to two programs.
 
 use serde::de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor};
-use serde::{Deserializer, de};
+use serde::{Deserialize, Deserializer, de};
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt;
 
@@ -38,6 +39,10 @@ pub(crate) fn cut_at(text: &str, max_chars: usize) -> String {
 /// Visits a value without keeping it.
 struct UniqueKeys;
 
+/// A key, borrowed where it has no escapes: a vocabulary has very many.
+#[derive(Deserialize, PartialEq, Eq, Hash)]
+struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
+
 impl<'de> DeserializeSeed<'de> for UniqueKeys {
     type Value = ();
 
@@ -55,7 +60,7 @@ impl<'de> Visitor<'de> for UniqueKeys {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut seen = HashSet::new();
-        while let Some(key) = map.next_key::<String>()? {
+        while let Some(Key(key)) = map.next_key()? {
             map.next_value_seed(UniqueKeys)?;
             if let Some(key) = seen.replace(key) {
                 let key = cut(&key);

@@ -1,4 +1,5 @@
-//! What a `tokenizer.json` must hold before the `tokenizers` crate may see it.
+//! What a `tokenizer.json` must hold before the `tokenizers` crate may see it, and the model
+//! that is made of it.
 //!
 //! That crate trusts its input: a merge whose result is longer than every token is out of
 //! bounds there, a prefix is cut off bytes that need not have it, of two tokens with one
@@ -14,6 +15,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use tokenizers::DecoderWrapper;
 use tokenizers::models::ModelWrapper;
+use tokenizers::models::bpe::{BPE, BpeBuilder, Vocab as Vocabulary};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
@@ -24,13 +26,12 @@ pub(super) struct NumberedToken {
     pub(super) content: String,
 }
 
-/// Checks the text of a whole `tokenizer.json`; returns its added tokens.
+/// Checks the text of a whole `tokenizer.json`; returns its added tokens and its model.
 ///
 /// # Errors
 /// What is not JSON, repeats a key or has no BPE model; ids that are used twice, leave a
-/// hole or are too large; merges of or into words that are no tokens; added tokens that
-/// are empty or repeated.
-pub(super) fn check_file(text: &str) -> Result<Vec<NumberedToken>, TokenizerError> {
+/// hole or are too large; added tokens that are empty or repeated.
+pub(super) fn check_file(text: &str) -> Result<(Vec<NumberedToken>, BpeFile<'_>), TokenizerError> {
     let malformed = |e: serde_json::Error| TokenizerError::Malformed(cut(&e.to_string()));
     refuse_repeated_keys(text.as_bytes()).map_err(malformed)?;
     let kind: KindFile = serde_json::from_str(text).map_err(malformed)?;
@@ -52,12 +53,8 @@ pub(super) fn check_file(text: &str) -> Result<Vec<NumberedToken>, TokenizerErro
     check_parts(&file)?;
     let vocab = &file.model.vocab.0;
     check_ids(vocab)?;
-    let tokens: HashSet<&str> = vocab.iter().map(|(token, _)| &*token.0).collect();
-    for (index, merge) in file.model.merges.iter().enumerate() {
-        check_merge(index, merge, &tokens)?;
-    }
     check_added(&file.added_tokens)?;
-    Ok(file.added_tokens)
+    Ok((file.added_tokens, file.model))
 }
 
 #[derive(Deserialize)]
@@ -102,14 +99,70 @@ impl Part {
     }
 }
 
+/// The model of a `tokenizer.json`.
 #[derive(Deserialize)]
-struct BpeFile<'a> {
+pub(super) struct BpeFile<'a> {
     #[serde(borrow)]
     vocab: Vocab<'a>,
     #[serde(borrow)]
     merges: Vec<Merge<'a>>,
     continuing_subword_prefix: Option<String>,
     end_of_word_suffix: Option<String>,
+    dropout: Option<f32>,
+    unk_token: Option<String>,
+    fuse_unk: Option<bool>,
+    byte_fallback: Option<bool>,
+    ignore_merges: Option<bool>,
+}
+
+impl BpeFile<'_> {
+    /// The model of the crate, which reads a file more slowly: it keeps every merge in a tree
+    /// first, to see which of the two spellings it has.
+    ///
+    /// # Errors
+    /// Merges of or into words that are no tokens, and what else the crate refuses, such as a
+    /// `dropout` above 1.
+    pub(super) fn into_model(self) -> Result<BPE, TokenizerError> {
+        let vocab = &self.vocab.0;
+        let longest = vocab.iter().map(|(Word(token), _)| token.len()).max();
+        let mut merges = Vec::with_capacity(self.merges.len());
+        for (index, merge) in self.merges.iter().enumerate() {
+            match merge.pair() {
+                // Longer than every token would be out of bounds in the crate.
+                Some((left, right)) if Some(left.len() + right.len()) <= longest => {
+                    merges.push((left.to_owned(), right.to_owned()));
+                }
+                _ if merge.is_version_line() => {}
+                _ => check_merge(index, merge, &self.tokens())?,
+            }
+        }
+        let vocab = vocab
+            .iter()
+            .map(|(Word(token), id)| (token.to_string(), *id));
+        let mut builder = BpeBuilder::new()
+            .vocab_and_merges::<Vocabulary>(vocab.collect(), merges)
+            .fuse_unk(self.fuse_unk.unwrap_or_default())
+            .byte_fallback(self.byte_fallback.unwrap_or_default())
+            .ignore_merges(self.ignore_merges.unwrap_or_default());
+        if let Some(dropout) = self.dropout {
+            builder = builder.dropout(dropout);
+        }
+        if let Some(token) = &self.unk_token {
+            builder = builder.unk_token(token.clone());
+        }
+        builder.build().map_err(|e| {
+            // The crate finds a word that is no token, too, but not where it stands.
+            let tokens = self.tokens();
+            let merges = self.merges.iter().enumerate();
+            let check = |(index, merge)| check_merge(index, merge, &tokens).err();
+            let malformed = || TokenizerError::Malformed(cut(&e.to_string()));
+            merges.map(check).find_map(|e| e).unwrap_or_else(malformed)
+        })
+    }
+
+    fn tokens(&self) -> HashSet<&str> {
+        self.vocab.0.iter().map(|(token, _)| &*token.0).collect()
+    }
 }
 
 /// A text of the file.
@@ -146,6 +199,24 @@ impl<'de: 'a, 'a> Deserialize<'de> for Vocab<'a> {
 enum Merge<'a> {
     Pair(Word<'a>, Word<'a>),
     Text(Cow<'a, str>),
+}
+
+impl Merge<'_> {
+    /// Its two tokens, if it has the form of a merge.
+    fn pair(&self) -> Option<(&str, &str)> {
+        match self {
+            Self::Pair(Word(left), Word(right)) => Some((left, right)),
+            Self::Text(text) => {
+                let pair = text.split_once(' ')?;
+                (!self.is_version_line() && !pair.1.contains(' ')).then_some(pair)
+            }
+        }
+    }
+
+    /// Whether it is the first line of a `merges.txt`, which is no merge.
+    fn is_version_line(&self) -> bool {
+        matches!(self, Self::Text(text) if text.starts_with("#version"))
+    }
 }
 
 impl<'de: 'a, 'a> Deserialize<'de> for Merge<'a> {
@@ -243,19 +314,14 @@ fn check_merge(
     tokens: &HashSet<&str>,
 ) -> Result<(), TokenizerError> {
     let bad = |problem: String| Err(TokenizerError::BadMerge { index, problem });
-    let (left, right) = match merge {
-        Merge::Pair(Word(left), Word(right)) => (&**left, &**right),
-        // The version line of a merges.txt, which the crate skips.
-        Merge::Text(text) if text.starts_with("#version") => return Ok(()),
-        Merge::Text(text) => match text.split_once(' ') {
-            Some((left, right)) if !right.contains(' ') => (left, right),
-            _ => {
-                return bad(format!(
-                    "{:?} is not two tokens with a space between",
-                    cut(text)
-                ));
+    let Some((left, right)) = merge.pair() else {
+        return match merge {
+            Merge::Text(text) if !merge.is_version_line() => {
+                let text = cut(text);
+                bad(format!("{text:?} is not two tokens with a space between"))
             }
-        },
+            _ => Ok(()),
+        };
     };
     let whole = format!("{left}{right}");
     for token in [left, right, &whole] {

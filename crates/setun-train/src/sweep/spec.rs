@@ -132,7 +132,7 @@ impl Spec {
         Ok(spec)
     }
 
-    /// Keeps the cells that `names` lists, the base, and dense twins with names; all for an
+    /// Keeps the cells that `names` lists, the base, and their dense twins with names; all for an
     /// empty list.
     ///
     /// # Errors
@@ -149,13 +149,14 @@ impl Spec {
             ));
         }
         let base = self.base.get_or_insert_with(|| known[0].clone()).clone();
-        let twins = self.cells.iter().map(|cell| cell.twin.as_ref());
-        let twins = twins.flatten().chain([&self.twin]);
         let mut wanted: Vec<String> = names.iter().cloned().chain([base]).collect();
-        wanted.extend(twins.filter_map(|twin| match twin {
+        let chosen = self.cells.iter().filter(|c| wanted.contains(&c.name));
+        let twins = chosen.filter_map(|cell| match cell.twin.as_ref().unwrap_or(&self.twin) {
             Twin::Named(name) => Some(name.clone()),
             Twin::None | Twin::Own => None,
-        }));
+        });
+        let twins: Vec<String> = twins.collect();
+        wanted.extend(twins);
         self.cells.retain(|cell| wanted.contains(&cell.name));
         Ok(())
     }

@@ -51,7 +51,9 @@ fn a_grid_has_every_combination_and_twins_are_shared() {
 fn chosen_cells_keep_their_base_and_twin() {
     let text = "base = \"a\"\ndense_twin = \"d\"\nseeds = [5]\n\
                 [[cell]]\nname = \"a\"\n[[cell]]\nname = \"b\"\nset = { train.steps = 7 }\n\
-                [[cell]]\nname = \"c\"\n[[cell]]\nname = \"d\"\nset = { model.ternary = false }\n";
+                [[cell]]\nname = \"c\"\ndense_twin = \"x\"\n\
+                [[cell]]\nname = \"d\"\nset = { model.ternary = false }\n\
+                [[cell]]\nname = \"x\"\nset = { model.ternary = false }\n";
     let options = SweepOptions {
         cells: vec!["b".to_owned()],
         seeds: vec![8, 9],
@@ -75,7 +77,7 @@ fn chosen_cells_keep_their_base_and_twin() {
     };
     let error = load("unknown", text, &options).err().unwrap().to_string();
     assert!(
-        error.contains("no cell e") && error.contains("a, b, c, d"),
+        error.contains("no cell e") && error.contains("a, b, c, d, x"),
         "{error}"
     );
 }

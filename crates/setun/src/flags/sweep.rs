@@ -50,7 +50,7 @@ pub fn sweep() -> Command {
                 .long("cells")
                 .value_name("NAME,NAME...")
                 .value_delimiter(',')
-                .help("Only these cells, the base and dense twins"),
+                .help("Only these cells, the base and their dense twins"),
             Arg::new("set")
                 .long("set")
                 .value_name("KEY=VALUE")
