@@ -54,10 +54,13 @@ pub fn distribution(
     total: Total,
 ) -> Result<Distribution, SamplerError> {
     let best = kept.first().ok_or(SamplerError::NoCandidate)?;
-    // The sum of a row with NaN is NaN; the largest value may be anything then.
-    if total.sum.is_nan() && total.max != f32::NEG_INFINITY || total.max == f32::INFINITY {
+    if total.max == f32::INFINITY {
         let (token, value) = (best.id, total.max);
         return Err(SamplerError::InvalidLogit { token, value });
+    }
+    // The sum of a row with NaN is NaN; the largest value may be anything then.
+    if total.sum.is_nan() && total.max != f32::NEG_INFINITY {
+        return Err(SamplerError::NotANumber);
     }
     if best.value == f32::NEG_INFINITY {
         return Err(SamplerError::NoCandidate);
@@ -179,5 +182,14 @@ mod tests {
             error,
             Err(SamplerError::InvalidLogit { token: 1, .. })
         ));
+        for row in [
+            [1.0, f32::NAN],
+            [f32::NAN, 1.0],
+            [f32::NEG_INFINITY, f32::NAN],
+        ] {
+            let (best, total) = kept(&row, 1);
+            let error = choose(&options, &best, total, 0.5);
+            assert_eq!(error, Err(SamplerError::NotANumber), "{row:?}");
+        }
     }
 }

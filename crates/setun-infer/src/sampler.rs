@@ -161,6 +161,11 @@ pub enum SamplerError {
         /// NaN or infinity.
         value: f32,
     },
+    /// Some logit is NaN, and which one has not been looked for.
+    #[error(
+        "a logit is NaN; the model's weights or activations are damaged: verify the model file"
+    )]
+    NotANumber,
     /// Every logit is minus infinity.
     #[error("every token is excluded (all logits are -inf); allow at least one")]
     NoCandidate,

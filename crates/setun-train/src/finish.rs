@@ -167,11 +167,11 @@ fn document_beginnings(
         .filter(|&i| end_of(i) - starts[i] >= len as u64)
         .map(|i| starts[i])
         .collect();
-    let step = long.len().div_ceil(count.max(1)).max(1);
+    let count = count.min(long.len());
     let mut prompts = Vec::new();
-    for &start in long.iter().step_by(step).take(count) {
+    for i in 0..count {
         let mut prompt = vec![0u32; len];
-        tokens.read(start, &mut prompt)?;
+        tokens.read(long[i * long.len() / count], &mut prompt)?;
         prompts.push(prompt);
     }
     Ok(prompts)

@@ -7,8 +7,20 @@ use serde::Deserialize;
 use setun_io::IoError;
 use std::path::{Path, PathBuf};
 
-/// File that a run writes last but for its page: it is finished when this is there.
-pub const REPORT_FILE: &str = "report.json";
+/// The report of a run.
+const REPORT_FILE: &str = "report.json";
+
+/// Whether the run in `directory` came to its end: its record says so, and the report, which is
+/// written behind that, is there. (A report alone may be one of a run that was interrupted.)
+pub fn is_finished(directory: &Path) -> bool {
+    #[derive(Deserialize)]
+    struct End {
+        finished: Option<u64>,
+    }
+    let record = std::fs::read(directory.join("run.json")).unwrap_or_default();
+    let end = serde_json::from_slice::<End>(&record);
+    end.is_ok_and(|end| end.finished.is_some()) && directory.join(REPORT_FILE).exists()
+}
 
 /// A run, as its files tell it.
 #[derive(Clone, Debug)]

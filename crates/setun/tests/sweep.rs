@@ -101,6 +101,44 @@ fn a_sweep_is_a_table_of_paired_runs_and_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_cell_learns_from_the_run_of_an_earlier_one() {
+    let scratch = Scratch::new("sweep-taught");
+    let spec = spec(&scratch, "");
+    let text = fs::read_to_string(&spec).unwrap();
+    let text = text.replace("dense_twin = true\nbase = \"lr-0.001\"\n", "");
+    let (head, _) = text.split_once("[grid]").unwrap();
+    let cells = "[[cell]]\nname = \"dense\"\nset = { \"model.ternary\" = false }\n\
+                 [[cell]]\nname = \"taught\"\nteacher = \"dense\"\n\
+                 set = { \"distill.weight\" = 0.5 }\n";
+    fs::write(&spec, format!("{head}{cells}")).unwrap();
+    sweep(&spec, &["--dry-run"]).ok();
+    // The base runs along, which is the teacher here.
+    sweep(&spec, &["--seeds", "1", "--cells", "taught"]).ok();
+    let run = scratch.join("out/taught/seed-1");
+    let settings = fs::read_to_string(run.join("settings.toml")).unwrap();
+    let teacher = scratch.join("out/dense/seed-1");
+    assert!(
+        settings.contains(teacher.to_str().unwrap()),
+        "{settings} without {teacher:?}"
+    );
+    // The same sweep at another place: nothing is trained again.
+    let moved = scratch.join("moved");
+    fs::rename(scratch.join("out"), &moved).unwrap();
+    let again = ["--output", moved.to_str().unwrap(), "--seeds", "1"];
+    let again = sweep(&spec, &again).ok();
+    assert!(!again.stderr.contains("=="), "{again:?}");
+    // A run whose report was written early is not finished.
+    let record = moved.join("taught/seed-1/run.json");
+    let text = fs::read_to_string(&record).unwrap();
+    let mut unfinished: Value = serde_json::from_str(&text).unwrap();
+    unfinished["finished"] = Value::Null;
+    fs::write(&record, unfinished.to_string()).unwrap();
+    let plan = ["--output", moved.to_str().unwrap(), "--dry-run"];
+    let plan = sweep(&spec, &plan).ok().stdout;
+    assert!(plan.contains("seed 1: interrupted"), "{plan}");
+}
+
+#[test]
 fn an_interrupted_cell_ends_with_the_same_bits() {
     let scratch = Scratch::new("sweep-stop");
     let spec = spec(&scratch, "");

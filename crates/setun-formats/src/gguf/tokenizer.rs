@@ -113,7 +113,9 @@ pub(super) fn tokenizer_entries(
     let (tokens, types) = tokens_and_types(&file, vocab_size)?;
     let mut merges = Vec::with_capacity(file.model.merges.len());
     for merge in &file.model.merges {
-        merges.push(merge.joined()?);
+        if !merge.is_version_line() {
+            merges.push(merge.joined()?);
+        }
     }
     let text = |text: &str| GgufValue::String(text.to_owned());
     let strings = |strings| GgufValue::Array(GgufArray::Strings(strings));
@@ -189,6 +191,11 @@ enum Merge {
 }
 
 impl Merge {
+    /// Whether it is the first line of a `merges.txt`, which is no merge.
+    fn is_version_line(&self) -> bool {
+        matches!(self, Self::Text(text) if text.starts_with("#version"))
+    }
+
     /// As GGUF has it: the two parts with a space between them.
     fn joined(&self) -> Result<String, GgufError> {
         let text = match self {

@@ -53,6 +53,7 @@ pub(super) fn check_file(text: &str) -> Result<(Vec<NumberedToken>, BpeFile<'_>)
     check_parts(&file)?;
     let vocab = &file.model.vocab.0;
     check_ids(vocab)?;
+    check_spelling(&file.model.merges)?;
     check_added(&file.added_tokens)?;
     Ok((file.added_tokens, file.model))
 }
@@ -126,14 +127,14 @@ impl BpeFile<'_> {
         let vocab = &self.vocab.0;
         let longest = vocab.iter().map(|(Word(token), _)| token.len()).max();
         let mut merges = Vec::with_capacity(self.merges.len());
-        for (index, merge) in self.merges.iter().enumerate() {
+        for merge in &self.merges {
             match merge.pair() {
                 // Longer than every token would be out of bounds in the crate.
                 Some((left, right)) if Some(left.len() + right.len()) <= longest => {
                     merges.push((left.to_owned(), right.to_owned()));
                 }
                 _ if merge.is_version_line() => {}
-                _ => check_merge(index, merge, &self.tokens())?,
+                _ => return Err(self.bad_merge("a merge is too long")),
             }
         }
         let vocab = vocab
@@ -150,18 +151,17 @@ impl BpeFile<'_> {
         if let Some(token) = &self.unk_token {
             builder = builder.unk_token(token.clone());
         }
-        builder.build().map_err(|e| {
-            // The crate finds a word that is no token, too, but not where it stands.
-            let tokens = self.tokens();
-            let merges = self.merges.iter().enumerate();
-            let check = |(index, merge)| check_merge(index, merge, &tokens).err();
-            let malformed = || TokenizerError::Malformed(cut(&e.to_string()));
-            merges.map(check).find_map(|e| e).unwrap_or_else(malformed)
-        })
+        builder.build().map_err(|e| self.bad_merge(&e.to_string()))
     }
 
-    fn tokens(&self) -> HashSet<&str> {
-        self.vocab.0.iter().map(|(token, _)| &*token.0).collect()
+    /// The first merge of or into a word that is no token, which the crate finds, too, but not
+    /// its place; else `problem`.
+    fn bad_merge(&self, problem: &str) -> TokenizerError {
+        let tokens = self.vocab.0.iter().map(|(token, _)| &*token.0).collect();
+        let merges = self.merges.iter().enumerate();
+        let mut errors = merges.filter_map(|(i, merge)| check_merge(i, merge, &tokens).err());
+        let malformed = || TokenizerError::Malformed(cut(problem));
+        errors.next().unwrap_or_else(malformed)
     }
 }
 
@@ -306,6 +306,22 @@ fn check_ids(vocab: &[(Word<'_>, u32)]) -> Result<(), TokenizerError> {
         }
     }
     Ok(())
+}
+
+/// All merges are spelled alike: other programs read one of both spellings.
+fn check_spelling(merges: &[Merge<'_>]) -> Result<(), TokenizerError> {
+    let is_text = |merge: &Merge<'_>| matches!(merge, Merge::Text(_));
+    let Some(first) = merges.first().map(is_text) else {
+        return Ok(());
+    };
+    match merges.iter().position(|merge| is_text(merge) != first) {
+        None => Ok(()),
+        Some(index) => Err(TokenizerError::BadMerge {
+            index,
+            problem: "it is a text and those before it are lists, or the other way round"
+                .to_owned(),
+        }),
+    }
 }
 
 fn check_merge(

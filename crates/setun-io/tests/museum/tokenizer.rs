@@ -489,6 +489,12 @@ fn merges() -> Vec<Exhibit> {
             with("/model/merges", json!(["AB"])),
         ),
         exhibit(
+            "merges-in-both-spellings",
+            "a text among lists",
+            &["merge 23", "lists"],
+            merge(json!("A B")),
+        ),
+        exhibit(
             "merges-object",
             "merges that are no list",
             &["expected a sequence", "line 1 column"],

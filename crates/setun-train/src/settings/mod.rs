@@ -437,6 +437,7 @@ impl Settings {
             &mut self.run.output,
             &mut self.tokenizer.path,
             &mut self.model.init_from,
+            &mut self.distill.teacher,
         ];
         let lists = [&mut self.data.train, &mut self.data.valid];
         let paths = single

@@ -195,7 +195,7 @@ settings! {
         seq_len: usize = 128,
         /// What updates the weights: adamw, or muon for the matrices of the layers.
         optimizer: OptimizerKind = OptimizerKind::Adamw,
-        /// Peak learning rate; ternary models want 4 to 6 times that of dense ones.
+        /// Peak learning rate (docs/recipe.md has what was measured).
         lr: f64 = 3e-3,
         /// With muon, peak learning rate of what AdamW updates beside it: embedding, head and
         /// norms; 0 for `lr`.

@@ -46,6 +46,9 @@ fn flags_alone_make_a_run() {
     assert_eq!(settings.run.name, "run");
     assert!(settings.output().is_absolute() && settings.output().ends_with("runs/run"));
     assert!(settings.is_given("train.batch_size") && !settings.is_given("train.lr"));
+    let taught = load(&[("distill.weight", "0.5"), ("distill.teacher", "dense")]).unwrap();
+    let teacher = taught.distill.teacher.unwrap();
+    assert!(teacher.is_absolute() && teacher.ends_with("dense"));
 }
 
 #[test]

@@ -12,9 +12,11 @@ pub use table::{CellRow, Difference, Row, SweepTable};
 
 use crate::TrainError;
 use crate::models::{open_init, open_teacher};
-use crate::results::{REPORT_FILE, RunResults};
+use crate::results::{RunResults, is_finished};
 use crate::run::{Observer, RunEnd, RunOptions, dry_run, train};
-use crate::settings::{Assignment, Override, SETTINGS_FILE, Settings, SettingsError};
+use crate::settings::{
+    Assignment, DistillSettings, Override, SETTINGS_FILE, Settings, SettingsError,
+};
 use setun_io::{IoError, RunLock, write_atomic};
 use setun_ternary::Numerics;
 use std::path::{Path, PathBuf};
@@ -22,12 +24,13 @@ use std::sync::atomic::Ordering;
 use toml::Value;
 
 /// Keys that mean nothing to a dense model.
-const TERNARY_ONLY: [&str; 7] = [
+const TERNARY_ONLY: [&str; 8] = [
     "model.ternary",
     "model.ternary_embedding",
     "model.group_size",
     "model.scale_rule",
     "model.scale_rounding",
+    "model.learned_scales",
     "train.ste",
     "train.blend_steps",
 ];
@@ -70,6 +73,8 @@ pub struct PlannedRun {
     pub settings: Settings,
     /// How far it is.
     pub state: RunState,
+    /// Whether its teacher is a run of another cell.
+    taught_by_cell: bool,
 }
 
 /// How far a run of a sweep is.
@@ -101,7 +106,7 @@ pub struct SweepOptions {
     pub output: Option<PathBuf>,
     /// Seeds instead of the file's; empty for those.
     pub seeds: Vec<u64>,
-    /// Names of the cells to run, besides the base and dense twins; empty for all.
+    /// Names of the cells to run, besides the base, dense twins and teachers; empty for all.
     pub cells: Vec<String>,
     /// Settings of all runs, over file and recipe.
     pub overrides: Vec<Override>,
@@ -133,6 +138,7 @@ impl Sweep {
         let mut spec = Spec::read(path)?;
         spec.select(&options.cells)?;
         check_overrides(&spec, &options.overrides)?;
+        check_seeds(&options.seeds)?;
         let output = options.output.as_ref().unwrap_or(&spec.output);
         let output =
             std::path::absolute(output).map_err(|e| IoError::file("resolve", output, e))?;
@@ -166,7 +172,11 @@ impl Sweep {
     pub fn plan(&self) -> Result<SweepPlan, TrainError> {
         let (mut sizes, mut tokens_left) = (Vec::new(), 0);
         for cell in &self.cells {
-            let settings = &cell.runs[0].settings;
+            let mut settings = cell.runs[0].settings.clone();
+            if cell.runs[0].taught_by_cell && teacher_is_missing(&settings) {
+                // Its model does not change the sizes of this one.
+                settings.distill = DistillSettings::default();
+            }
             let layout = dry_run(settings.clone())?;
             let parameters = layout.model.parameters.list.iter().map(|p| p.numel());
             let train = &settings.train;
@@ -241,9 +251,11 @@ impl Sweep {
         Ok(SweepEnd { table, stopped })
     }
 
-    /// Reads the finished runs and writes `sweep.md` and `sweep.json`.
+    /// Reads the finished runs and writes `sweep.md` and `sweep.json`. A run whose model files
+    /// do not hold what they should is a failure, too.
     fn write_table(&self, failures: &[String]) -> Result<SweepTable, TrainError> {
-        let mut results = Vec::new();
+        let mut failures = failures.to_vec();
+        let mut results: Vec<Vec<Option<RunResults>>> = Vec::new();
         for cell in &self.cells {
             let runs = cell.runs.iter().map(|run| {
                 let finished = run.state == RunState::Finished;
@@ -252,8 +264,13 @@ impl Sweep {
                     .transpose()
             });
             results.push(runs.collect::<Result<Vec<_>, _>>()?);
+            let done = results.last().into_iter().flatten().flatten();
+            failures.extend(done.filter(|run| run.verified == Some(false)).map(|run| {
+                let run = run.path.display();
+                format!("{run}: a model file is not what it should be; see setun verify {run}")
+            }));
         }
-        let table = SweepTable::new(self, &results, failures);
+        let table = SweepTable::new(self, &results, &failures);
         write_atomic(
             &self.output.join("sweep.md"),
             table.to_markdown().as_bytes(),
@@ -270,10 +287,15 @@ impl PlannedRun {
         observer: &mut dyn Observer,
     ) -> Result<RunEnd, TrainError> {
         let resume = self.state == RunState::Interrupted;
-        let settings = match resume {
-            true => Settings::load_run(&self.directory, &[])?,
-            false => self.settings.clone(),
-        };
+        let mut settings = self.settings.clone();
+        if resume {
+            settings = Settings::load_run(&self.directory, &[])?;
+            settings.run.threads = self.settings.run.threads;
+            if self.taught_by_cell {
+                let here = self.settings.distill.teacher.clone();
+                settings.distill.teacher = here;
+            }
+        }
         let options = RunOptions {
             resume: resume.then_some(self.directory.as_path()),
             profile: options.profile,
@@ -301,7 +323,7 @@ impl Planner<'_> {
     fn cells(&self) -> Result<Vec<PlannedCell>, TrainError> {
         let mut cells = Vec::new();
         for cell in &self.spec.cells {
-            cells.push(self.cell(&cell.name, &cell.set)?);
+            cells.push(self.cell(&cell.name, &cell.set, cell.teacher.as_deref())?);
         }
         for (index, cell) in self.spec.cells.iter().enumerate() {
             if !cells[index].ternary {
@@ -313,10 +335,11 @@ impl Planner<'_> {
                 Twin::Own => {
                     let twin = self.own_twin(cell, &cells[index])?;
                     let same = cells.iter().position(|other| same_runs(other, &twin));
-                    Some(same.unwrap_or_else(|| {
+                    if same.is_none() {
+                        check_new_name(&cells, &twin.name)?;
                         cells.push(twin);
-                        cells.len() - 1
-                    }))
+                    }
+                    Some(same.unwrap_or(cells.len() - 1))
                 }
             };
         }
@@ -346,6 +369,7 @@ impl Planner<'_> {
             });
         };
         add("model.ternary", Value::Boolean(false));
+        add("model.learned_scales", Value::Boolean(false));
         add("train.blend_steps", Value::Integer(0));
         add("train.ste", Value::String("identity".to_owned()));
         if settings.numerics() == Numerics::Int8 {
@@ -355,22 +379,39 @@ impl Planner<'_> {
         let floats = formats.filter(|format| format.holds_floats());
         let floats = floats.map(|format| Value::String(format.name().to_owned()));
         add("export.formats", Value::Array(floats.collect()));
-        self.cell(&format!("{}-dense", cell.name), &set)
+        let mut overrides = self.overrides.to_vec();
+        overrides.retain(|o| set.iter().all(|a| !same_key(&a.key, &o.key)));
+        let planner = Planner {
+            overrides: &overrides,
+            seeds: self.seeds.clone(),
+            ..*self
+        };
+        let teacher = cell.teacher.as_deref();
+        planner.cell(&format!("{}-dense", cell.name), &set, teacher)
     }
 
-    fn cell(&self, name: &str, set: &[Assignment]) -> Result<PlannedCell, TrainError> {
+    fn cell(
+        &self,
+        name: &str,
+        set: &[Assignment],
+        teacher: Option<&str>,
+    ) -> Result<PlannedCell, TrainError> {
         let mut runs = Vec::new();
         for &seed in &self.seeds {
-            let mut settings = self.settings(name, set, Some(seed))?;
+            let mut settings = self.settings(name, set, Some((seed, teacher)))?;
             check_split(&settings, self.seeds.len())?;
             open_init(&mut settings)?;
-            open_teacher(&mut settings)?;
+            let taught_by_cell = teacher.is_some();
+            if !(taught_by_cell && teacher_is_missing(&settings)) {
+                open_teacher(&mut settings)?;
+            }
             let directory = settings.output().to_path_buf();
             runs.push(PlannedRun {
-                state: state_of(&directory, &settings)?,
+                state: state_of(&directory, &settings, taught_by_cell)?,
                 seed,
                 directory,
                 settings,
+                taught_by_cell,
             });
         }
         let value = |a: &Assignment| (a.key.clone(), a.value.to_string());
@@ -387,7 +428,7 @@ impl Planner<'_> {
         &self,
         name: &str,
         set: &[Assignment],
-        seed: Option<u64>,
+        run: Option<(u64, Option<&str>)>,
     ) -> Result<Settings, TrainError> {
         let assignments: Vec<_> = self.spec.set.iter().chain(set).cloned().collect();
         let mut overrides = self.overrides.to_vec();
@@ -395,11 +436,17 @@ impl Planner<'_> {
             let key = key.to_owned();
             overrides.push(Override { key, value });
         };
-        if let Some(seed) = seed {
-            let run = self.output.join(name).join(format!("seed-{seed}"));
+        if let Some((seed, teacher)) = run {
+            let run_of = |name: &str| {
+                let run = self.output.join(name).join(format!("seed-{seed}"));
+                run.to_string_lossy().into_owned()
+            };
             add("run.name", format!("{name}-seed-{seed}"));
-            add("run.output", run.to_string_lossy().into_owned());
+            add("run.output", run_of(name));
             add("run.seed", seed.to_string());
+            if let Some(teacher) = teacher {
+                add("distill.teacher", run_of(teacher));
+            }
         }
         let recipe = Some(self.spec.recipe.as_path());
         Ok(Settings::load_with(recipe, &assignments, &overrides)?)
@@ -423,17 +470,45 @@ fn same_runs(a: &PlannedCell, b: &PlannedCell) -> bool {
     a.ternary == b.ternary && values(a) == values(b)
 }
 
+fn check_new_name(cells: &[PlannedCell], name: &str) -> Result<(), SettingsError> {
+    match index_of(cells, name) {
+        None => Ok(()),
+        Some(_) => Err(SettingsError::Impossible {
+            problem: format!("{name} is a cell, and the name of another cell's dense twin"),
+            remedy: "give it another name, or name it in dense_twin if it is that twin".to_owned(),
+        }),
+    }
+}
+
+/// Whether two names of a setting mean the same one: flags may have dashes.
+fn same_key(a: &str, b: &str) -> bool {
+    a.replace('-', "_") == b.replace('-', "_")
+}
+
+fn check_seeds(seeds: &[u64]) -> Result<(), SettingsError> {
+    let repeated = (1..seeds.len()).find(|&i| seeds[..i].contains(&seeds[i]));
+    match repeated {
+        None => Ok(()),
+        Some(i) => Err(SettingsError::Impossible {
+            problem: format!("--seeds has {} twice", seeds[i]),
+            remedy: "a seed is one run of each cell; leave out the second one".to_owned(),
+        }),
+    }
+}
+
 fn check_overrides(spec: &Spec, overrides: &[Override]) -> Result<(), SettingsError> {
     for Override { key, .. } in overrides {
         let key = key.replace('-', "_");
-        let varied = spec.cells.iter().flat_map(|cell| &cell.set);
-        let problem = if varied.into_iter().any(|a| a.key == key) {
-            format!("--{key} would take away what the cells differ in")
-        } else if key == "run.name" || key == "run.output" || key == "run.seed" {
-            format!("--{key} belongs to a single run")
-        } else {
-            continue;
-        };
+        let mut varied = spec.cells.iter().flat_map(|cell| &cell.set);
+        let taught = || spec.cells.iter().any(|cell| cell.teacher.is_some());
+        let problem =
+            if varied.any(|a| same_key(&a.key, &key)) || key == "distill.teacher" && taught() {
+                format!("--{key} would take away what the cells differ in")
+            } else if key == "run.name" || key == "run.output" || key == "run.seed" {
+                format!("--{key} belongs to a single run")
+            } else {
+                continue;
+            };
         let remedy = "leave it out; --output names the directory of the sweep".to_owned();
         return Err(SettingsError::Impossible { problem, remedy });
     }
@@ -451,14 +526,25 @@ fn check_split(settings: &Settings, num_seeds: usize) -> Result<(), SettingsErro
     })
 }
 
-/// How far the run in `directory` is, which must have these settings.
-fn state_of(directory: &Path, settings: &Settings) -> Result<RunState, TrainError> {
+/// Whether the teacher, a run of the sweep, is still to be made.
+fn teacher_is_missing(settings: &Settings) -> bool {
+    !settings.distill.teacher.as_deref().is_some_and(is_finished)
+}
+
+/// How far the run in `directory` is, which must have these settings; a teacher that is a run
+/// of the sweep may have moved with it.
+fn state_of(
+    directory: &Path,
+    settings: &Settings,
+    taught_by_cell: bool,
+) -> Result<RunState, TrainError> {
     if !directory.join(SETTINGS_FILE).exists() {
         return Ok(RunState::New);
     }
     let found = Settings::load_run(directory, &[])?.values();
     let pairs = found.into_iter().zip(settings.values());
-    let mut pairs = pairs.filter(|((key, _), _)| !FREE_KEYS.contains(key));
+    let moved = |key: &str| taught_by_cell && key == "distill.teacher";
+    let mut pairs = pairs.filter(|((key, _), _)| !FREE_KEYS.contains(key) && !moved(key));
     if let Some(((key, found), (_, wanted))) = pairs.find(|(found, wanted)| found != wanted) {
         return Err(TrainError::refused(format!(
             "{} holds a run with {key} = {found}, but in this sweep the cell has {wanted}; \
@@ -466,7 +552,7 @@ fn state_of(directory: &Path, settings: &Settings) -> Result<RunState, TrainErro
             directory.display()
         )));
     }
-    Ok(match directory.join(REPORT_FILE).exists() {
+    Ok(match is_finished(directory) {
         true => RunState::Finished,
         false => RunState::Interrupted,
     })

@@ -16,6 +16,11 @@
 //! [[cell]]                        # and cells one by one
 //! name = "slow"
 //! set = { "train.lr" = 1e-4 }
+//!
+//! [[cell]]
+//! name = "taught"
+//! teacher = "slow"                # distill.teacher: that cell's run of the same seed
+//! set = { "distill.weight" = 0.5 }
 //! ```
 
 use crate::settings::{Assignment, SettingsError, nearest, place_in, schema};
@@ -32,7 +37,7 @@ const KEYS: [&str; 8] = [
     "grid",
     "cell",
 ];
-const CELL_KEYS: [&str; 3] = ["name", "set", "dense_twin"];
+const CELL_KEYS: [&str; 4] = ["name", "set", "dense_twin", "teacher"];
 /// Keys that a sweep sets for each of its runs.
 const OWN_KEYS: [&str; 3] = ["run.name", "run.output", "run.seed"];
 
@@ -64,6 +69,8 @@ pub struct Cell {
     pub set: Vec<Assignment>,
     /// Its dense run; none for what the sweep says.
     pub twin: Option<Twin>,
+    /// The cell, before this one, whose run of the same seed is the teacher.
+    pub teacher: Option<String>,
 }
 
 /// Which dense run a ternary cell is compared with.
@@ -132,8 +139,8 @@ impl Spec {
         Ok(spec)
     }
 
-    /// Keeps the cells that `names` lists, the base, and their dense twins with names; all for an
-    /// empty list.
+    /// Keeps the cells that `names` lists with their dense twins, the base, and the teachers of
+    /// all these; every cell for an empty list.
     ///
     /// # Errors
     /// A name that no cell has.
@@ -150,14 +157,25 @@ impl Spec {
         }
         let base = self.base.get_or_insert_with(|| known[0].clone()).clone();
         let mut wanted: Vec<String> = names.iter().cloned().chain([base]).collect();
-        let chosen = self.cells.iter().filter(|c| wanted.contains(&c.name));
+        let chosen = self.cells.iter().filter(|c| names.contains(&c.name));
         let twins = chosen.filter_map(|cell| match cell.twin.as_ref().unwrap_or(&self.twin) {
             Twin::Named(name) => Some(name.clone()),
             Twin::None | Twin::Own => None,
         });
         let twins: Vec<String> = twins.collect();
         wanted.extend(twins);
+        // Teachers stand before those whom they teach.
+        for cell in self.cells.iter().rev() {
+            if wanted.contains(&cell.name) {
+                wanted.extend(cell.teacher.clone());
+            }
+        }
         self.cells.retain(|cell| wanted.contains(&cell.name));
+        for cell in &mut self.cells {
+            if !names.contains(&cell.name) {
+                cell.twin = Some(Twin::None);
+            }
+        }
         Ok(())
     }
 
@@ -191,6 +209,18 @@ impl Spec {
                     &format!("the cells are {}", names.join(", ")),
                 ));
             }
+        }
+        for (i, cell) in self.cells.iter().enumerate() {
+            let Some(teacher) = cell.teacher.as_deref().filter(|t| !names[..i].contains(t)) else {
+                continue;
+            };
+            return Err(impossible(
+                format!(
+                    "{file}: the teacher of {} is {teacher}, no cell before it",
+                    cell.name
+                ),
+                "name a cell that stands further up",
+            ));
         }
         Ok(())
     }
@@ -242,6 +272,7 @@ impl Source<'_> {
             name: String::new(),
             set: Vec::new(),
             twin: None,
+            teacher: None,
         }];
         for (key, values) in &axes {
             refuse_own(key, &place(key))?;
@@ -303,7 +334,14 @@ impl Source<'_> {
                 }
             }
             let twin = read_twin(table.get("dense_twin"), &place)?;
-            Ok(Cell { name, set, twin })
+            let teacher = table.get("teacher");
+            let teacher = teacher.map(|v| text_of(v, "teacher", &place)).transpose()?;
+            Ok(Cell {
+                name,
+                set,
+                twin,
+                teacher,
+            })
         });
         cells.collect()
     }

@@ -83,6 +83,59 @@ fn chosen_cells_keep_their_base_and_twin() {
 }
 
 #[test]
+fn a_cell_may_learn_from_another_ones_run() {
+    let text = "seeds = [5, 6]\n[[cell]]\nname = \"a\"\n\
+                [[cell]]\nname = \"d\"\nset = { model.ternary = false }\n\
+                [[cell]]\nname = \"t\"\nteacher = \"d\"\nset = { distill.weight = 0.5 }\n";
+    let options = SweepOptions {
+        cells: vec!["t".to_owned()],
+        seeds: vec![7],
+        ..SweepOptions::default()
+    };
+    // There is no such run yet, and the sweep loads: it makes it first.
+    let sweep = load("taught", text, &options).unwrap();
+    assert_eq!(names(&sweep), ["a", "d", "t"]);
+    let teacher = &sweep.cells[2].runs[0].settings.distill.teacher;
+    assert!(teacher.as_ref().unwrap().ends_with("nowhere/d/seed-7"));
+    let plan = sweep.plan().unwrap();
+    assert_eq!(plan.sizes[1].0, plan.sizes[2].0);
+
+    let refused = |text: &str| {
+        let error = load("untaught", text, &options).err().unwrap();
+        assert!(error.to_string().contains("no cell before it"), "{error}");
+    };
+    refused(&text.replace("teacher = \"d\"", "teacher = \"e\""));
+    refused(&text.replace("teacher = \"d\"", "teacher = \"t\""));
+}
+
+#[test]
+fn dense_twins_leave_out_what_only_ternary_models_have() {
+    let text = "dense_twin = true\n[[cell]]\nname = \"a\"\n\
+                set = { model.learned_scales = true, sample.prompts = 0 }\n";
+    let set = |key: &str, value: &str| Override {
+        key: key.to_owned(),
+        value: value.to_owned(),
+    };
+    let mut options = SweepOptions {
+        overrides: vec![set("train.ste", "clipped"), set("train.steps", "9")],
+        ..SweepOptions::default()
+    };
+    let sweep = load("twin", text, &options).unwrap();
+    assert_eq!(names(&sweep), ["a", "a-dense"]);
+    let [own, twin] = [0, 1].map(|i| &sweep.cells[i].runs[0].settings);
+    assert!(own.model.learned_scales && !twin.model.learned_scales);
+    assert_ne!(own.train.ste, twin.train.ste);
+    assert_eq!((own.train.steps, twin.train.steps), (9, 9));
+
+    let taken = format!("{text}[[cell]]\nname = \"a-dense\"\nset = {{ train.lr = 1e-4 }}\n");
+    let error = load("taken", &taken, &options).err().unwrap().to_string();
+    assert!(error.contains("a-dense is a cell, and"), "{error}");
+    options.seeds = vec![3, 4, 3];
+    let error = load("twice", text, &options).err().unwrap().to_string();
+    assert!(error.contains("--seeds has 3 twice"), "{error}");
+}
+
+#[test]
 fn shipped_sweeps_load() {
     let folder = workspace().join("bench/recipe");
     let files = std::fs::read_dir(&folder).unwrap();

@@ -24,6 +24,11 @@ The file names a recipe and what its runs differ in:
   name = \"slow\"
   set = { \"train.lr\" = 1e-4 }
 
+  [[cell]]
+  name = \"taught\"
+  teacher = \"slow\"                # distill.teacher: that cell's run of the same seed
+  set = { \"distill.weight\" = 0.5 }
+
 Runs are made one after the other. Called again, finished ones are kept, one that was
 interrupted goes on from its newest checkpoint. sweep.md and sweep.json in the output
 directory are written after every run.
@@ -50,7 +55,7 @@ pub fn sweep() -> Command {
                 .long("cells")
                 .value_name("NAME,NAME...")
                 .value_delimiter(',')
-                .help("Only these cells, the base and their dense twins"),
+                .help("Only these cells with their dense twins and teachers, and the base"),
             Arg::new("set")
                 .long("set")
                 .value_name("KEY=VALUE")

@@ -170,6 +170,10 @@ fn both_spellings_of_merges_are_written() {
         *merge = joined.into();
     }
     assert_same(&through(&file.to_string(), 300), &tokenizer);
+    // The first line of a merges.txt is no merge.
+    let merges = file["model"]["merges"].as_array_mut().unwrap();
+    merges.insert(0, "#version: 0.2".into());
+    assert_same(&through(&file.to_string(), 300), &tokenizer);
 }
 
 #[test]
