@@ -182,11 +182,7 @@ mod tests {
             error,
             Err(SamplerError::InvalidLogit { token: 1, .. })
         ));
-        for row in [
-            [1.0, f32::NAN],
-            [f32::NAN, 1.0],
-            [f32::NEG_INFINITY, f32::NAN],
-        ] {
+        for row in [[1.0, f32::NAN], [f32::NAN, 1.0]] {
             let (best, total) = kept(&row, 1);
             let error = choose(&options, &best, total, 0.5);
             assert_eq!(error, Err(SamplerError::NotANumber), "{row:?}");
