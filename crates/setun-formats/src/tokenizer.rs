@@ -8,6 +8,7 @@ mod check;
 mod decode;
 mod train;
 
+pub(crate) use check::is_version_line;
 pub use decode::DecodeStream;
 
 use crate::config::json::cut;

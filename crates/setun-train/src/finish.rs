@@ -167,14 +167,19 @@ fn document_beginnings(
         .filter(|&i| end_of(i) - starts[i] >= len as u64)
         .map(|i| starts[i])
         .collect();
-    let count = count.min(long.len());
     let mut prompts = Vec::new();
-    for i in 0..count {
+    for start in spread(&long, count) {
         let mut prompt = vec![0u32; len];
-        tokens.read(long[i * long.len() / count], &mut prompt)?;
+        tokens.read(start, &mut prompt)?;
         prompts.push(prompt);
     }
     Ok(prompts)
+}
+
+/// So many of `places`, or all of fewer, at even distances.
+fn spread(places: &[u64], count: usize) -> impl Iterator<Item = u64> {
+    let count = count.min(places.len());
+    (0..count).map(move |i| places[i * places.len() / count])
 }
 
 /// The training documents as text again, up to a limit.
@@ -285,4 +290,19 @@ pub(crate) fn write_json(
     let text = text.map_err(|e| TrainError::refused(format!("{}: {e}", path.display())))?;
     write_atomic_with(files, path, text.as_bytes())?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_as_many_as_were_asked_for() {
+        let places: Vec<u64> = (0..11).collect();
+        let some = |of: usize, count| spread(&places[..of], count).collect::<Vec<_>>();
+        assert_eq!(some(6, 5), [0, 1, 2, 3, 4]);
+        assert_eq!(some(11, 5), [0, 2, 4, 6, 8]);
+        assert_eq!(some(3, 5), [0, 1, 2]);
+        assert!(some(0, 5).is_empty() && some(6, 0).is_empty());
+    }
 }

@@ -6,7 +6,7 @@
 //! follow from the types stand as JSON under [`ADDED_TOKENS`].
 
 use super::{GgufArray, GgufError, GgufHeader, GgufNumbers, GgufValue};
-use crate::tokenizer::{END_OF_TEXT, QWEN_PATTERN, Tokenizer};
+use crate::tokenizer::{END_OF_TEXT, QWEN_PATTERN, Tokenizer, is_version_line};
 use serde::ser::Serializer;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -113,7 +113,7 @@ pub(super) fn tokenizer_entries(
     let (tokens, types) = tokens_and_types(&file, vocab_size)?;
     let mut merges = Vec::with_capacity(file.model.merges.len());
     for merge in &file.model.merges {
-        if !merge.is_version_line() {
+        if !matches!(merge, Merge::Text(text) if is_version_line(text)) {
             merges.push(merge.joined()?);
         }
     }
@@ -191,11 +191,6 @@ enum Merge {
 }
 
 impl Merge {
-    /// Whether it is the first line of a `merges.txt`, which is no merge.
-    fn is_version_line(&self) -> bool {
-        matches!(self, Self::Text(text) if text.starts_with("#version"))
-    }
-
     /// As GGUF has it: the two parts with a space between them.
     fn joined(&self) -> Result<String, GgufError> {
         let text = match self {

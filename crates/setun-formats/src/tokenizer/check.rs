@@ -215,7 +215,7 @@ impl Merge<'_> {
 
     /// Whether it is the first line of a `merges.txt`, which is no merge.
     fn is_version_line(&self) -> bool {
-        matches!(self, Self::Text(text) if text.starts_with("#version"))
+        matches!(self, Self::Text(text) if is_version_line(text))
     }
 }
 
@@ -306,6 +306,11 @@ fn check_ids(vocab: &[(Word<'_>, u32)]) -> Result<(), TokenizerError> {
         }
     }
     Ok(())
+}
+
+/// Whether a text among merges is the first line of a `merges.txt`, which is no merge.
+pub(crate) fn is_version_line(text: &str) -> bool {
+    text.starts_with("#version")
 }
 
 /// All merges are spelled alike: other programs read one of both spellings.

@@ -68,6 +68,7 @@ fn chosen_cells_keep_their_base_and_twin() {
     let sweep = load("chosen", text, &options).unwrap();
     assert_eq!(names(&sweep), ["a", "b", "d"]);
     assert_eq!((sweep.base, sweep.cells[1].twin), (0, Some(2)));
+    assert_eq!(sweep.cells[0].twin, None, "the base was not asked for");
     let settings = &sweep.cells[1].runs[0].settings;
     assert_eq!((settings.train.steps, settings.run.seed), (7, 8));
     assert!(settings.output().ends_with("nowhere/b/seed-8"));
