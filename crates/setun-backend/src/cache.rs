@@ -151,7 +151,7 @@ pub struct CachedSegment<'a> {
     pub blocks: &'a [u32],
     /// None: a chain, row `i` sees the rows up to itself. Else a tree: the parent of each
     /// row, a smaller row or [`ROOT`]; a row sees itself and its ancestors, each at
-    /// position `past + depth`, in which place it enters the sums (DESIGN 3.4).
+    /// position `past + depth`, in which place it enters the sums (ARCHITECTURE.md, Numbers).
     pub parents: Option<&'a [u32]>,
 }
 

@@ -16,7 +16,7 @@ use crate::real::Real;
 use half::bf16;
 use std::ops::Range;
 
-/// Keys of an attention tile (DESIGN 3.4).
+/// Keys of an attention tile (ARCHITECTURE.md, Numbers).
 pub const TILE: usize = 64;
 
 /// Rows that a task of a row-wise operation takes.
@@ -31,6 +31,17 @@ pub struct Limits {
     pub head_dim: usize,
     /// Smallest group of a ternary matrix.
     pub group_size: usize,
+}
+
+impl Limits {
+    /// What serves both.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            width: self.width.max(other.width),
+            head_dim: self.head_dim.max(other.head_dim),
+            group_size: self.group_size.min(other.group_size),
+        }
+    }
 }
 
 /// Scratch memory of a [`Host`], part of the plan.

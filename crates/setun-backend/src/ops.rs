@@ -2,7 +2,7 @@
 //!
 //! Rules, once for all: parameter gradients `+=`, activation gradients `=`, the residual
 //! stream `+=`. Rows are tokens. A weight has shape `[out, in]`. What an operation
-//! computes is fixed to the bit by DESIGN 3.1 to 3.4; how is the backend's affair.
+//! computes is fixed to the bit by ARCHITECTURE.md, Numbers; how is the backend's affair.
 
 use crate::cache::{CacheBuf, CacheStore, CachedAttention};
 use crate::memory::{Buf, Extent, Shared};
@@ -469,7 +469,7 @@ pub trait Backend {
     /// Leaves values out by chance.
     fn dropout(&mut self, op: Dropout<Self::Real>);
 
-    /// Projects latent weights `[out, cols]` into `to` (DESIGN 3.1).
+    /// Projects latent weights `[out, cols]` into `to` (ARCHITECTURE.md, Numbers).
     fn project(
         &mut self,
         latent: Buf<Self::Real>,

@@ -301,7 +301,7 @@ fn power_of_2(n: i32) -> f32 {
     f32::from_bits((n.wrapping_add(127) as u32) << 23)
 }
 
-/// Sum in the fixed order of DESIGN: 16 lanes by index mod 16, then one tree.
+/// Sum in the fixed order (ARCHITECTURE.md, Numbers): 16 lanes by index mod 16, then one tree.
 #[inline(always)]
 pub fn sum_lanes<R: Real>(values: impl ExactSizeIterator<Item = R>) -> R {
     let mut lanes = [R::ZERO; 16];

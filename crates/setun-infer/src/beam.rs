@@ -25,10 +25,11 @@
 //! to finished beams.
 
 use crate::engine::{Chunk, Engine, EngineError, Wanted};
+use crate::generate::check_each;
+use crate::kept;
 use crate::kv::Sequence;
 use setun_backend::CACHE_BLOCK;
 use setun_backend::topk::{Candidate, Total};
-use std::cmp::Ordering;
 
 /// What a sum of log-probabilities is divided by, for `n` generated tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -160,7 +161,7 @@ impl Item {
 
     /// Tokens of each unfinished beam that a step looks at: `(1 + E) K`.
     pub fn num_candidates(&self) -> usize {
-        (1 + self.end_tokens.len()) * self.options.num_beams
+        (1 + self.end_tokens.len()).saturating_mul(self.options.num_beams)
     }
 
     /// The pool, in the order of the ranking.
@@ -196,9 +197,8 @@ impl Item {
             Ranking::Sum => sum,
         };
         all.sort_by(|a, b| {
-            let order = key(b.1, b.3).partial_cmp(&key(a.1, a.3));
+            let order = key(b.1, b.3).total_cmp(&key(a.1, a.3));
             let place = |o: &Origin| (o.token.is_some(), o.parent, o.token);
-            let order = order.unwrap_or(Ordering::Equal);
             order.then_with(|| place(&a.0).cmp(&place(&b.0)))
         });
         all.truncate(self.options.num_beams);
@@ -251,7 +251,7 @@ impl Item {
     /// The results: the pool, best score first.
     pub fn into_results(mut self) -> Vec<Hypothesis> {
         self.pool.sort_by(|a, b| {
-            let order = b.score.partial_cmp(&a.score).unwrap_or(Ordering::Equal);
+            let order = b.score.total_cmp(&a.score);
             order.then(b.is_finished.cmp(&a.is_finished))
         });
         self.pool
@@ -282,6 +282,18 @@ pub struct BeamRequest {
     pub max_tokens: usize,
 }
 
+impl BeamRequest {
+    /// Most blocks of the cache that it comes to hold with `num_beams` beams in a context of
+    /// `context` positions, one to write aside for each beam included.
+    pub fn most_blocks(&self, num_beams: usize, context: usize) -> usize {
+        let tokens = self.prompt.len().saturating_add(self.max_tokens);
+        let tokens = tokens.min(context);
+        let shared = self.prompt.len().min(context) / CACHE_BLOCK;
+        let of_beam = tokens.div_ceil(CACHE_BLOCK) - shared + 1;
+        num_beams.saturating_mul(of_beam).saturating_add(shared)
+    }
+}
+
 /// Tokens with their log-probabilities, likeliest first.
 type LogProbabilities = Vec<(u32, f64)>;
 
@@ -297,19 +309,22 @@ impl Engine {
     /// best first. They do not depend on the other requests.
     ///
     /// # Errors
-    /// What [`step`](Engine::step) refuses; a request that is larger than the whole cache.
+    /// Before anything is computed [`EngineError::Request`] for the first one whose prompt has
+    /// no tokens, too many, or one outside of the vocabulary. Logits that are no numbers; a
+    /// request that is larger than the whole cache.
     pub fn beam_search(
         &mut self,
         requests: &[BeamRequest],
         options: BeamOptions,
     ) -> Result<Vec<Vec<Hypothesis>>, EngineError> {
+        check_each(requests, |request| self.check_prompt(&request.prompt))?;
         let mut results = vec![Vec::new(); requests.len()];
         let mut next = 0;
         while next < requests.len() {
             let mut active: Vec<Active> = Vec::new();
             let mut room = self.tables().available();
             while let Some(request) = requests.get(next) {
-                let blocks = self.beam_blocks(request, options.num_beams);
+                let blocks = request.most_blocks(options.num_beams, self.context());
                 if !active.is_empty() && blocks > room {
                     break;
                 }
@@ -333,14 +348,6 @@ impl Engine {
             searched?;
         }
         Ok(results)
-    }
-
-    /// Most blocks that a request comes to hold, one to write aside for each beam included.
-    fn beam_blocks(&self, request: &BeamRequest, num_beams: usize) -> usize {
-        let tokens = request.prompt.len().saturating_add(request.max_tokens);
-        let tokens = tokens.min(self.context());
-        let shared = request.prompt.len() / CACHE_BLOCK;
-        shared + num_beams * (tokens.div_ceil(CACHE_BLOCK) - shared.min(tokens / CACHE_BLOCK) + 1)
     }
 
     fn search(
@@ -403,13 +410,22 @@ impl Engine {
             .collect();
         let sizes = active.iter().map(|a| vec![Vec::new(); a.sequences.len()]);
         let mut all: Vec<Vec<Vec<(u32, f64)>>> = sizes.collect();
+        let mut failed = None;
         let mut keep = |chunk: usize, _: usize, best: &[Candidate], total: Total| {
             let (a, b, ..) = beams[chunk];
             let n = active[a].item.num_candidates();
-            all[a][b] = log_probabilities(&best[..n.min(best.len())], total);
+            match kept::best_of(best, total) {
+                Ok(_) => all[a][b] = log_probabilities(&best[..n.min(best.len())], total),
+                Err(error) => {
+                    failed.get_or_insert(error);
+                }
+            }
         };
         self.step_topk(&chunks, k, &[], &mut keep)?;
-        Ok(all)
+        match failed {
+            Some(error) => Err(error.into()),
+            None => Ok(all),
+        }
     }
 
     /// Gives each beam of the new pool its sequence: the first child of a beam takes over

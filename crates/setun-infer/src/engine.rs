@@ -9,8 +9,7 @@ use crate::kv::{KvError, KvTables, Sequence};
 use crate::sampler::SamplerError;
 use setun_backend::topk::{Candidate, Kept, Shaping, TopK, Total};
 use setun_backend::{
-    Backend, CACHE_BLOCK, CacheKind, CachedSegment, Host, HostWorkspace, Isa, Limits, PACKED_ROWS,
-    Plan,
+    Backend, CACHE_BLOCK, CacheKind, CachedSegment, Host, HostWorkspace, Isa, PACKED_ROWS, Plan,
 };
 use setun_io::{IoError, Matrix, OpenModel};
 use setun_model::{
@@ -89,6 +88,14 @@ pub enum EngineError {
     /// int8 numerics without ternary weights.
     #[error("numerics int8 need a ternary model; choose bf16 or f32")]
     DenseInt8,
+    /// One of several requests cannot be continued; nothing has been computed for any of them.
+    #[error("request {number}: {source}")]
+    Request {
+        /// Which one, counted from 1.
+        number: usize,
+        /// What is wrong with it.
+        source: Box<EngineError>,
+    },
 }
 
 /// How an [`Engine`] runs.
@@ -102,8 +109,7 @@ pub struct EngineOptions {
     pub isa: Isa,
     /// Other numerics than the model's record says.
     pub numerics: Option<Numerics>,
-    /// How keys and values are stored; by default exactly as attention reads them: f32 in
-    /// numerics f32, else bf16.
+    /// How keys and values are stored; by default as [`exact_cache`] says.
     pub cache: Option<CacheKind>,
     /// Tokens of the cache, over all sequences; by default `context`.
     pub cache_tokens: Option<usize>,
@@ -124,6 +130,14 @@ impl EngineOptions {
             cache_tokens: None,
             max_rows: 256,
         }
+    }
+}
+
+/// The kind of cache that stores what attention reads in `numerics` as it is.
+pub fn exact_cache(numerics: Numerics) -> CacheKind {
+    match numerics {
+        Numerics::F32 => CacheKind::F32,
+        Numerics::Bf16 | Numerics::Int8 => CacheKind::Bf16,
     }
 }
 
@@ -363,25 +377,14 @@ impl Engine {
         drafter: Option<DrafterSpec>,
         options: EngineOptions,
     ) -> Self {
-        let c = &spec.config;
-        let context = options.context.clamp(1, c.max_position_embeddings);
-        let limits = Limits {
-            width: c
-                .intermediate_size
-                .max(c.hidden_size)
-                .max(c.num_attention_heads * c.head_dim),
-            head_dim: c.head_dim,
-            group_size: spec.scheme.map_or(128, |s| s.group_size),
-        };
-        let kind = match spec.numerics {
-            Numerics::F32 => CacheKind::F32,
-            Numerics::Bf16 | Numerics::Int8 => CacheKind::Bf16,
-        };
+        let longest = spec.config.max_position_embeddings;
+        let context = options.context.clamp(1, longest);
+        let limits = spec.limits();
         let rows = options.max_rows.max(1);
         let shape = DecodeShape {
             rows,
             positions: context,
-            cache: options.cache.unwrap_or(kind),
+            cache: options.cache.unwrap_or(exact_cache(spec.numerics)),
             num_blocks: options
                 .cache_tokens
                 .unwrap_or(context)
@@ -512,7 +515,8 @@ impl Engine {
     ///
     /// # Errors
     /// No tokens, too many, one outside of the vocabulary, a bad tree: nothing has
-    /// happened. A full cache: chunks before the one that found it full are done.
+    /// happened. A full cache: every sequence has the tokens that it had, but a tree that was
+    /// pending for one of the step's is forgotten.
     pub fn step(
         &mut self,
         chunks: &[Chunk<'_>],
@@ -551,6 +555,12 @@ impl Engine {
         }
         self.pending
             .retain(|p| chunks.iter().all(|c| c.sequence != p.sequence));
+        self.batch.moves.clear();
+        let wanted = chunks.iter().map(|c| (c.sequence, c.tokens.len()));
+        let reserved = self.tables.reserve_all(wanted, &mut self.batch.moves);
+        // In a full cache too: tables may name copies already.
+        self.move_cached();
+        reserved?;
         let max_rows = self.model.max_rows();
         let (mut index, mut done) = (0, 0);
         while index < chunks.len() {
@@ -621,7 +631,7 @@ impl Engine {
         }
     }
 
-    /// Adds `n` tokens of a chunk to the batch.
+    /// Adds `n` tokens of a chunk, for which there is room, to the batch.
     fn add(
         &mut self,
         index: usize,
@@ -629,10 +639,6 @@ impl Engine {
         first: usize,
         n: usize,
     ) -> Result<(), EngineError> {
-        self.batch.moves.clear();
-        self.tables
-            .reserve(chunk.sequence, n, &mut self.batch.moves)?;
-        self.move_cached();
         let past = self.len(chunk.sequence)?;
         let tree = CachedSegment {
             q_start: 0,

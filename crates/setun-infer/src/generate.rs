@@ -35,6 +35,14 @@ pub struct Generation {
     pub logprobs: Vec<TokenLogprobs>,
 }
 
+impl Request {
+    /// Most blocks of the cache that it comes to hold in a context of `context` positions.
+    pub fn most_blocks(&self, context: usize) -> usize {
+        let tokens = self.prompt.len().saturating_add(self.stop.max_tokens);
+        tokens.min(context).div_ceil(CACHE_BLOCK)
+    }
+}
+
 /// A request on its way.
 pub(crate) struct Active {
     index: usize,
@@ -75,6 +83,8 @@ impl Engine {
         request: &Request,
         mut on_token: impl FnMut(u32),
     ) -> Result<Generation, EngineError> {
+        // Here, where the error need not say which request.
+        self.check_request(request)?;
         let requests = std::slice::from_ref(request);
         let all = self.generate_batch(requests, |_, token| on_token(token))?;
         all.into_iter().next().ok_or(EngineError::EmptyPrompt)
@@ -85,13 +95,14 @@ impl Engine {
     /// request with each token.
     ///
     /// # Errors
-    /// What [`step`](Engine::step) and the sampler refuse; a request that is larger than
-    /// the whole cache.
+    /// What [`check_requests`](Engine::check_requests) refuses, before anything is computed;
+    /// logits that are no numbers; a request that is larger than the whole cache.
     pub fn generate_batch(
         &mut self,
         requests: &[Request],
         mut on_token: impl FnMut(usize, u32),
     ) -> Result<Vec<Generation>, EngineError> {
+        self.check_requests(requests)?;
         let mut active = Vec::new();
         let done = self.continue_all(requests, &mut active, &mut on_token);
         // Nothing is left behind, also after an error.
@@ -108,12 +119,12 @@ impl Engine {
         on_token: &mut impl FnMut(usize, u32),
     ) -> Result<Vec<Generation>, EngineError> {
         let mut done: Vec<Option<Generation>> = vec![None; requests.len()];
-        // Made where the whole row of logits is needed.
-        let mut samplers = vec![None; requests.len()];
+        // Made where the whole row of logits is needed; its scratch serves all requests.
+        let mut sampler = None;
         let (mut next, mut promised) = (0, 0);
         while next < requests.len() || !active.is_empty() {
             while let Some(request) = requests.get(next) {
-                let blocks = self.blocks_of(request);
+                let blocks = request.most_blocks(self.context());
                 let total = self.tables().available() + self.held(active);
                 if !active.is_empty() && promised + blocks > total {
                     break;
@@ -122,14 +133,14 @@ impl Engine {
                 active.push(self.admit(next, request)?);
                 next += 1;
             }
-            self.step_all(requests, active, &mut samplers, on_token)?;
+            self.step_all(requests, active, &mut sampler, on_token)?;
             let mut still = Vec::new();
             for request in active.drain(..) {
                 let wanted = &requests[request.index];
                 match self.end_of(wanted, &request) {
                     None => still.push(request),
                     Some(generation) => {
-                        promised -= self.blocks_of(wanted);
+                        promised -= wanted.most_blocks(self.context());
                         done[request.index] = Some(generation);
                         self.free(request.sequence)?;
                     }
@@ -140,10 +151,33 @@ impl Engine {
         Ok(done.into_iter().flatten().collect())
     }
 
-    /// Most blocks that a request comes to hold.
-    fn blocks_of(&self, request: &Request) -> usize {
-        let tokens = request.prompt.len().saturating_add(request.stop.max_tokens);
-        tokens.min(self.context()).div_ceil(CACHE_BLOCK)
+    /// Whether all `requests` can be continued by this engine; computes nothing.
+    ///
+    /// # Errors
+    /// [`EngineError::Request`] for the first one whose prompt has no tokens, too many, or one
+    /// outside of the vocabulary, or whose sampling options are out of range.
+    pub fn check_requests(&self, requests: &[Request]) -> Result<(), EngineError> {
+        check_each(requests, |request| self.check_request(request))
+    }
+
+    fn check_request(&self, request: &Request) -> Result<(), EngineError> {
+        request.sampler.validate()?;
+        self.check_prompt(&request.prompt)
+    }
+
+    pub(crate) fn check_prompt(&self, prompt: &[u32]) -> Result<(), EngineError> {
+        let (found, context) = (prompt.len(), self.context());
+        if found == 0 {
+            return Err(EngineError::EmptyPrompt);
+        }
+        if found > context {
+            return Err(EngineError::TooLong { found, context });
+        }
+        let vocab_size = self.spec().config.vocab_size;
+        match prompt.iter().find(|&&token| token as usize >= vocab_size) {
+            Some(&token) => Err(EngineError::BadToken { token, vocab_size }),
+            None => Ok(()),
+        }
     }
 
     /// Blocks that the active requests hold; shared ones count once.
@@ -158,20 +192,12 @@ impl Engine {
     }
 
     pub(crate) fn admit(&mut self, index: usize, request: &Request) -> Result<Active, EngineError> {
-        request.sampler.validate()?;
-        let found = request.prompt.len();
-        if found == 0 {
-            return Err(EngineError::EmptyPrompt);
-        }
-        if found > self.context() {
-            let context = self.context();
-            return Err(EngineError::TooLong { found, context });
-        }
+        self.check_request(request)?;
         Ok(Active {
             index,
             sequence: self.start(&request.prompt),
             history: request.prompt.clone(),
-            num_prompt: found,
+            num_prompt: request.prompt.len(),
             logprobs: Vec::new(),
         })
     }
@@ -182,7 +208,7 @@ impl Engine {
         &mut self,
         requests: &[Request],
         active: &mut [Active],
-        samplers: &mut [Option<Sampler>],
+        sampler: &mut Option<Sampler>,
         on_token: &mut impl FnMut(usize, u32),
     ) -> Result<(), EngineError> {
         let mut running = Vec::new();
@@ -191,22 +217,21 @@ impl Engine {
                 running.push((i, self.len(request.sequence)?));
             }
         }
-        let chunks: Vec<Chunk<'_>> = running
-            .iter()
-            .map(|&(i, past)| Chunk {
-                sequence: active[i].sequence,
-                tokens: &active[i].history[past..],
-                parents: None,
-                logits: Wanted::Last,
-            })
-            .collect();
-        let uniforms: Vec<f64> = running
-            .iter()
-            .map(|&(i, _)| {
-                let (seed, request) = requests[active[i].index].seed;
-                uniform_at(seed, request, active[i].history.len() as u64)
-            })
-            .collect();
+        if running.is_empty() {
+            return Ok(());
+        }
+        let chunk = |&(i, past): &(usize, usize)| Chunk {
+            sequence: active[i].sequence,
+            tokens: &active[i].history[past..],
+            parents: None,
+            logits: Wanted::Last,
+        };
+        let chunks: Vec<Chunk<'_>> = running.iter().map(chunk).collect();
+        let uniform = |&(i, _): &(usize, usize)| {
+            let (seed, request) = requests[active[i].index].seed;
+            uniform_at(seed, request, active[i].history.len() as u64)
+        };
+        let uniforms: Vec<f64> = running.iter().map(uniform).collect();
         let options = |c: usize| requests[active[running[c].0].index].sampler;
         let logprobs = |c: usize| requests[active[running[c].0].index].logprobs;
         let needed = (0..chunks.len())
@@ -224,19 +249,15 @@ impl Engine {
             })?;
         } else {
             let vocab_size = self.spec().config.vocab_size;
-            for (c, &(i, _)) in running.iter().enumerate() {
-                let sampler = &mut samplers[active[i].index];
-                if sampler.is_none() {
-                    *sampler = Some(Sampler::new(options(c), vocab_size)?);
-                }
-            }
+            let sampler = match sampler {
+                Some(sampler) => sampler,
+                None => sampler.insert(Sampler::new(options(0), vocab_size)?),
+            };
             self.step(&chunks, &mut |c, _, logits| {
-                let request = &active[running[c].0];
-                if let Some(sampler) = &mut samplers[request.index] {
-                    let occurred = request.occurred(&options(c));
-                    chosen[c] = sampler.sample(logits, &occurred, uniforms[c]);
-                    rows[c] = logprobs(c).map(|_| Row::Whole(logits.to_vec()));
-                }
+                let occurred = active[running[c].0].occurred(&options(c));
+                sampler.set_options(options(c));
+                chosen[c] = sampler.sample(logits, &occurred, uniforms[c]);
+                rows[c] = logprobs(c).map(|_| Row::Whole(logits.to_vec()));
             })?;
         }
         drop(chunks);
@@ -270,4 +291,18 @@ impl Engine {
             reason,
         })
     }
+}
+
+/// Checks requests one by one, and names the first that is refused.
+pub(crate) fn check_each<T>(
+    requests: &[T],
+    check: impl Fn(&T) -> Result<(), EngineError>,
+) -> Result<(), EngineError> {
+    for (request, number) in requests.iter().zip(1..) {
+        check(request).map_err(|error| EngineError::Request {
+            number,
+            source: Box::new(error),
+        })?;
+    }
+    Ok(())
 }

@@ -53,18 +53,7 @@ pub fn distribution(
     kept: &[Candidate],
     total: Total,
 ) -> Result<Distribution, SamplerError> {
-    let best = kept.first().ok_or(SamplerError::NoCandidate)?;
-    if total.max == f32::INFINITY {
-        let (token, value) = (best.id, total.max);
-        return Err(SamplerError::InvalidLogit { token, value });
-    }
-    // The sum of a row with NaN is NaN; the largest value may be anything then.
-    if total.sum.is_nan() && total.max != f32::NEG_INFINITY {
-        return Err(SamplerError::NotANumber);
-    }
-    if best.value == f32::NEG_INFINITY {
-        return Err(SamplerError::NoCandidate);
-    }
+    let best = best_of(kept, total)?;
     if options.temperature == 0.0 {
         return Ok(Distribution::point(best.id));
     }
@@ -80,6 +69,26 @@ pub fn distribution(
     weighted.sort_unstable_by_key(|&(id, _)| id);
     weighted.retain(|&(_, weight)| weight >= f64::from(options.min_p));
     Ok(Distribution::new(weighted))
+}
+
+/// The best entry of a row.
+///
+/// # Errors
+/// As [`choose`].
+pub(crate) fn best_of(kept: &[Candidate], total: Total) -> Result<Candidate, SamplerError> {
+    let best = *kept.first().ok_or(SamplerError::NoCandidate)?;
+    if total.max == f32::INFINITY {
+        let (token, value) = (best.id, total.max);
+        return Err(SamplerError::InvalidLogit { token, value });
+    }
+    // The sum of a row with NaN is NaN; the largest value may be anything then.
+    if total.sum.is_nan() && total.max != f32::NEG_INFINITY {
+        return Err(SamplerError::NotANumber);
+    }
+    if best.value == f32::NEG_INFINITY {
+        return Err(SamplerError::NoCandidate);
+    }
+    Ok(best)
 }
 
 /// A token goes when the better ones alone have `top_p` of the mass.

@@ -4,7 +4,7 @@
 //! table of blocks; blocks are shared between forks and, once full, with later requests
 //! that begin with the same tokens. A block is written by one owner only: whoever is about
 //! to write into a shared one first gets a copy. Keys and values of a token depend on the
-//! tokens before it and on nothing else (DESIGN, promise 2), so a shared block holds the
+//! tokens before it and on nothing else (ARCHITECTURE.md, Numbers), so a shared block holds the
 //! same bits that computing it again would give.
 
 use setun_backend::CACHE_BLOCK;
@@ -56,7 +56,10 @@ struct Entry {
     parent: u64,
     tokens: [u32; CACHE_BLOCK],
     block: u32,
+    /// Never before that of an entry behind it.
     last_use: u64,
+    /// Entries right behind it.
+    children: usize,
 }
 
 /// The root of the prefix index.
@@ -240,6 +243,30 @@ impl KvTables {
         Ok(())
     }
 
+    /// As [`reserve`](Self::reserve) for several sequences, each with its number of positions:
+    /// for all of them or for none.
+    ///
+    /// # Errors
+    /// [`KvError::Full`], and every sequence has the tokens that it had and no room behind
+    /// them; what `moves` names is to be copied then too. [`KvError::Unknown`].
+    pub fn reserve_all(
+        &mut self,
+        wanted: impl Iterator<Item = (Sequence, usize)> + Clone,
+        moves: &mut Vec<(u32, u32)>,
+    ) -> Result<(), KvError> {
+        for (sequence, n) in wanted.clone() {
+            let Err(error) = self.reserve(sequence, n, moves) else {
+                continue;
+            };
+            for (sequence, _) in wanted {
+                let len = self.tokens(sequence)?.len();
+                self.truncate(sequence, len)?;
+            }
+            return Err(error);
+        }
+        Ok(())
+    }
+
     /// Counts `tokens`, whose keys and values now lie behind the others, to `sequence`.
     ///
     /// # Errors
@@ -289,6 +316,13 @@ impl KvTables {
     fn register(&mut self, table: &mut Table) {
         self.uses += 1;
         let full = table.tokens.as_chunks::<CACHE_BLOCK>().0;
+        if full.len() > table.entries.len() {
+            // What the new blocks lie behind is used too.
+            for id in &table.entries {
+                let entry = self.entries.get_mut(id).expect("an indexed entry");
+                entry.last_use = self.uses;
+            }
+        }
         for (i, tokens) in full.iter().enumerate().skip(table.entries.len()) {
             let parent = table.entries.last().copied().unwrap_or(NO_ENTRY);
             let block = table.blocks[i];
@@ -312,11 +346,15 @@ impl KvTables {
         self.next_entry += 1;
         self.holders[block as usize] += 1;
         self.index.insert((parent, tokens), id);
+        if let Some(parent) = self.entries.get_mut(&parent) {
+            parent.children += 1;
+        }
         let entry = Entry {
             parent,
             tokens,
             block,
             last_use: self.uses,
+            children: 0,
         };
         self.entries.insert(id, entry);
         id
@@ -335,32 +373,24 @@ impl KvTables {
         block
     }
 
-    /// A sequence that uses a block uses all before it, so the descendants of an idle
-    /// entry are idle too, and the last of the least recently used ones has none.
+    /// Gives up the idle entry that was used longest ago, of those that nothing lies behind. A
+    /// sequence that uses a block uses all before it, so there is one while any entry is idle.
     fn evict(&mut self) {
         let idle = self
             .entries
             .iter()
-            .filter(|(_, e)| self.holders[e.block as usize] == 1);
+            .filter(|(_, e)| e.children == 0 && self.holders[e.block as usize] == 1);
         let oldest = idle.min_by_key(|(id, e)| (e.last_use, std::cmp::Reverse(**id)));
-        let Some(mut id) = oldest.map(|(&id, _)| id) else {
+        let Some(id) = oldest.map(|(&id, _)| id) else {
             return;
         };
-        while let Some(child) = self.child(id) {
-            id = child;
-        }
         if let Some(entry) = self.entries.remove(&id) {
             self.index.remove(&(entry.parent, entry.tokens));
+            if let Some(parent) = self.entries.get_mut(&entry.parent) {
+                parent.children -= 1;
+            }
             self.release(entry.block);
         }
-    }
-
-    fn child(&self, id: u64) -> Option<u64> {
-        let from = (id, [0; CACHE_BLOCK]);
-        let first = self.index.range(from..).next();
-        first
-            .filter(|((parent, _), _)| *parent == id)
-            .map(|(_, &child)| child)
     }
 
     fn release(&mut self, block: u32) {
@@ -461,6 +491,41 @@ mod tests {
         };
         assert_eq!(full, Err(error));
         assert_eq!(kv.tokens(b).unwrap().len(), 20);
+    }
+
+    #[test]
+    fn the_prefix_that_was_used_longest_ago_gives_way_first() {
+        let mut kv = KvTables::new(4);
+        let (a, b) = (kv.create(), kv.create());
+        append(&mut kv, a, &[1; 16]);
+        append(&mut kv, b, &[2; 16]);
+        append(&mut kv, a, &[3; 16]);
+        kv.free(a).unwrap();
+        kv.free(b).unwrap();
+        // One block is free; the other one is that of `b`, the oldest that is no one's parent.
+        let c = kv.create();
+        append(&mut kv, c, &[4; 20]);
+        let again = [[1; 16], [3; 16], [0; 16]].concat();
+        let again = kv.create_with_prefix(&again);
+        assert_eq!(kv.tokens(again).unwrap().len(), 32);
+        let gone = kv.create_with_prefix(&[2; 20]);
+        assert_eq!(kv.tokens(gone).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn room_for_several_is_had_for_all_or_for_none() {
+        let mut kv = KvTables::new(4);
+        let (a, b) = (kv.create(), kv.create());
+        append(&mut kv, a, &tokens(10));
+        let mut moves = Vec::new();
+        let wanted = [(a, 20), (b, 40)];
+        let full = kv.reserve_all(wanted.into_iter(), &mut moves);
+        assert!(matches!(full, Err(KvError::Full { .. })), "{full:?}");
+        assert_eq!(kv.available(), 3);
+        assert_eq!([a, b].map(|s| kv.blocks(s).unwrap().len()), [1, 0]);
+        let wanted = [(a, 20), (b, 32)];
+        kv.reserve_all(wanted.into_iter(), &mut moves).unwrap();
+        assert_eq!((kv.available(), moves), (0, Vec::new()));
     }
 
     #[test]

@@ -22,8 +22,8 @@ pub use draft::{
     BlockGuesses, Budget, Draft, DraftTree, Drafter, ModelDrafter, PromptLookup, Target, TreeError,
 };
 pub use engine::{
-    Chunk, Engine, EngineError, EngineOptions, OnLogits, OnTopK, Shaped, Wanted, load_parameters,
-    occurrences, spec_of,
+    Chunk, Engine, EngineError, EngineOptions, OnLogits, OnTopK, Shaped, Wanted, exact_cache,
+    load_parameters, occurrences, spec_of,
 };
 pub use generate::{Generation, Request};
 pub use kv::{KvError, KvTables, Sequence};

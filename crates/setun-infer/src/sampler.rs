@@ -219,6 +219,12 @@ impl Sampler {
         &self.options
     }
 
+    /// The same scratch for other options, which are valid.
+    pub(crate) fn set_options(&mut self, options: SamplerOptions) {
+        debug_assert!(options.validate().is_ok());
+        self.options = options;
+    }
+
     /// Chooses one token by inverting the cumulative distribution, in ascending order of
     /// ids, at `uniform` in `[0, 1)`.
     ///

@@ -153,11 +153,12 @@ impl Engine {
             let start = speculator.time();
             let (said, rows) = self.verify(request, active, &drafted.verified, &mut sampler)?;
             let (mut walk, chosen) = said.walk(request, active, &drafted.verified);
-            let verified = (&drafted.verified.tree, &walk, rows.as_slice());
-            let emitted = self.emit(request, active, verified, on_token)?;
-            let step_seconds = speculator.time() - start;
-            walk.accepted.truncate(emitted);
             let tree = &drafted.verified.tree;
+            let emitted = self.keep(request, active, tree, &walk)?;
+            let step_seconds = speculator.time() - start;
+            // What is done with the tokens is not the step's time.
+            tell(request, active, (&walk, &rows), emitted, on_token);
+            walk.accepted.truncate(emitted);
             speculator.stats.add(tree, &chosen, &walk, emitted);
             let new = active.history.len() - emitted;
             if let TreeSize::Adaptive(planner) = &mut speculator.size {
@@ -275,25 +276,19 @@ impl Engine {
         }
     }
 
-    /// Adds a walk to the text, up to where that ends, and keeps its rows; the number of
-    /// tokens.
-    fn emit(
+    /// Adds a walk to the text, up to where that ends, and keeps its rows in the cache; the
+    /// number of tokens.
+    fn keep(
         &mut self,
         request: &Request,
         active: &mut Active,
-        (tree, walk, kept): (&DraftTree, &Walk, &[Row]),
-        on_token: &mut dyn FnMut(u32),
+        tree: &DraftTree,
+        walk: &Walk,
     ) -> Result<usize, EngineError> {
         let mut emitted = 0;
-        for (token, row) in walk.tokens(tree).into_iter().zip(rows_of(walk)) {
+        for token in walk.tokens(tree) {
             active.history.push(token);
-            if let (Some(num_top), Some(row)) = (request.logprobs, kept.get(row)) {
-                active.logprobs.push(row.of(token, num_top));
-            }
             emitted += 1;
-            if !request.stop.end_tokens.contains(&token) {
-                on_token(token);
-            }
             if self.end_of(request, active).is_some() {
                 break;
             }
@@ -303,6 +298,26 @@ impl Engine {
             self.commit(active.sequence, &path)?;
         }
         Ok(emitted)
+    }
+}
+
+/// Hands over the last `emitted` tokens of the text, which come from the first rows of the
+/// walk, with their log-probabilities where those are wanted.
+fn tell(
+    request: &Request,
+    active: &mut Active,
+    (walk, rows): (&Walk, &[Row]),
+    emitted: usize,
+    on_token: &mut dyn FnMut(u32),
+) {
+    let first = active.history.len() - emitted;
+    for (&token, row) in active.history[first..].iter().zip(rows_of(walk)) {
+        if let (Some(num_top), Some(row)) = (request.logprobs, rows.get(row)) {
+            active.logprobs.push(row.of(token, num_top));
+        }
+        if !request.stop.end_tokens.contains(&token) {
+            on_token(token);
+        }
     }
 }
 

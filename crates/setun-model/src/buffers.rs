@@ -2,8 +2,26 @@
 
 use crate::qwen3::ModelSpec;
 use half::bf16;
-use setun_backend::{ActBuf, AttnBuf, Buf, CacheBuf, CacheKind, CacheShape, Category, Plan, Real};
+use setun_backend::{
+    ActBuf, AttnBuf, Buf, CacheBuf, CacheKind, CacheShape, Category, Limits, Plan, Real,
+};
 use setun_ternary::{Numerics, groups_per_row};
+
+/// Group size for which dense models reserve scratch memory.
+const USUAL_GROUP: usize = 128;
+
+impl ModelSpec {
+    /// What the scratch memory of a host must serve.
+    pub fn limits(&self) -> Limits {
+        let c = &self.config;
+        let heads = c.num_attention_heads * c.head_dim;
+        Limits {
+            width: c.intermediate_size.max(c.hidden_size).max(heads),
+            head_dim: c.head_dim,
+            group_size: self.scheme.map_or(USUAL_GROUP, |s| s.group_size),
+        }
+    }
+}
 
 /// What a model is laid out for.
 #[derive(Clone, Copy, Debug)]

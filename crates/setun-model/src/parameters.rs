@@ -422,7 +422,7 @@ impl<R: Real> Parameters<R> {
     }
 
     /// Sets trits and scales of `name`, and latents that project onto them if the model
-    /// has latents (DESIGN 3.1: never project twice).
+    /// has latents (never project twice: ARCHITECTURE.md, Numbers).
     ///
     /// # Errors
     /// An unknown name, another shape or group size, bytes that are no trits.

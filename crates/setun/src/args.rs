@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::ArgMatches;
 use clap::error::ErrorKind;
+use clap::parser::ValueSource;
 use setun_formats::TernaryInfo;
 use setun_io::Format;
 use setun_ternary::Numerics;
@@ -82,8 +83,8 @@ pub struct VerifyArgs {
 pub struct GenerateArgs {
     /// Run, checkpoint or export.
     pub model: PathBuf,
-    /// Which checkpoint, if `model` is a run.
-    pub checkpoint: CheckpointChoice,
+    /// Which checkpoint, if `model` is a run; `None` for the best, or the newest without one.
+    pub checkpoint: Option<CheckpointChoice>,
     /// Text to continue, unless there are `prompts`.
     pub prompt: Option<String>,
     /// File with a prompt on each line.
@@ -116,6 +117,8 @@ pub struct GenerateArgs {
     pub logprobs: Option<usize>,
     /// Seed of the sampling.
     pub seed: u64,
+    /// Flags of the sampling that were given, by name.
+    pub sampling: Vec<&'static str>,
     /// Number of threads; 0 for all cores.
     pub threads: usize,
     /// Whether to print tokens and speed.
@@ -127,8 +130,8 @@ pub struct GenerateArgs {
 pub struct EvalArgs {
     /// Run, checkpoint or export.
     pub model: PathBuf,
-    /// Which checkpoint, if `model` is a run.
-    pub checkpoint: CheckpointChoice,
+    /// Which checkpoint, if `model` is a run; `None` for the best, or the newest without one.
+    pub checkpoint: Option<CheckpointChoice>,
     /// Files, folders and patterns.
     pub data: Vec<PathBuf>,
     /// How text files are read.
@@ -189,8 +192,8 @@ pub struct TokenizerShowArgs {
 pub struct ConvertArgs {
     /// Run, checkpoint, model directory or file.
     pub input: PathBuf,
-    /// Which checkpoint, if `input` is a run.
-    pub checkpoint: CheckpointChoice,
+    /// Which checkpoint, if `input` is a run; `None` for the best, or the newest without one.
+    pub checkpoint: Option<CheckpointChoice>,
     /// Directory or file to write.
     pub output: PathBuf,
     /// Format to write.
@@ -377,10 +380,22 @@ fn train(matches: &ArgMatches) -> TrainArgs {
     }
 }
 
+/// Flags that choose how tokens are drawn.
+const SAMPLING: [&str; 8] = [
+    "temperature",
+    "top-k",
+    "top-p",
+    "min-p",
+    "repetition-penalty",
+    "presence-penalty",
+    "frequency-penalty",
+    "seed",
+];
+
 fn generate(matches: &ArgMatches) -> GenerateArgs {
     GenerateArgs {
         model: value(matches, "model"),
-        checkpoint: value(matches, "checkpoint"),
+        checkpoint: optional(matches, "checkpoint"),
         prompt: matches.get_one("prompt").cloned(),
         prompts: matches.get_one("prompts").cloned(),
         beams: value(matches, "beams"),
@@ -397,6 +412,7 @@ fn generate(matches: &ArgMatches) -> GenerateArgs {
         frequency_penalty: value(matches, "frequency-penalty"),
         logprobs: matches.get_one("logprobs").copied(),
         seed: value(matches, "seed"),
+        sampling: given(matches, &SAMPLING),
         threads: value(matches, "threads"),
         stats: matches.get_flag("stats"),
     }
@@ -405,7 +421,7 @@ fn generate(matches: &ArgMatches) -> GenerateArgs {
 fn eval(matches: &ArgMatches) -> EvalArgs {
     EvalArgs {
         model: value(matches, "model"),
-        checkpoint: value(matches, "checkpoint"),
+        checkpoint: optional(matches, "checkpoint"),
         data: paths(matches, "data"),
         documents: document_options(matches),
         seq_len: matches.get_one("seq-len").copied(),
@@ -448,7 +464,7 @@ fn convert(matches: &ArgMatches) -> ConvertArgs {
     };
     ConvertArgs {
         input: value(matches, "input"),
-        checkpoint: value(matches, "checkpoint"),
+        checkpoint: optional(matches, "checkpoint"),
         output: value(matches, "output"),
         format: value(matches, "to"),
         ternarize: matches.get_flag("ternarize").then_some(ternary),
@@ -488,6 +504,13 @@ fn optional<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) 
 
 fn value<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) -> T {
     optional(matches, name).expect("the definition makes it required or gives it a default")
+}
+
+/// Those of `names` that stand on the command line, also where they say what is the default.
+fn given(matches: &ArgMatches, names: &[&'static str]) -> Vec<&'static str> {
+    let mut given = names.to_vec();
+    given.retain(|name| matches.value_source(name) == Some(ValueSource::CommandLine));
+    given
 }
 
 fn many<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) -> Vec<T> {

@@ -127,7 +127,7 @@ Examples:
                      to MODEL/drafter, for setun generate --draft MODEL/drafter",
                 ),
         )
-        .arg(switch("dry-run").help("Check settings and data, print the memory plan, and stop"))
+        .arg(switch("dry-run").help("Check the settings, print the memory plan, and stop; no data is read"))
         .arg(
             switch("profile").help(
                 "Measure each operation of a step: prints a table and writes RUN/profile.json",
@@ -158,7 +158,8 @@ fn generate() -> Command {
                 .value_name("TEXT")
                 .required_unless_present("prompts")
                 .conflicts_with("prompts")
-                .help("Text to continue"),
+                .allow_hyphen_values(true)
+                .help("Text to continue; required unless there is --prompts"),
             path_flag("prompts", "FILE")
                 .help("Continue every line of a file, together; prints JSON lines"),
             number(
@@ -166,7 +167,8 @@ fn generate() -> Command {
                 "K",
                 "Search with K beams instead of sampling; 0: sample",
                 "0",
-            ),
+            )
+            .value_parser(|text: &str| within(text, 0, MAX_BEAMS)),
             decimal(
                 "length-penalty",
                 any_number,
@@ -191,6 +193,12 @@ fn generate() -> Command {
         )
 }
 
+/// Most beams of a search.
+const MAX_BEAMS: usize = 1024;
+/// Most windows of an evaluation at a time.
+const MAX_EVAL_BATCH: usize = 65_536;
+/// Most threads of a command.
+const MAX_THREADS: usize = 1024;
 /// Most tokens whose log-probabilities are printed.
 const MAX_LOGPROBS: usize = 1024;
 
@@ -274,16 +282,17 @@ fn eval() -> Command {
                 .required(true)
                 .num_args(1..)
                 .value_parser(value_parser!(PathBuf))
-                .help("Text files (.txt, .jsonl), folders or patterns"),
+                .help("Text files (.txt, .jsonl), folders or patterns; or a .tokens file"),
             checkpoint_flag(),
             length(
                 "seq-len",
-                "Tokens in a window [default: as in training, or the model's limit]",
+                "Tokens in a window [default: as in training, or the model's limit, at most 512]",
             ),
             length(
                 "batch-size",
                 "Windows processed at a time; results do not depend on it",
             )
+            .value_parser(|text: &str| within(text, 1, MAX_EVAL_BATCH))
             .default_value("8"),
             threads_flag(),
             Arg::new("numerics")
@@ -322,7 +331,9 @@ fn tokenize() -> Command {
         .after_help(
             "Example:\n  \
              setun tokenize --tokenizer tokenizer.json --output books.tokens books/*.txt\n  \
-             setun train recipes/path-b.toml --data.train books.tokens",
+             setun tokenize --tokenizer tokenizer.json --output other.tokens other.txt\n  \
+             setun train recipes/path-b.toml --tokenizer.path tokenizer.json \\\n      \
+             --data.train books.tokens --data.valid other.tokens",
         )
 }
 
@@ -352,6 +363,7 @@ fn tokenizer() -> Command {
             Arg::new("text")
                 .long("text")
                 .value_name("TEXT")
+                .allow_hyphen_values(true)
                 .help("Text to split into tokens"),
         )
         .after_help("Example:\n  setun tokenizer show tokenizer.json --text \"Hello there\"");
@@ -431,7 +443,7 @@ fn document_flags() -> [Arg; 3] {
             .value_name("N")
             .value_parser(whole_number)
             .help(format!(
-                "Shorter documents are counted and reported [default: {}]",
+                "Shorter documents are kept, but counted and reported [default: {}]",
                 defaults.min_document_chars
             )),
     ]
@@ -444,7 +456,7 @@ fn draft_flag() -> Arg {
         .value_parser(|text: &str| Ok::<_, Infallible>(Drafting::parse(text)))
         .help(
             "Guess ahead from the text so far, with a block drafter (MODEL/drafter), or with a \
-             smaller model; the same text, sooner",
+             smaller model: the same text, often sooner",
         )
 }
 
@@ -459,12 +471,12 @@ fn checkpoint_flag() -> Arg {
         .long("checkpoint")
         .value_name("best|newest|STEP")
         .value_parser(CheckpointChoice::parse)
-        .default_value("newest")
-        .help("Which checkpoint of a run")
+        .help("Which checkpoint of a run [default: the best; before there is one, the newest]")
 }
 
 fn threads_flag() -> Arg {
     number("threads", "N", "Number of threads; 0 for all cores", "0")
+        .value_parser(|text: &str| within(text, 0, MAX_THREADS))
 }
 
 fn json_flag() -> Arg {
@@ -564,6 +576,12 @@ fn one_or_more(text: &str) -> Result<usize, String> {
     }
 }
 
+fn within(text: &str, least: usize, most: usize) -> Result<usize, String> {
+    let number = text.parse().ok();
+    let number = number.filter(|n: &usize| (least..=most).contains(n));
+    number.ok_or_else(|| format!("it is a whole number from {least} to {most}"))
+}
+
 fn not_negative(text: &str) -> Result<f64, String> {
     checked(text, |number| number >= 0.0, "it is a number, 0 or more")
 }
@@ -589,9 +607,15 @@ fn any_number(text: &str) -> Result<f64, String> {
     checked(text, |_| true, "it is a number")
 }
 
+/// A number that is allowed also as the f32 that it becomes.
 fn checked(text: &str, allowed: impl Fn(f64) -> bool, rule: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(number) if number.is_finite() && allowed(number) => Ok(number),
-        _ => Err(rule.to_owned()),
+    let Some(number) = text.parse::<f64>().ok().filter(|number| number.is_finite()) else {
+        return Err(rule.to_owned());
+    };
+    let single = f64::from(number as f32);
+    match single.is_finite() && allowed(number) && allowed(single) {
+        true => Ok(number),
+        false if single.is_infinite() => Err(format!("{rule}, at most {:e} in size", f32::MAX)),
+        false => Err(rule.to_owned()),
     }
 }

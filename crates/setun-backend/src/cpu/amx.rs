@@ -1,9 +1,9 @@
 //! AMX: products of 16 x 16 tiles, bf16 and int8.
 //!
 //! The unit's order of operations is the definition of [`Order::EvenOdd`]
-//! (DESIGN 3.4), so that nothing has to be arranged for equal bits: one instruction takes 32
-//! values of the reduction, an even and an odd chain from zero, and adds their sum to the
-//! tile; denormals are zeros of their sign, before and after. Integer sums are exact.
+//! (ARCHITECTURE.md, Numbers), so that nothing has to be arranged for equal bits: one
+//! instruction takes 32 values of the reduction, an even and an odd chain from zero, and adds
+//! their sum to the tile; denormals are zeros of their sign, before and after. Integer sums are exact.
 //!
 //! Two tiles of rows meet two of columns at a time: four accumulators, and each tile that is
 //! loaded serves two instructions. Rust has no stable intrinsics for tiles, so the loops

@@ -1,4 +1,4 @@
-//! Blocked int8 x ternary products (DESIGN 3.3), equal to
+//! Blocked int8 x ternary products (ARCHITECTURE.md, Numbers), equal to
 //! [`int8_dot`](crate::kernels::product::int8_dot) bit for bit.
 //!
 //! The integer sums are exact, so their order is free; only the combine over groups

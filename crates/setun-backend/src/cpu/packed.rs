@@ -1,4 +1,4 @@
-//! int8 x ternary products (DESIGN 3.3) on weights that stay packed, two bits each.
+//! int8 x ternary products (ARCHITECTURE.md, Numbers) on weights that stay packed, two bits each.
 //!
 //! # Layout
 //! Outputs lie in panels of [`PANEL`]; the last panel is filled up with zeros. A panel holds,

@@ -13,7 +13,7 @@ use crate::kernels::attention::Store;
 use crate::kernels::rounding::ActRows;
 use crate::real::{Real, sum_lane_array};
 
-/// Lanes of a sum (DESIGN 3.4).
+/// Lanes of a sum (ARCHITECTURE.md, Numbers).
 const LANES: usize = 16;
 
 /// Rows whose gradients of gamma and beta are summed together. The sums of these blocks

@@ -8,7 +8,7 @@ use setun_ternary::groups_per_row;
 #[cfg(target_arch = "x86_64")]
 use std::any::TypeId;
 
-/// Order in which a sum of products is taken (DESIGN 3.4).
+/// Order in which a sum of products is taken (ARCHITECTURE.md, Numbers).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
     /// f32: one FMA chain over the ascending index.
@@ -261,7 +261,7 @@ fn fma_row<R: Real, const W: usize, const FLUSH: bool>(x: R, y: &[R], acc: &mut 
     }
 }
 
-/// One int8 row times one ternary row (DESIGN 3.3):
+/// One int8 row times one ternary row (ARCHITECTURE.md, Numbers):
 /// `y = fma(s[g] * a[g], dot[g], y)` over ascending groups, with exact integer dots.
 #[inline(always)]
 pub fn int8_dot<R: Real>(

@@ -1,4 +1,4 @@
-//! Rounding of activations, once, where they enter products (DESIGN 3.3).
+//! Rounding of activations, once, where they enter products (ARCHITECTURE.md, Numbers).
 
 use crate::real::Real;
 use half::bf16;

@@ -12,7 +12,7 @@ pub struct BenchArgs {
     pub benchmark: Benchmark,
     /// Number of threads; 0 for all cores.
     pub threads: usize,
-    /// Measurements, of which the median counts.
+    /// Measurements, of which the median counts; 0 where nothing is measured.
     pub repeat: usize,
     /// Whether to print JSON.
     pub json: bool,
@@ -83,11 +83,11 @@ pub struct DecodingArgs {
     pub what: Decoding,
     /// Model whose shape and weights are used; `None` for random weights.
     pub model: Option<PathBuf>,
-    /// Tokens in the cache before what is timed, or of a prompt.
+    /// Tokens in the cache before what is timed, or of a prompt; 0 where there are none.
     pub tokens: usize,
-    /// Rows of a step, or of logits.
+    /// Rows of a step, or of logits; 0 where they are fixed.
     pub batch: usize,
-    /// Entries to keep.
+    /// Entries to keep; 0 where none are.
     pub k: usize,
     /// How keys and values are stored; `None` for exactly.
     pub kv: Option<CacheKind>,
@@ -197,16 +197,21 @@ pub(super) fn bench(matches: &ArgMatches) -> Option<BenchArgs> {
         name => Benchmark::Decoding(DecodingArgs {
             what: Decoding::ALL.into_iter().find(|what| what.name() == name)?,
             model: optional(matches, "model"),
-            tokens: value(matches, "tokens"),
-            batch: value(matches, "batch"),
-            k: value(matches, "k"),
-            kv: optional(matches, "kv"),
+            tokens: of_some(matches, "tokens").unwrap_or(0),
+            batch: of_some(matches, "batch").unwrap_or(0),
+            k: of_some(matches, "k").unwrap_or(0),
+            kv: of_some(matches, "kv"),
         }),
     };
     Some(BenchArgs {
         benchmark,
-        threads: value(matches, "threads"),
-        repeat: value(matches, "repeat"),
+        threads: of_some(matches, "threads").unwrap_or(0),
+        repeat: of_some(matches, "repeat").unwrap_or(0),
         json: matches.get_flag("json"),
     })
+}
+
+/// The value of a flag that some benchmarks have and others do not.
+fn of_some<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, name: &str) -> Option<T> {
+    matches.try_get_one::<T>(name).ok().flatten().cloned()
 }

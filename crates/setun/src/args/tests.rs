@@ -173,7 +173,7 @@ fn generate_reads_its_numbers() {
     let Command::Generate(args) = parsed(&line).unwrap() else {
         panic!("not generate");
     };
-    assert_eq!(args.checkpoint, CheckpointChoice::Step(200));
+    assert_eq!(args.checkpoint, Some(CheckpointChoice::Step(200)));
     assert_eq!((args.temperature, args.top_p, args.min_p), (0.0, 0.95, 0.0));
     assert_eq!((args.max_tokens, args.top_k, args.threads), (100, 40, 0));
     assert_eq!(
@@ -189,6 +189,79 @@ fn generate_reads_its_numbers() {
     };
     assert_eq!(drafting("ngram"), Drafting::Ngram);
     assert_eq!(drafting("runs/small"), Drafting::Model("runs/small".into()));
+}
+
+#[test]
+fn a_text_may_begin_with_a_hyphen() {
+    let Command::Generate(args) =
+        parsed(&["generate", "--model", "m", "--prompt", "- a list"]).unwrap()
+    else {
+        panic!("not generate");
+    };
+    assert_eq!(args.prompt.as_deref(), Some("- a list"));
+    let expected = Command::TokenizerShow(TokenizerShowArgs {
+        file: "t.json".into(),
+        text: Some("-x".to_owned()),
+    });
+    let line = ["tokenizer", "show", "t.json", "--text", "-x"];
+    assert_eq!(parsed(&line).unwrap(), expected);
+}
+
+#[test]
+fn numbers_that_no_run_could_use_are_refused() {
+    let generate = ["generate", "--model", "m", "--prompt", "p"];
+    let eval = ["eval", "--model", "m", "--data", "d"];
+    let cases: [(&[&str], [&str; 2], &str); 6] = [
+        (&generate, ["--beams", "1025"], "from 0 to 1024"),
+        (&generate, ["--threads", "1025"], "from 0 to 1024"),
+        (&eval, ["--batch-size", "65537"], "from 1 to 65536"),
+        (&eval, ["--batch-size", "0"], "from 1 to 65536"),
+        (&generate, ["--repetition-penalty", "1e39"], "at most 3.4"),
+        (&generate, ["--repetition-penalty", "1e-60"], "above 0"),
+    ];
+    for (command, flag, words) in cases {
+        let message = refusal(&[command, &flag[..]].concat());
+        assert!(message.contains(words), "{message}");
+    }
+    parsed(&[&generate[..], &["--beams", "1024", "--threads", "1024"]].concat()).unwrap();
+    parsed(&[&eval[..], &["--batch-size", "65536"]].concat()).unwrap();
+}
+
+#[test]
+fn sampling_flags_are_known_as_given() {
+    let line = ["generate", "--model", "m", "--prompt", "p"];
+    let sampling = |flags: &[&str]| match parsed(&[&line[..], flags].concat()) {
+        Ok(Command::Generate(args)) => args.sampling,
+        other => panic!("{other:?}"),
+    };
+    assert!(sampling(&["--max-tokens", "3"]).is_empty());
+    // What is the default is given too.
+    let given = sampling(&["--seed", "1", "--top-k=3"]);
+    assert_eq!(given, ["top-k", "seed"]);
+}
+
+#[test]
+fn benchmarks_of_decoding_have_the_flags_that_they_use() {
+    for line in [
+        ["bench", "kv", "--tokens", "5"],
+        ["bench", "verify-width", "--batch", "2"],
+        ["bench", "softmax-topk", "--kv", "int8"],
+    ] {
+        refusal(&line);
+    }
+    let Command::Bench(args) = parsed(&["bench", "softmax-topk", "--batch", "3"]).unwrap() else {
+        panic!("not bench");
+    };
+    let expected = Benchmark::Decoding(DecodingArgs {
+        what: Decoding::SoftmaxTopk,
+        model: None,
+        tokens: 0,
+        batch: 3,
+        k: 64,
+        kv: None,
+    });
+    assert_eq!((args.benchmark, args.repeat), (expected, 5));
+    parsed(&["bench", "kv", "--kv", "int8"]).unwrap();
 }
 
 #[test]
@@ -245,7 +318,7 @@ fn eval_and_export_read_their_arguments() {
     ];
     let expected = Command::Eval(EvalArgs {
         model: "m".into(),
-        checkpoint: CheckpointChoice::Newest,
+        checkpoint: None,
         data: vec!["a.txt".into(), "b.txt".into()],
         documents: DocumentOptions::default(),
         seq_len: Some(64),
@@ -261,7 +334,7 @@ fn eval_and_export_read_their_arguments() {
     let line = ["convert", "m", "out", "--to", "mlx", "--checkpoint", "best"];
     let expected = Command::Convert(ConvertArgs {
         input: "m".into(),
-        checkpoint: CheckpointChoice::Best,
+        checkpoint: Some(CheckpointChoice::Best),
         output: "out".into(),
         format: Format::Mlx,
         ternarize: None,
@@ -418,9 +491,9 @@ bench attention: --threads --repeat --json --seq --head-dim --heads
 bench layer-norm: --threads --repeat --json --rows --width
 bench train: --threads --repeat --json --shape --batch-size --seq-len --profile
 bench speculate: --threads --repeat --json --model --draft --text --tokens
-bench decode: --threads --repeat --json --model --tokens --batch --k --kv
-bench prefill: --threads --repeat --json --model --tokens --batch --k --kv
-bench verify-width: --threads --repeat --json --model --tokens --batch --k --kv
-bench softmax-topk: --threads --repeat --json --model --tokens --batch --k --kv
-bench kv: --threads --repeat --json --model --tokens --batch --k --kv
+bench decode: --threads --repeat --json --model --tokens --batch --kv
+bench prefill: --threads --repeat --json --model --tokens --batch --kv
+bench verify-width: --threads --repeat --json --model --tokens --kv
+bench softmax-topk: --threads --repeat --json --model --batch --k
+bench kv: --json --model --kv
 ";

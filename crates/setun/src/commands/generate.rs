@@ -7,55 +7,34 @@ use crate::{CommandResult, Outcome, WrongUsage};
 use drafts::Decoder;
 use setun_formats::Tokenizer;
 use setun_infer::{
-    BeamOptions, BeamRequest, Engine, EngineOptions, FinishReason, Generation, LengthPenalty,
+    BeamOptions, BeamRequest, Engine, EngineError, FinishReason, Hypothesis, LengthPenalty,
     Request, SamplerOptions, StopRules, TokenLogprobs,
 };
 use setun_io::OpenModel;
-use setun_train::machine;
 use std::error::Error;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
 pub(super) mod drafts;
-
-/// Most sequences that are decoded together.
-const MAX_SEQUENCES: usize = 64;
+mod room;
 
 /// `setun generate`
 pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult {
-    if args.beams > 0 && args.draft != Drafting::None {
-        let error = "a beam search has no drafts; leave out --beams or --draft";
-        return Err(Box::new(WrongUsage(error.to_owned())));
-    }
-    if args.beams > 0 && args.logprobs.is_some() {
-        let error = "the results of a beam search have scores; leave out --beams or --logprobs";
-        return Err(Box::new(WrongUsage(error.to_owned())));
-    }
-    let sampler = sampler_options(&args);
-    sampler.validate()?;
-    let texts = prompts(&args)?;
+    check_beams(&args)?;
+    sampler_options(&args).validate()?;
+    let prompts = prompts(&args)?;
     let start = Instant::now();
     let model = super::open(&args.model, args.checkpoint)?;
     let opening = start.elapsed();
     let tokenizer = super::tokenizer_of(&model)?;
     let tokenizing = start.elapsed() - opening;
-    let stop = StopRules {
-        end_tokens: model.config().eos_token_ids.clone(),
-        max_tokens: args.max_tokens,
-    };
-    let mut requests = Vec::new();
-    for (i, text) in texts.iter().enumerate() {
-        requests.push(Request {
-            prompt: tokenizer.encode_with_special(text)?,
-            sampler,
-            stop: stop.clone(),
-            seed: (args.seed, i as u64),
-            logprobs: args.logprobs,
-        });
-    }
-    let options = engine_options(&args, &model, &requests, super::isa(environment)?);
+    let requests = requests(&args, &prompts, &model, &tokenizer)?;
+    let options = room::engine_options(&args, &model, &requests, super::isa(environment)?)?;
     let (mut engine, mut drafter) =
         drafts::engine_and_drafter(&args.draft, &model, &tokenizer, options)?;
+    // Before anything is printed.
+    let checked = engine.check_requests(&requests);
+    checked.map_err(|error| with_line(error, &args, &prompts))?;
     let loading = start.elapsed() - tokenizing;
     let start = Instant::now();
     let mut clock = || start.elapsed().as_secs_f64();
@@ -63,17 +42,17 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
     let mut timer = Timer::new(&requests);
     match (args.beams, args.prompts.is_some()) {
         (0, false) => {
-            let prompt = (texts[0].as_str(), &requests[0]);
+            let prompt = (prompts.texts[0].as_str(), &requests[0]);
             stream(&mut engine, &mut decoder, &tokenizer, prompt, &mut timer)?;
         }
         (0, true) => {
-            let prompts = (texts.as_slice(), requests.as_slice());
+            let prompts = (prompts.texts.as_slice(), requests.as_slice());
             batch(&mut engine, &mut decoder, &tokenizer, prompts, &mut timer)?;
         }
         _ => beams(
             &mut engine,
             &tokenizer,
-            &texts,
+            &prompts.texts,
             &requests,
             &args,
             &mut timer,
@@ -90,6 +69,22 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
     Ok(Outcome::Success)
 }
 
+/// Refuses what a beam search would ignore.
+fn check_beams(args: &GenerateArgs) -> Result<(), WrongUsage> {
+    let error = if args.beams == 0 {
+        return Ok(());
+    } else if args.draft != Drafting::None {
+        "a beam search has no drafts; leave out --beams or --draft".to_owned()
+    } else if args.logprobs.is_some() {
+        "the results of a beam search have scores; leave out --beams or --logprobs".to_owned()
+    } else if let Some(flag) = args.sampling.first() {
+        format!("a beam search samples nothing; leave out --beams or --{flag}")
+    } else {
+        return Ok(());
+    };
+    Err(WrongUsage(error))
+}
+
 fn sampler_options(args: &GenerateArgs) -> SamplerOptions {
     SamplerOptions {
         temperature: args.temperature as f32,
@@ -102,43 +97,70 @@ fn sampler_options(args: &GenerateArgs) -> SamplerOptions {
     }
 }
 
+/// What is continued.
+struct Prompts {
+    texts: Vec<String>,
+    /// Where each one stands in the file, counted from 1; nothing without a file.
+    lines: Vec<usize>,
+}
+
 /// The prompt, or the lines of the file.
-fn prompts(args: &GenerateArgs) -> Result<Vec<String>, Box<dyn Error>> {
+fn prompts(args: &GenerateArgs) -> Result<Prompts, Box<dyn Error>> {
     let Some(path) = &args.prompts else {
-        return Ok(vec![args.prompt.clone().unwrap_or_default()]);
+        return Ok(Prompts {
+            texts: vec![args.prompt.clone().unwrap_or_default()],
+            lines: Vec::new(),
+        });
     };
     let text = std::fs::read_to_string(path)
         .map_err(|e| format!("{}: {e}; give a UTF-8 text file", path.display()))?;
-    let lines: Vec<String> = text
-        .lines()
-        .filter(|l| !l.is_empty())
-        .map(str::to_owned)
-        .collect();
+    let lines = text.lines().zip(1..).filter(|(text, _)| !text.is_empty());
+    let (texts, lines): (Vec<String>, Vec<usize>) =
+        lines.map(|(text, line)| (text.to_owned(), line)).unzip();
     match lines.is_empty() {
         true => Err(Box::new(WrongUsage(format!(
             "{} has no prompts; write one on each line",
             path.display()
         )))),
-        false => Ok(lines),
+        false => Ok(Prompts { texts, lines }),
     }
 }
 
-fn engine_options(
+/// A request for each prompt.
+fn requests(
     args: &GenerateArgs,
+    prompts: &Prompts,
     model: &OpenModel,
-    requests: &[Request],
-    isa: setun_backend::Isa,
-) -> EngineOptions {
-    let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0);
-    let wanted = longest.saturating_add(args.max_tokens);
-    let context = wanted.clamp(1, model.config().max_position_embeddings.max(1));
-    let sequences = requests.len().min(MAX_SEQUENCES) * args.beams.max(1);
-    // A block is 16 tokens; each beam may write one aside.
-    let tokens = sequences.min(MAX_SEQUENCES.max(args.beams)) * (context + 32);
-    EngineOptions {
-        cache: args.kv,
-        cache_tokens: Some(tokens),
-        ..EngineOptions::new(context, machine::threads(args.threads), isa)
+    tokenizer: &Tokenizer,
+) -> Result<Vec<Request>, Box<dyn Error>> {
+    let stop = StopRules {
+        end_tokens: model.config().eos_token_ids.clone(),
+        max_tokens: args.max_tokens,
+    };
+    let mut requests = Vec::new();
+    for (i, text) in prompts.texts.iter().enumerate() {
+        requests.push(Request {
+            prompt: tokenizer.encode_with_special(text)?,
+            sampler: sampler_options(args),
+            stop: stop.clone(),
+            seed: (args.seed, i as u64),
+            logprobs: args.logprobs,
+        });
+    }
+    Ok(requests)
+}
+
+/// Names the line of the file in place of the number of the request.
+fn with_line(error: EngineError, args: &GenerateArgs, prompts: &Prompts) -> Box<dyn Error> {
+    match error {
+        EngineError::Request { number, source } => {
+            let line = prompts.lines.get(number.wrapping_sub(1));
+            match (&args.prompts, line) {
+                (Some(path), Some(line)) => format!("{}:{line}: {source}", path.display()).into(),
+                _ => source,
+            }
+        }
+        other => other.into(),
     }
 }
 
@@ -172,12 +194,12 @@ fn stream(
         );
         console::print(format_args!("{:>9.4}  {text:?}    {top}\n", t.logprob))?;
     }
-    warn_if_cut(&generation, engine.context());
+    warn_if_cut(generation.reason, engine.context());
     Ok(())
 }
 
-fn warn_if_cut(generation: &Generation, context: usize) {
-    if generation.reason == FinishReason::ContextFull {
+fn warn_if_cut(reason: FinishReason, context: usize) {
+    if reason == FinishReason::ContextFull {
         console::tell(format_args!("the context of {context} tokens is full"));
     }
 }
@@ -199,7 +221,7 @@ fn batch(
             line["logprobs"] = generation.logprobs.iter().map(of_token).collect();
         }
         console::print(format_args!("{line}\n"))?;
-        warn_if_cut(generation, engine.context());
+        warn_if_cut(generation.reason, engine.context());
     }
     Ok(())
 }
@@ -213,6 +235,14 @@ fn logprobs_json(tokenizer: &Tokenizer, said: &TokenLogprobs) -> serde_json::Val
     value
 }
 
+fn beam_request(request: &Request) -> BeamRequest {
+    BeamRequest {
+        prompt: request.prompt.clone(),
+        end_tokens: request.stop.end_tokens.clone(),
+        max_tokens: request.stop.max_tokens,
+    }
+}
+
 /// Beams of all prompts; the best text as it is, or every result on a line of JSON.
 fn beams(
     engine: &mut Engine,
@@ -222,33 +252,38 @@ fn beams(
     args: &GenerateArgs,
     timer: &mut Timer,
 ) -> Result<(), Box<dyn Error>> {
-    let of_request = |r: &Request| BeamRequest {
-        prompt: r.prompt.clone(),
-        end_tokens: r.stop.end_tokens.clone(),
-        max_tokens: r.stop.max_tokens,
-    };
-    let searched: Vec<BeamRequest> = requests.iter().map(of_request).collect();
+    let searched: Vec<BeamRequest> = requests.iter().map(beam_request).collect();
     let options = BeamOptions {
         length_penalty: LengthPenalty::Power(args.length_penalty),
         ..BeamOptions::new(args.beams)
     };
     let all = engine.beam_search(&searched, options)?;
     for ((prompt, request), found) in texts.iter().zip(requests).zip(&all) {
-        for (i, hypothesis) in found.iter().enumerate() {
-            timer.add(hypothesis.tokens.len());
+        found.iter().for_each(|h| timer.add(h.tokens.len()));
+        let shown = match args.prompts {
+            None => 1,
+            Some(_) => found.len(),
+        };
+        for (i, hypothesis) in found.iter().take(shown).enumerate() {
             let ends = &request.stop.end_tokens;
-            let shown = hypothesis.tokens.iter().filter(|t| !ends.contains(t));
-            let text = tokenizer.decode(&shown.copied().collect::<Vec<_>>());
+            let tokens = hypothesis.tokens.iter().filter(|t| !ends.contains(t));
+            let text = tokenizer.decode(&tokens.copied().collect::<Vec<_>>());
             if args.prompts.is_none() {
-                if i == 0 {
-                    console::print(format_args!("{prompt}{text}\n"))?;
-                }
+                console::print(format_args!("{prompt}{text}\n"))?;
                 continue;
             }
             let line = serde_json::json!({
                 "prompt": prompt, "text": text, "rank": i, "score": hypothesis.score,
             });
             console::print(format_args!("{line}\n"))?;
+        }
+        let (context, num_prompt) = (engine.context(), request.prompt.len());
+        let is_cut = |h: &Hypothesis| {
+            let reason = request.stop.finish_reason(&h.tokens, num_prompt, context);
+            reason == Some(FinishReason::ContextFull)
+        };
+        if found.iter().take(shown).any(is_cut) {
+            warn_if_cut(FinishReason::ContextFull, context);
         }
     }
     Ok(())
@@ -296,5 +331,63 @@ impl Timer {
             self.num_new,
             later / (all - first).max(1e-9)
         ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Command, parse};
+    use std::ffi::OsString;
+
+    fn args(flags: &[&str]) -> GenerateArgs {
+        let start = ["setun", "generate", "--model", "m"];
+        match parse(start.iter().chain(flags).map(OsString::from)) {
+            Ok(Command::Generate(args)) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_a_beam_search_would_ignore_is_refused_by_name() {
+        let beams = ["--prompt", "a", "--beams", "2"];
+        assert_eq!(check_beams(&args(&beams)), Ok(()));
+        for flag in [
+            "--draft=ngram",
+            "--logprobs=2",
+            "--temperature=0.8",
+            "--seed=1",
+        ] {
+            let given = [&beams[..], &[flag]].concat();
+            let error = check_beams(&args(&given)).unwrap_err().to_string();
+            let name = flag.split('=').next().unwrap();
+            assert!(
+                error.ends_with(&format!("leave out --beams or {name}")),
+                "{error}"
+            );
+            assert_eq!(check_beams(&args(&["--prompt", "a", flag])), Ok(()));
+        }
+    }
+
+    #[test]
+    fn errors_name_the_line_of_the_file() {
+        let file = std::env::temp_dir().join(format!("setun-prompts-{}.txt", std::process::id()));
+        std::fs::write(&file, "one\n\n\ntwo\n").unwrap();
+        let path = file.to_str().unwrap();
+        let from_file = args(&["--prompts", path]);
+        let found = prompts(&from_file);
+        std::fs::remove_file(&file).unwrap();
+        let found = found.unwrap();
+        assert_eq!(found.texts, ["one", "two"]);
+        assert_eq!(found.lines, [1, 4]);
+        let second = || EngineError::Request {
+            number: 2,
+            source: Box::new(EngineError::EmptyPrompt),
+        };
+        let error = with_line(second(), &from_file, &found).to_string();
+        assert_eq!(error, format!("{path}:4: {}", EngineError::EmptyPrompt));
+        let alone = args(&["--prompt", "a"]);
+        let error = with_line(second(), &alone, &prompts(&alone).unwrap()).to_string();
+        assert_eq!(error, EngineError::EmptyPrompt.to_string());
     }
 }

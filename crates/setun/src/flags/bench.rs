@@ -23,7 +23,10 @@ pub(super) fn bench() -> Command {
         .arg_required_else_help(true)
         .after_help(HELP)
         .subcommands([
-            benchmark("peak", "Multiply-adds a second in registers, f32 and int8"),
+            benchmark(
+                "peak",
+                "Multiply-adds a second in registers, f32, bf16 and int8",
+            ),
             benchmark("bandwidth", "Bytes a second from main memory"),
             benchmark("matmul", "Products of a training step: forward, dx and dw")
                 .arg(shape("Model whose matrices are multiplied")),
@@ -71,15 +74,29 @@ fn decoding(what: Decoding) -> Command {
         Decoding::SoftmaxTopk => "Softmax and top-k of given logits",
         Decoding::Kv => "Memory of the cache of keys and values",
     };
-    let tokens = "Tokens of the prompt, or in the cache before";
-    benchmark(what.name(), about).args([
-        path_flag("model", "PATH")
-            .help("A run, a checkpoint or an export [default: 0.6B shape, random weights]"),
-        number("tokens", "N", tokens, "512"),
-        length("batch", "Sequences, or rows of logits").default_value("1"),
-        length("k", "Entries to keep").default_value("64"),
-        kv_flag(),
-    ])
+    let command = match what {
+        // A formula: nothing is measured.
+        Decoding::Kv => Command::new(what.name()).about(about).arg(json_flag()),
+        _ => benchmark(what.name(), about),
+    };
+    let model = path_flag("model", "PATH")
+        .help("A run, a checkpoint or an export [default: 0.6B shape, random weights]");
+    let tokens = |help| number("tokens", "N", help, "512");
+    let batch = |help| length("batch", help).default_value("1");
+    let held = "Tokens in the cache before";
+    command.arg(model).args(match what {
+        Decoding::Decode => vec![tokens(held), batch("Sequences"), kv_flag()],
+        Decoding::Prefill => {
+            let tokens = tokens("Tokens of the prompt");
+            vec![tokens, batch("Sequences"), kv_flag()]
+        }
+        Decoding::VerifyWidth => vec![tokens(held), kv_flag()],
+        Decoding::SoftmaxTopk => {
+            let k = length("k", "Entries to keep").default_value("64");
+            vec![batch("Rows of logits"), k]
+        }
+        Decoding::Kv => vec![kv_flag().help("Only bf16, f32 or int8 [default: all of them]")],
+    })
 }
 
 fn benchmark(name: &'static str, about: &'static str) -> Command {

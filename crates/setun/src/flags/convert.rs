@@ -29,7 +29,7 @@ keeps an embedding that is tied to the head in bf16: its readers cannot pack tha
 
 Examples:
   setun convert runs/quickstart model.gguf --to gguf-q2_0
-  setun convert Qwen3-0.6B ternary --to packed --ternarize --group-size 128
+  setun convert Qwen3-0.6B ternary --to packed --ternarize --scale-rule least-squares
   setun convert model.gguf mlx-model --to mlx
   setun convert dense-f32 dense --to hf --lossy";
 

@@ -10,7 +10,8 @@ use setun_backend::topk::softmax_topk;
 use setun_backend::{CACHE_BLOCK, CacheKind, CacheShape};
 use setun_formats::config::{Qwen3Config, RopeConfig};
 use setun_infer::{
-    Chunk, CostModel, Engine, EngineOptions, Sequence, Wanted, load_parameters, spec_of,
+    Chunk, CostModel, Engine, EngineOptions, Sequence, Wanted, exact_cache, load_parameters,
+    spec_of,
 };
 use setun_io::OpenModel;
 use setun_model::{ModelSpec, Scheme};
@@ -204,7 +205,8 @@ fn decode(bench: &Bench, args: &DecodingArgs) -> Figures {
     let sequences = filled(&mut engine, args.batch, args.tokens)?;
     let seconds = median(bench, || step(&mut engine, &sequences, 1))?;
     let weights = weight_bytes(&mut engine) as f64;
-    let shape = cache_shape(&engine.spec().config, args.kv.unwrap_or_default());
+    let kind = args.kv.unwrap_or(exact_cache(engine.spec().numerics));
+    let shape = cache_shape(&engine.spec().config, kind);
     let cache = shape.token_bytes() * engine.spec().config.num_hidden_layers;
     let cache = (cache * args.tokens * args.batch) as f64;
     let bandwidth = machine::bandwidth(bench).rate();

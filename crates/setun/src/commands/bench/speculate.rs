@@ -4,8 +4,10 @@ use super::{Bench, Figure, Unit};
 use crate::args::SpeculateArgs;
 use crate::commands::generate::drafts::engine_and_drafter;
 use crate::commands::{open, tokenizer_of};
+use setun_formats::Tokenizer;
 use setun_infer::{Engine, EngineOptions, Request, SamplerOptions, Speculator, StopRules};
 use std::error::Error;
+use std::path::Path;
 use std::time::Instant;
 
 /// Tokens of a passage.
@@ -58,26 +60,16 @@ impl Kind {
 /// For each kind: the time of a text with drafts, and against the texts without right
 /// before and behind it the median ratio. Each turn has another passage.
 pub(super) fn run(bench: &Bench, args: &SpeculateArgs) -> Result<Vec<Figure>, Box<dyn Error>> {
-    let model = open(&args.model, crate::args::CheckpointChoice::Best)?;
+    let model = open(&args.model, None)?;
     let tokenizer = tokenizer_of(&model)?;
-    let context = REPEATED * PASSAGE + args.tokens;
+    let context = (REPEATED * PASSAGE).saturating_add(args.tokens);
+    let context = context.min(model.config().max_position_embeddings);
     let options = EngineOptions {
         cache_tokens: Some(2 * context + 64),
         ..EngineOptions::new(context, bench.threads, bench.isa)
     };
-    let text = std::fs::read_to_string(&args.text)
-        .map_err(|e| format!("{}: {e}; give a UTF-8 text file", args.text.display()))?;
-    let all = tokenizer.encode(&text)?;
+    let all = text_tokens(&args.text, &tokenizer, bench.repeat + 1)?;
     let step = all.len() / (bench.repeat + 1);
-    if step < PASSAGE {
-        let wanted = PASSAGE * (bench.repeat + 1);
-        let place = args.text.display();
-        return Err(format!(
-            "{place} has {} tokens; give {wanted}, or lower --repeat",
-            all.len()
-        )
-        .into());
-    }
     let (mut engine, mut drafter) = engine_and_drafter(&args.draft, &model, &tokenizer, options)?;
     let drafter = drafter.as_deref_mut();
     let drafter = drafter.ok_or("--draft none has nothing to measure; name a drafter")?;
@@ -87,7 +79,7 @@ pub(super) fn run(bench: &Bench, args: &SpeculateArgs) -> Result<Vec<Figure>, Bo
     for kind in [Kind::Repeating, Kind::Prose, Kind::Adversarial] {
         let mut clock = || start.elapsed().as_secs_f64();
         let mut speculator = Speculator::new(drafter, &mut clock);
-        let (mut times, mut ratios) = (Vec::new(), Vec::new());
+        let (mut times, mut ratios, mut tokens) = (Vec::new(), Vec::new(), 0);
         // The first turn warms up.
         for turn in 0..=bench.repeat {
             let passage = &all[turn * step..turn * step + PASSAGE];
@@ -105,15 +97,17 @@ pub(super) fn run(bench: &Bench, args: &SpeculateArgs) -> Result<Vec<Figure>, Bo
             if found.tokens != expected.tokens {
                 return Err("drafts have changed a text; please report this".into());
             }
+            // The same in every turn, and fewer than wanted where the context is full.
+            tokens = found.tokens.len();
             if turn > 0 {
                 times.push(with);
                 ratios.push(without / with);
             }
         }
         figures.push(Figure {
-            name: format!("{} tokens of {}", args.tokens, kind.name()),
+            name: format!("{tokens} tokens of {}", kind.name()),
             seconds: middle(&mut times),
-            work: args.tokens as f64,
+            work: tokens as f64,
             unit: Unit::Tokens,
             limit: None,
             facts: vec![
@@ -125,6 +119,24 @@ pub(super) fn run(bench: &Bench, args: &SpeculateArgs) -> Result<Vec<Figure>, Bo
         });
     }
     Ok(figures)
+}
+
+/// The tokens of a text, a passage for each turn among them.
+fn text_tokens(
+    path: &Path,
+    tokenizer: &Tokenizer,
+    turns: usize,
+) -> Result<Vec<u32>, Box<dyn Error>> {
+    let place = path.display();
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| format!("{place}: {e}; give a UTF-8 text file"))?;
+    let all = tokenizer.encode(&text)?;
+    if all.len() / turns < PASSAGE {
+        let (found, wanted) = (all.len(), PASSAGE.saturating_mul(turns));
+        let error = format!("{place} has {found} tokens; give {wanted}, or lower --repeat");
+        return Err(error.into());
+    }
+    Ok(all)
 }
 
 /// The median; leaves the values in order.

@@ -57,7 +57,7 @@ fn model_drafter(
     let options = EngineOptions {
         context,
         cache: None,
-        cache_tokens: Some(context + 32),
+        cache_tokens: Some(context.saturating_add(32)),
         ..options
     };
     let engine = Engine::load(&model, options)?;
@@ -96,6 +96,7 @@ impl<'a> Decoder<'a> {
         if self.0.is_none() {
             return engine.generate_batch(requests, |_, token| on_token(token));
         }
+        engine.check_requests(requests)?;
         let one = |request| self.generate(engine, request, on_token);
         requests.iter().map(one).collect()
     }

@@ -1,0 +1,128 @@
+//! What is refused: requests that cannot be continued, before anything is computed, logits
+//! that are no numbers, a step that the cache has no room for. And requests of a batch, each
+//! with options of its own.
+
+mod model;
+
+use model::{Model, Numbers, bits};
+use setun_backend::Isa;
+use setun_infer::{
+    BeamOptions, BeamRequest, Chunk, Engine, EngineError, EngineOptions, KvError, Request,
+    SamplerError, SamplerOptions, StopRules, Wanted,
+};
+use setun_ternary::Numerics;
+
+fn request(prompt: Vec<u32>) -> Request {
+    Request {
+        prompt,
+        sampler: SamplerOptions::default(),
+        stop: StopRules {
+            end_tokens: Vec::new(),
+            max_tokens: 10,
+        },
+        seed: (1, 0),
+        logprobs: None,
+    }
+}
+
+fn beams(prompt: Vec<u32>) -> BeamRequest {
+    BeamRequest {
+        prompt,
+        end_tokens: vec![0],
+        max_tokens: 10,
+    }
+}
+
+/// With four blocks of cache, and eight rows in a call.
+fn small_engine(model: &Model) -> Engine {
+    model.engine(EngineOptions {
+        cache_tokens: Some(64),
+        max_rows: 8,
+        ..EngineOptions::new(48, 1, Isa::detect())
+    })
+}
+
+#[test]
+fn a_bad_request_is_named_before_anything_is_computed() {
+    let mut numbers = Numbers::new(1);
+    let model = Model::random(&mut numbers, Numerics::Int8);
+    let mut engine = small_engine(&model);
+    let good = numbers.tokens(5, model.spec.config.vocab_size);
+    for bad in [Vec::new(), vec![0; 49], vec![u32::MAX]] {
+        let requests = [good.clone(), bad.clone()].map(request);
+        let mut seen = 0;
+        let plain = engine.generate_batch(&requests, |_, _| seen += 1);
+        let plain = plain.unwrap_err();
+        let searched = engine.beam_search(&[good.clone(), bad].map(beams), BeamOptions::new(2));
+        for error in [plain, searched.unwrap_err()] {
+            let second = matches!(error, EngineError::Request { number: 2, .. });
+            assert!(second && error.to_string().starts_with("request 2: "));
+        }
+        assert_eq!((seen, engine.tables().available()), (0, 4));
+        let alone = engine.generate(&requests[1], |_| {}).unwrap_err();
+        assert!(!alone.to_string().starts_with("request"), "{alone}");
+    }
+}
+
+#[test]
+fn beams_over_logits_that_are_no_numbers_are_refused() {
+    let mut numbers = Numbers::new(2);
+    let mut model = Model::random(&mut numbers, Numerics::F32);
+    for (name, norm) in &mut model.norms {
+        if name == "model.norm.weight" {
+            norm.fill(f32::NAN);
+        }
+    }
+    let mut engine = small_engine(&model);
+    let found = engine.beam_search(&[beams(vec![1, 2, 3])], BeamOptions::new(2));
+    let error = found.unwrap_err();
+    let refused = matches!(error, EngineError::Sampler(SamplerError::NotANumber));
+    assert!(refused, "{error}");
+    assert_eq!(engine.tables().available(), 4, "nothing is left behind");
+}
+
+#[test]
+fn a_step_that_does_not_fit_changes_no_sequence() {
+    let mut numbers = Numbers::new(3);
+    let model = Model::random(&mut numbers, Numerics::Bf16);
+    let text = numbers.tokens(40, model.spec.config.vocab_size);
+    let mut engine = small_engine(&model);
+    let (a, b) = (engine.start(&[]), engine.start(&[]));
+    let chunk = |sequence, tokens| Chunk {
+        sequence,
+        tokens,
+        parents: None,
+        logits: Wanted::Last,
+    };
+    let mut last = Vec::new();
+    let mut keep = |_: usize, _: usize, logits: &mut [f32]| last = bits(logits);
+    engine.step(&[chunk(a, &text[..10])], &mut keep).unwrap();
+    // One more block for the first chunk, which alone would fit, and three for the second.
+    let chunks = [chunk(a, &text[10..30]), chunk(b, &text[..])];
+    let full = engine.step(&chunks, &mut keep);
+    assert!(matches!(full, Err(EngineError::Kv(KvError::Full { .. }))));
+    assert_eq!([a, b].map(|s| engine.len(s).unwrap()), [10, 0]);
+    assert_eq!(engine.tables().available(), 3);
+    engine.step(&chunks[..1], &mut keep).unwrap();
+    let expected = model.trained(40).logits(&text[..30]).pop();
+    assert!(expected == Some(last));
+}
+
+#[test]
+fn requests_of_a_batch_keep_their_own_options() {
+    let mut numbers = Numbers::new(4);
+    let model = Model::random(&mut numbers, Numerics::Int8);
+    let mut engine = small_engine(&model);
+    let mut requests = Vec::new();
+    // Without top-k, whole rows are looked at.
+    for (number, (temperature, top_p)) in (0..).zip([(1.5, 1.0), (0.7, 0.5), (0.0, 1.0)]) {
+        let mut new = request(numbers.tokens(5, model.spec.config.vocab_size));
+        (new.sampler.temperature, new.sampler.top_p) = (temperature, top_p);
+        new.seed = (1, number);
+        requests.push(new);
+    }
+    let together = engine.generate_batch(&requests, |_, _| {}).unwrap();
+    for (request, text) in requests.iter().zip(&together) {
+        assert_eq!(&engine.generate(request, |_| {}).unwrap(), text);
+    }
+}
