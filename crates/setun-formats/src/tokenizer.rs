@@ -373,6 +373,14 @@ impl Tokenizer {
         self.vocab_size
     }
 
+    /// The first id that is not the same token for `other`: what one writes, the other must
+    /// not read where there is one.
+    pub fn first_difference(&self, other: &Self) -> Option<u32> {
+        let token = |tokenizer: &Self, id| tokenizer.special.id_to_token(id);
+        let mut ids = 0..self.vocab_size.max(other.vocab_size) as u32;
+        ids.find(|&id| token(self, id) != token(other, id))
+    }
+
     /// Id of [`END_OF_TEXT`], if the vocabulary has it.
     pub fn end_of_text(&self) -> Option<u32> {
         self.end_of_text

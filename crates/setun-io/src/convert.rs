@@ -110,7 +110,10 @@ impl Format {
     /// the remedy.
     pub fn check(self, config: &Qwen3Config, ternary: Option<&TernaryInfo>) -> Result<(), IoError> {
         check_format(config, ternary, &ConvertOptions::new(self))?;
-        let (Self::Gguf(GgufWeights::Block(block)), Some(ternary)) = (self, ternary) else {
+        let (Self::Gguf(weights), Some(ternary)) = (self, ternary) else {
+            return Ok(());
+        };
+        let Encoding::Blocks(block) = weights.encoding(true) else {
             return Ok(());
         };
         let group_size = ternary.group_size;

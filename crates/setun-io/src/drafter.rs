@@ -84,10 +84,11 @@ impl OpenDrafter {
         &self.header
     }
 
-    /// Refuses a target that the drafter was not trained for.
+    /// Refuses a target for which the drafter cannot be used. For other weights of the same
+    /// shape it can: fewer of its drafts are accepted, and the text stays the same.
     ///
     /// # Errors
-    /// Widths, rope, layers or weights that are not those of its target.
+    /// Widths, rope, layers or groups that are not those of its target.
     pub fn check_target(&self, target: &OpenModel) -> Result<(), IoError> {
         let (own, other) = (&self.header.config, target.config());
         // All but what a drafter has for itself: layers, vocabulary, tokens with a meaning.

@@ -8,10 +8,12 @@ use half::bf16;
 use serde::{Deserialize, Serialize};
 use setun_backend::{Backend, Buf, Extent, Reader, StoredBuf};
 use setun_formats::tensors::write_header;
-use setun_formats::{Dtype, PackedHeader, ParameterInfo, TensorInfo, TernaryInfo};
+use setun_formats::{
+    Dtype, PackedHeader, ParameterInfo, Qwen3Config, TensorInfo, TernaryInfo, Tokenizer,
+};
 use setun_io::{
-    BlockSink, DirWriter, FileOps, IoError, Matrix, TensorFile, TensorSource, checkpoint_name,
-    write_packed,
+    BlockSink, DirWriter, FileOps, IoError, Matrix, OpenModel, TensorFile, TensorSource,
+    checkpoint_name, write_packed,
 };
 use setun_model::{Parameter, Parameters};
 use setun_ternary::PackedMatrix;
@@ -135,13 +137,43 @@ impl<S: Reader> TensorSource for LiveSource<'_, S> {
     }
 }
 
-/// Files that stay the same over a run.
+/// Names and contents of files.
+pub type SmallFiles = Arc<[(&'static str, Vec<u8>)]>;
+
+/// What a checkpoint holds besides weights and state: `config.json`, `tokenizer.json`, and
+/// `chat_template.jinja` and `generation_config.json` where the model that training starts
+/// from has them, so that a resumed run renders conversations as before, and exports carry
+/// both.
+///
+/// # Errors
+/// A file of `init` that cannot be read.
+pub fn small_files(
+    config: &Qwen3Config,
+    tokenizer: &Tokenizer,
+    init: Option<&OpenModel>,
+) -> Result<SmallFiles, TrainError> {
+    let mut files = vec![
+        ("config.json", config.to_json().into_bytes()),
+        ("tokenizer.json", tokenizer.to_json().into_bytes()),
+    ];
+    if let Some(init) = init {
+        if let Some(template) = init.chat_template()? {
+            files.push(("chat_template.jinja", template.into_bytes()));
+        }
+        if let Some(generation) = init.generation_config()? {
+            let json = serde_json::to_vec_pretty(&generation);
+            let json = json.map_err(|e| TrainError::refused(e.to_string()))?;
+            files.push(("generation_config.json", json));
+        }
+    }
+    Ok(files.into())
+}
+
+/// What stays the same over a run.
 #[derive(Clone)]
 pub struct Constants {
-    /// `config.json`
-    pub config_json: String,
-    /// `tokenizer.json`
-    pub tokenizer_json: Arc<[u8]>,
+    /// Small files, with their names.
+    pub files: SmallFiles,
     /// Number format; none for a dense model.
     pub ternary: Option<PackedHeader>,
     /// The setting that makes the model neither dense nor what files call ternary.
@@ -272,12 +304,9 @@ impl<S: Reader> Snapshot<S> {
         let json =
             serde_json::to_string_pretty(&state).map_err(|e| TrainError::refused(e.to_string()))?;
         dir.file("state.json", |out| out.write_all(json.as_bytes()))?;
-        dir.file("config.json", |out| {
-            out.write_all(constants.config_json.as_bytes())
-        })?;
-        dir.file("tokenizer.json", |out| {
-            out.write_all(&constants.tokenizer_json)
-        })?;
+        for (name, bytes) in constants.files.iter() {
+            dir.file(name, |out| out.write_all(bytes))?;
+        }
         let params_hash = hash.finalize().to_hex().to_string();
         let extra = manifest_extra(
             state.step,

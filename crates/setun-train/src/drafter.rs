@@ -19,7 +19,7 @@ use crate::settings::{
 use crate::trainer::clip_scale;
 use setun_backend::ops::IGNORE_TARGET;
 use setun_backend::philox::Philox;
-use setun_backend::{Host, HostWorkspace, Limits, Plan, Segment};
+use setun_backend::{Host, HostWorkspace, Plan, Segment};
 use setun_formats::{DrafterHeader, Qwen3Config};
 use setun_infer::{
     BlockGuesses, DraftStats, Engine, EngineOptions, Request, SamplerOptions, Speculator,
@@ -59,6 +59,7 @@ pub fn drafter_settings(target: &Path, overrides: &[Override]) -> Result<Setting
         "train.batch_size" = 8
         "train.micro_batch_size" = 0
         "train.optimizer" = "adamw"
+        "train.adamw_lr" = 0.0
         "train.lr" = 2e-3
         "train.warmup_steps" = 30
         "train.schedule" = "cosine"
@@ -67,6 +68,7 @@ pub fn drafter_settings(target: &Path, overrides: &[Override]) -> Result<Setting
         "train.blend_steps" = 0
         "train.freeze" = []
         "distill.weight" = 0.0
+        "distill.teacher" = ""
         "eval.every" = 100
         "eval.batch_size" = 0
     "#;
@@ -110,9 +112,11 @@ pub fn train_drafter(
     observer: &mut dyn Observer,
 ) -> Result<TrainedDrafter, TrainError> {
     let model = OpenModel::open(target)?;
-    let parent = match target.is_dir() {
-        true => target.to_owned(),
-        false => target.parent().unwrap_or(Path::new("")).to_owned(),
+    let parent = match (target.is_dir(), target.parent()) {
+        (true, _) => target.to_owned(),
+        // The parent of a bare name is empty, which is no directory.
+        (false, Some(parent)) if parent != Path::new("") => parent.to_owned(),
+        (false, _) => PathBuf::from("."),
     };
     let place = parent.join(DRAFTER_DIRECTORY);
     if place.exists() {
@@ -285,6 +289,7 @@ impl DrafterTrainer {
         let rows = train.seq_len;
         let mut plan = Plan::new();
         let spec = spec_of(model, None)?;
+        let limits = spec.limits();
         let of_drafter = DrafterSpec::new(header, spec.numerics);
         let purpose = Purpose::Infer {
             rows,
@@ -311,12 +316,6 @@ impl DrafterTrainer {
             state: train.optimizer_state,
         };
         let optimizer = Optimizer::reserve(&mut plan, &drafter.body.parameters, constants);
-        let heads = c.num_attention_heads * c.head_dim;
-        let limits = Limits {
-            width: c.intermediate_size.max(c.hidden_size).max(heads),
-            head_dim: c.head_dim,
-            group_size: header.ternary.group_size,
-        };
         let threads = crate::machine::threads(settings.run.threads);
         let workspace = HostWorkspace::reserve(&mut plan, threads, limits);
         let mut backend = Host::new(&plan, workspace, options.isa);
@@ -567,6 +566,30 @@ fn time(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn settings_of_any_run_do() {
+        let target = std::env::temp_dir().join(format!("setun-drafter-{}", std::process::id()));
+        std::fs::create_dir_all(&target).unwrap();
+        let recipe = r#"
+            [data]
+            train = ["text.txt"]
+            [model]
+            init_from = "dense"
+            [train]
+            optimizer = "muon"
+            lr = 8e-3
+            adamw_lr = 32e-3
+            [distill]
+            weight = 0.5
+            teacher = "teacher"
+        "#;
+        std::fs::write(target.join(SETTINGS_FILE), recipe).unwrap();
+        let settings = drafter_settings(&target, &[]);
+        std::fs::remove_dir_all(&target).unwrap();
+        let settings = settings.unwrap();
+        assert_eq!((settings.distill.teacher, settings.train.lr), (None, 2e-3));
+    }
 
     #[test]
     fn layers_are_spread_and_end_with_the_last() {

@@ -3,7 +3,6 @@
 use crate::data::DataError;
 use crate::report::record::MetricsError;
 use crate::settings::SettingsError;
-use crate::tensorboard::TensorboardError;
 use setun_formats::{ConfigError, TokenizerError};
 use setun_infer::EngineError;
 use setun_io::IoError;
@@ -40,9 +39,6 @@ pub enum TrainError {
     /// The metrics of an earlier session.
     #[error("metrics.jsonl: {0}")]
     Metrics(#[from] MetricsError),
-    /// Event files.
-    #[error(transparent)]
-    Tensorboard(#[from] TensorboardError),
     /// Anything else, with its remedy in the text.
     #[error("{0}")]
     Refused(String),

@@ -5,7 +5,7 @@ use crate::data::{EvalWindows, TokenSet};
 use crate::trainer::BatchBuffers;
 use serde::Serialize;
 use setun_backend::ops::IGNORE_TARGET;
-use setun_backend::{Backend, CacheKind, Host, HostWorkspace, Isa, Limits, Plan};
+use setun_backend::{Backend, CacheKind, Host, HostWorkspace, Isa, Plan};
 use setun_formats::tensors::write_header;
 use setun_formats::{Dtype, TensorInfo};
 use setun_infer::{Chunk, Engine, EngineOptions, Wanted, load_parameters, spec_of};
@@ -115,6 +115,8 @@ pub struct EvalOptions {
     pub seq_len: usize,
     /// Windows at a time.
     pub batch_size: usize,
+    /// Whether tokens see those of their own document only (not through a cache).
+    pub document_mask: bool,
     /// Threads; results do not depend on them.
     pub threads: usize,
     /// Instruction set; results do not depend on it.
@@ -148,14 +150,8 @@ pub fn evaluate_model(
     let rows = options.seq_len * options.batch_size;
     let spec = spec_of(open, options.numerics)?;
     let c = spec.config.clone();
-    let heads = c.num_attention_heads * c.head_dim;
-    let limits = Limits {
-        width: c.intermediate_size.max(c.hidden_size).max(heads),
-        head_dim: c.head_dim,
-        group_size: spec.scheme.map_or(128, |s| s.group_size),
-    };
     let mut plan = Plan::new();
-    let workspace = HostWorkspace::reserve(&mut plan, options.threads, limits);
+    let workspace = HostWorkspace::reserve(&mut plan, options.threads, spec.limits());
     let model = Qwen3::reserve(
         &mut plan,
         spec,
@@ -168,7 +164,7 @@ pub fn evaluate_model(
     let mut backend = Host::new(&plan, workspace, options.isa);
     model.prepare(&mut backend);
     load_parameters(open, &model.parameters, &mut backend)?;
-    let mut evaluator = Evaluator::new(windows, rows, false);
+    let mut evaluator = Evaluator::new(windows, rows, options.document_mask);
     let evaluation = evaluator.run(&mut backend, &model)?;
     let mut logits = Logits::default();
     if keep_logits {

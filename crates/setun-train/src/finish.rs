@@ -3,12 +3,12 @@
 use crate::TrainError;
 use crate::data::{Batches, TokenSet};
 use crate::evaluate::Evaluator;
-use crate::machine;
+use crate::machine::{self, RunClock};
 use crate::metrics;
 use crate::report::Report;
 use crate::report::record::{
-    FinalResults, Metric, RunRecord, Sample, Timeline, VerificationCheck, VerificationRow,
-    VerificationTable,
+    FinalResults, Metric, ModelFile, RunRecord, Sample, Timeline, VerificationCheck,
+    VerificationRow, VerificationTable,
 };
 use crate::report::samples::measure_sample;
 use crate::run::Observer;
@@ -53,18 +53,22 @@ pub(crate) struct Finish {
     pub threads: usize,
     pub batches: Batches,
     pub evaluator: Evaluator,
+    pub clock: RunClock,
 }
 
 impl Finish {
     pub fn run(mut self, observer: &mut dyn Observer) -> Result<Finished, TrainError> {
         let model = OpenModel::open(&self.run)?;
         observer.message("exporting the best checkpoint");
-        self.export(&model)?;
+        self.record.files = self.export(&model)?;
         observer.message("continuing held-out prompts");
         self.record.samples = self.samples(&model)?;
         let metrics = metrics::read(&self.run, u64::MAX)?;
-        self.record.results = FinalResults::from_timeline(&Timeline::new(&metrics));
+        self.record.results = FinalResults::new(&self.record, &Timeline::new(&metrics));
+        let memory = &mut self.record.memory;
+        memory.peak_bytes = memory.peak_bytes.max(machine::peak_resident_bytes());
         self.record.finished = Some(machine::now() as u64);
+        self.record.seconds = self.clock.seconds();
         write_json(&RealOps, &self.run.join("run.json"), &self.record)?;
         let mut verification = None;
         if self.settings.ternary_info().is_some() {
@@ -79,7 +83,9 @@ impl Finish {
         })
     }
 
-    fn export(&self, model: &OpenModel) -> Result<(), TrainError> {
+    /// Writes the exports; returns where the weights are, in a checkpoint if nowhere else.
+    fn export(&self, model: &OpenModel) -> Result<Vec<ModelFile>, TrainError> {
+        let mut files = Vec::new();
         let parent = self.run.join("export");
         std::fs::create_dir_all(&parent).map_err(|e| IoError::file("create", &parent, e))?;
         for &format in &self.settings.export.formats {
@@ -98,8 +104,24 @@ impl Finish {
                 ..ConvertOptions::new(format)
             };
             convert(model, &target, &options, &mut |_, _| {})?;
+            files.push(self.model_file(&target)?);
         }
-        Ok(())
+        if files.is_empty() {
+            let packed = model.directory().join("packed.safetensors");
+            let latents = model.directory().join("latents.safetensors");
+            let file = if packed.exists() { packed } else { latents };
+            files.push(self.model_file(&file)?);
+        }
+        Ok(files)
+    }
+
+    /// What is written at `path`, for the record.
+    fn model_file(&self, path: &Path) -> Result<ModelFile, TrainError> {
+        let bytes = weight_bytes(path).map_err(|e| IoError::file("read", path, e))?;
+        Ok(ModelFile {
+            path: relative(path, &self.run),
+            bytes,
+        })
     }
 
     /// Continuations of the beginnings of held-out documents.
@@ -147,6 +169,21 @@ impl Finish {
         }
         Ok(samples)
     }
+}
+
+/// Bytes of the files with weights at `path`, a file or a directory.
+fn weight_bytes(path: &Path) -> std::io::Result<u64> {
+    if path.is_file() {
+        return Ok(path.metadata()?.len());
+    }
+    let mut bytes = 0;
+    for entry in path.read_dir()? {
+        let file = entry?.path();
+        if file.extension().is_some_and(|e| e == "safetensors") {
+            bytes += file.metadata()?.len();
+        }
+    }
+    Ok(bytes)
 }
 
 /// Name of an export below `RUN/export`.

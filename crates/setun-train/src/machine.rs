@@ -2,6 +2,7 @@
 
 use crate::report::record::Machine;
 use setun_backend::Isa;
+use std::time::Instant;
 
 /// Number of threads to use for a setting, where 0 stands for all cores.
 pub fn threads(setting: usize) -> usize {
@@ -33,6 +34,40 @@ pub fn anonymous_bytes() -> Option<u64> {
     field("/proc/self/status", "RssAnon:")
 }
 
+/// Largest resident memory of this process since [`reset_peak`], in bytes, where the system
+/// tells. Pages of mapped files are part of it, the system's cache of other files is not.
+pub fn peak_resident_bytes() -> Option<u64> {
+    field("/proc/self/status", "VmHWM:")
+}
+
+/// Begins a new measurement of the peak: a sweep makes many runs in one process. Where the
+/// system refuses, the peak is that of the process so far.
+pub fn reset_peak() {
+    // See proc_pid_clear_refs(5).
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// Seconds that a run takes, over all of its sessions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RunClock {
+    earlier: Option<f64>,
+    start: Instant,
+}
+
+impl RunClock {
+    /// For a session that began at `start`, after `earlier` seconds of others, where those are
+    /// known.
+    pub fn new(earlier: Option<f64>, start: Instant) -> Self {
+        Self { earlier, start }
+    }
+
+    /// Up to now.
+    pub fn seconds(self) -> Option<f64> {
+        let earlier = self.earlier?;
+        Some(earlier + self.start.elapsed().as_secs_f64())
+    }
+}
+
 /// Value of a line such as `MemTotal:  24689764 kB`, in bytes.
 fn field(path: &str, name: &str) -> Option<u64> {
     let text = std::fs::read_to_string(path).ok()?;
@@ -54,4 +89,18 @@ pub fn code_version() -> String {
 pub fn now() -> f64 {
     let elapsed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     elapsed.map_or(0.0, |d| d.as_secs_f64())
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// What was freed before the end is part of the peak.
+    #[test]
+    fn the_peak_remembers_what_was_freed() {
+        drop(std::hint::black_box(vec![1u8; 128 << 20]));
+        let peak = peak_resident_bytes().unwrap();
+        // The system counts pages with some delay.
+        assert!(peak >= 100 << 20, "{peak}");
+    }
 }

@@ -2,7 +2,7 @@
 
 use crate::TrainError;
 use crate::report::record::Metric;
-use crate::tensorboard::EventWriter;
+use crate::tensorboard::{EventWriter, TensorboardError};
 use setun_io::{IoError, write_atomic};
 use std::fs::File;
 use std::io::Write;
@@ -16,7 +16,10 @@ pub struct MetricsWriter {
     whole_bytes: u64,
     /// Lines that the file does not hold yet: a full disk does not end a run.
     pending: String,
+    /// Ends with its first error.
     events: Option<EventWriter>,
+    /// That error, until somebody asks.
+    warning: Option<String>,
 }
 
 /// What was measured up to and including `step`; later lines are from steps that a resumed
@@ -48,7 +51,8 @@ impl MetricsWriter {
     /// Starts the file of `run` with `earlier` metrics, then appends.
     ///
     /// # Errors
-    /// What the operating system returns.
+    /// What the operating system returns about that file; event files that cannot be written
+    /// are left out, see [`take_warning`](Self::take_warning).
     pub fn create(
         run: &Path,
         earlier: &[Metric],
@@ -59,47 +63,49 @@ impl MetricsWriter {
         write_atomic(&path, text.as_bytes())?;
         let file = File::options().append(true).open(&path);
         let file = file.map_err(|e| IoError::file("open", &path, e))?;
-        let events = tensorboard.map(|now| EventWriter::create(&run.join("tensorboard"), now));
-        Ok(Self {
+        let mut writer = Self {
             path,
             file,
             whole_bytes: text.len() as u64,
             pending: String::new(),
-            events: events.transpose()?,
-        })
+            events: None,
+            warning: None,
+        };
+        if let Some(now) = tensorboard {
+            match EventWriter::create(&run.join("tensorboard"), now) {
+                Ok(events) => writer.events = Some(events),
+                Err(error) => writer.end_events(&error),
+            }
+        }
+        Ok(writer)
     }
 
-    /// Appends one line. Where the system refuses, the line waits for the next call.
+    /// Appends one line. Where the system refuses, the line waits for the next call, and event
+    /// files end: see [`take_warning`](Self::take_warning).
     ///
     /// # Errors
-    /// What the operating system returns about the event files.
+    /// None: what must be known of a full disk is what [`sync`](Self::sync) returns.
     pub fn write(&mut self, metric: &Metric, now: f64) -> Result<(), TrainError> {
         self.pending.push_str(&metric.to_line());
         // Reported by `sync`, if it lasts until the next checkpoint.
         let _ = self.flush();
-        let Some(events) = &mut self.events else {
-            return Ok(());
-        };
-        let mut scalar = |step: u64, tag: &str, value: f64| events.scalar(step, now, tag, value);
-        match metric {
-            Metric::Step(r) => {
-                scalar(r.step, "train/loss", r.loss)?;
-                scalar(r.step, "train/lr", r.lr)?;
-                scalar(r.step, "train/grad_norm", r.grad_norm)?;
-                scalar(r.step, "train/tokens_per_second", r.tokens_per_second)?;
-            }
-            Metric::Eval(r) => {
-                scalar(r.step, "valid/loss", r.loss)?;
-                scalar(r.step, "valid/bits_per_byte", r.bits_per_byte)?;
-                events.flush()?;
-            }
-            Metric::Ternary(r) => {
-                scalar(r.step, "ternary/zero_share", r.zero_share)?;
-                scalar(r.step, "ternary/flip_rate", r.flip_rate)?;
-            }
-            Metric::Event { .. } => {}
+        if let Some(events) = &mut self.events
+            && let Err(error) = write_event(events, metric, now)
+        {
+            self.end_events(&error);
         }
         Ok(())
+    }
+
+    /// Why there are no event files any more, once: they are a convenience, and no reason to
+    /// end a run.
+    pub fn take_warning(&mut self) -> Option<String> {
+        self.warning.take()
+    }
+
+    fn end_events(&mut self, error: &TensorboardError) {
+        self.events = None;
+        self.warning = Some(format!("{error}; the run goes on without event files"));
     }
 
     /// Makes every line durable.
@@ -126,9 +132,37 @@ impl MetricsWriter {
     }
 }
 
+/// The numbers of `metric` for TensorBoard.
+fn write_event(
+    events: &mut EventWriter,
+    metric: &Metric,
+    now: f64,
+) -> Result<(), TensorboardError> {
+    let mut scalar = |step: u64, tag: &str, value: f64| events.scalar(step, now, tag, value);
+    match metric {
+        Metric::Step(r) => {
+            scalar(r.step, "train/loss", r.loss)?;
+            scalar(r.step, "train/lr", r.lr)?;
+            scalar(r.step, "train/grad_norm", r.grad_norm)?;
+            scalar(r.step, "train/tokens_per_second", r.tokens_per_second)
+        }
+        Metric::Eval(r) => {
+            scalar(r.step, "valid/loss", r.loss)?;
+            scalar(r.step, "valid/bits_per_byte", r.bits_per_byte)?;
+            events.flush()
+        }
+        Metric::Ternary(r) => {
+            scalar(r.step, "ternary/zero_share", r.zero_share)?;
+            scalar(r.step, "ternary/flip_rate", r.flip_rate)
+        }
+        Metric::Event { .. } => Ok(()),
+    }
+}
+
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
+    use crate::report::record::EvalRecord;
 
     /// `/dev/full` refuses every write as a full disk does.
     #[test]
@@ -151,6 +185,46 @@ mod tests {
         writer.write(&event(4), 0.0).unwrap();
         writer.sync().unwrap();
         assert_eq!(read(&run, 9).unwrap(), [1, 2, 3, 4].map(event));
+        std::fs::remove_dir_all(run).unwrap();
+    }
+
+    #[test]
+    fn event_files_end_with_one_warning() {
+        let name = format!("setun-metrics-events-{}", std::process::id());
+        let run = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&run).unwrap();
+        let eval = |step| {
+            Metric::Eval(EvalRecord {
+                step,
+                loss: 2.0,
+                perplexity: 7.4,
+                bits_per_byte: 1.5,
+                tokens: 100,
+                train_loss: 2.1,
+            })
+        };
+        let full = |run: &Path| {
+            let full = File::options().write(true).open("/dev/full").unwrap();
+            let mut writer = MetricsWriter::create(run, &[], None).unwrap();
+            writer.events = Some(EventWriter::onto(Path::new("events"), full));
+            writer
+        };
+        // A file in the place of the directory refuses the first one.
+        std::fs::write(run.join("tensorboard"), "").unwrap();
+        let never = MetricsWriter::create(&run, &[], Some(1.0)).unwrap();
+        for mut writer in [never, full(&run)] {
+            writer.write(&eval(1), 0.0).unwrap();
+            let warning = writer.take_warning().unwrap();
+            assert!(
+                warning.contains("TensorBoard file") && warning.contains("goes on without"),
+                "{warning}"
+            );
+            writer.write(&eval(2), 0.0).unwrap();
+            assert_eq!(writer.take_warning(), None);
+            writer.sync().unwrap();
+        }
+        // The metrics of the last one are all there.
+        assert_eq!(read(&run, 9).unwrap(), [1, 2].map(eval));
         std::fs::remove_dir_all(run).unwrap();
     }
 }

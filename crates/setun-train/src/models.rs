@@ -51,6 +51,23 @@ pub(crate) fn open_teacher(settings: &mut Settings) -> Result<Option<OpenModel>,
     Ok(Some(teacher))
 }
 
+/// Refuses a teacher to which the student's tokens mean something else.
+pub(crate) fn check_teacher(teacher: &OpenModel, tokenizer: &Tokenizer) -> Result<(), TrainError> {
+    let Some(own) = teacher.tokenizer()? else {
+        return Ok(());
+    };
+    let Some(id) = own.first_difference(tokenizer) else {
+        return Ok(());
+    };
+    Err(TrainError::refused(format!(
+        "the teacher in {} has another tokenizer: token {id} is {:?} there and {:?} for the \
+         student; use a teacher with the same tokenizer",
+        teacher.directory().display(),
+        own.decode(&[id]),
+        tokenizer.decode(&[id]),
+    )))
+}
+
 /// What the teacher computes: dense models in bf16, where products are fast.
 pub(crate) fn teacher_spec(
     teacher: &OpenModel,

@@ -273,39 +273,58 @@ fn split_corpus(
         false => Split::by_files(&corpus, &expand_sources(&valid, base)?)?,
     };
     let overlap = Overlap::find(&corpus, &split)?;
-    let duplicates = duplicate_facts(&corpus, &split, &overlap, data.drop_near_duplicates);
-    if data.drop_near_duplicates && !overlap.train_documents.is_empty() {
-        split = split.without_train(&corpus, overlap.train_to_drop())?;
+    let duplicates = duplicate_facts(&corpus, &split, &overlap, data.drop_near_duplicates)?;
+    // A short text shares no gram: only its exact copies are known.
+    let shared = [overlap.train_to_drop(), &split.exact_duplicates[..]].concat();
+    if data.drop_near_duplicates && !shared.is_empty() {
+        split = split.without_train(&corpus, &shared)?;
     }
     let facts = DataFacts {
         train_hash: split.train_hash.clone(),
         valid_hash: split.valid_hash.clone(),
         short_documents: corpus.short_documents.map_or(0, |s| s.count as u64),
-        duplicates,
+        duplicates: Some(duplicates),
         sources: sources(settings),
         ..DataFacts::default()
     };
     Ok((corpus, split, facts))
 }
 
-fn duplicate_facts(corpus: &Corpus, split: &Split, overlap: &Overlap, dropped: bool) -> Duplicates {
+/// What is on both sides of `split`; where `dropped`, it is about to be left out of training.
+fn duplicate_facts(
+    corpus: &Corpus,
+    split: &Split,
+    overlap: &Overlap,
+    dropped: bool,
+) -> Result<Duplicates, TrainError> {
     const EXAMPLES: usize = 5;
-    let touched = split.valid.iter().zip(&overlap.valid_shares);
-    let touched = touched.filter_map(|(&i, share)| share.filter(|s| *s > 0.0).map(|s| (i, s)));
-    let first = overlap.train_documents.first().map(|&i| corpus.place(i));
-    let examples = touched.take(EXAMPLES).map(|(i, similarity)| DuplicatePair {
-        valid: corpus.place(i),
-        train: first.clone().unwrap_or_default(),
-        similarity,
+    let shares = split.valid.iter().zip(&overlap.valid_shares);
+    let touched = shares.filter(|(_, share)| share.is_some_and(|share| share > 0.0));
+    let touched = touched.map(|(&document, _)| document);
+    let touched: Vec<usize> = touched.take(EXAMPLES).collect();
+    let nearest = overlap.nearest(corpus, &touched)?;
+    let examples = touched.iter().zip(nearest).filter_map(|(&valid, nearest)| {
+        let (train, similarity) = nearest?;
+        Some(DuplicatePair {
+            valid: corpus.place(valid),
+            train: corpus.place(train),
+            similarity,
+        })
     });
-    Duplicates {
-        exact: split.exact_duplicates.len() as u64,
-        dropped: if dropped {
-            overlap.train_documents.len() as u64
-        } else {
-            0
-        },
-        across_split: overlap.num_valid_touched() as u64,
+    let exact = &split.exact_duplicates;
+    let near = overlap.train_documents.iter();
+    let near = near.filter(|document| exact.binary_search(document).is_err());
+    let (num_exact, num_near) = (exact.len() as u64, near.count() as u64);
+    // Every document with a shared gram is left out, so that no gram is shared any more.
+    let (exact_dropped, dropped, across_split) = match dropped {
+        true => (num_exact, num_near, 0),
+        false => (0, 0, overlap.num_valid_touched() as u64),
+    };
+    Ok(Duplicates {
+        exact: num_exact,
+        exact_dropped: Some(exact_dropped),
+        dropped,
+        across_split,
         examples: examples.collect(),
-    }
+    })
 }

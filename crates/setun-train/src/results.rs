@@ -59,7 +59,7 @@ impl RunResults {
         let record: RunRecord = serde_json::from_slice(&bytes)
             .map_err(|e| TrainError::refused(format!("{}: {e}", file.display())))?;
         let timeline = Timeline::new(&metrics::read(path, u64::MAX)?);
-        let results = FinalResults::from_timeline(&timeline).ok_or_else(|| {
+        let results = FinalResults::new(&record, &timeline).ok_or_else(|| {
             TrainError::refused(format!(
                 "{} has no finished step yet: train it first",
                 path.display()
@@ -76,14 +76,12 @@ impl RunResults {
 
     /// Training tokens of a step.
     pub fn tokens_per_step(&self) -> u64 {
-        let train = &self.record.settings["train"];
-        let size = |key: &str| train[key].as_u64().unwrap_or(0);
-        size("batch_size") * size("seq_len")
+        self.record.tokens_per_step()
     }
 
     /// Training tokens of the whole run.
     pub fn num_tokens(&self) -> u64 {
-        self.results.final_step * self.tokens_per_step()
+        self.results.tokens
     }
 
     /// Whether a loss in nats per token means the same in both: equal held-out tokens of

@@ -1,13 +1,13 @@
 //! A run from settings to report: the story of `setun train`.
 
 use crate::TrainError;
-use crate::checkpoint::{self, DataIdentity, TrainState};
+use crate::checkpoint::{self, DataIdentity, SmallFiles, TrainState, small_files};
 use crate::evaluate::{Evaluation, Evaluator};
 use crate::finish::{self, Finished};
-use crate::machine;
+use crate::machine::{self, RunClock};
 use crate::metrics::{self, MetricsWriter};
 use crate::models::{
-    check_exports, check_names, final_config, open_init, open_teacher, teacher_spec,
+    check_exports, check_names, check_teacher, final_config, open_init, open_teacher, teacher_spec,
 };
 use crate::prepare::{self, Prepared};
 use crate::profile::{PROFILE_FILE, Profiled};
@@ -93,8 +93,11 @@ pub fn train(
     options: &RunOptions<'_>,
     observer: &mut dyn Observer,
 ) -> Result<RunEnd, TrainError> {
+    let start = Instant::now();
+    machine::reset_peak();
     return_large_blocks();
     let run = run_directory(&settings, options.resume.is_some())?;
+    settings.run.output = Some(run.clone());
     let lock = options.resume.map(|_| RunLock::acquire(&run)).transpose()?;
     // Stopped before its first checkpoint, a run begins anew.
     let resumed = options.resume.is_some() && !checkpoints(&run)?.is_empty();
@@ -109,6 +112,9 @@ pub fn train(
     let teacher = open_teacher(&mut settings)?;
     let prepared = prepare::prepare(&settings, init.as_ref(), &run, observer)?;
     let config = final_config(&settings, init.as_ref(), &prepared.tokenizer)?;
+    if let Some(teacher) = &teacher {
+        check_teacher(teacher, &prepared.tokenizer)?;
+    }
     check_names(&settings, &config)?;
     check_exports(&settings, &config)?;
     std::fs::create_dir_all(&run).map_err(|e| IoError::file("create", &run, e))?;
@@ -121,12 +127,14 @@ pub fn train(
     let baselines = prepare::baselines(&prepared)?;
     release_freed();
     let begin = Beginning {
+        small_files: small_files(&config, &prepared.tokenizer, init.as_ref())?,
         settings,
         config,
         prepared,
         run,
         teacher,
         resumed,
+        start,
     };
     let mut session = Session::start(begin, options, observer)?;
     session.record.baselines = baselines;
@@ -201,16 +209,26 @@ fn run_directory(settings: &Settings, resume: bool) -> Result<PathBuf, TrainErro
 
 fn describe_data(prepared: &Prepared) -> String {
     let f = &prepared.facts;
+    let shared = match f.checked_duplicates() {
+        None => "text on both sides was not looked for: the data are token files".to_owned(),
+        Some(found) => {
+            let left_out = match found.exact_left_out() + found.near_left_out() {
+                0 => String::new(),
+                count => format!(", {count} training documents that did were left out"),
+            };
+            let left = found.across_split;
+            format!("{left} held-out documents share text with training{left_out}")
+        }
+    };
     format!(
         "data: {} training documents ({} tokens), {} held out ({} tokens, {} bytes), \
-         vocabulary {}; {} held-out documents share text with training",
+         vocabulary {}; {shared}",
         f.train_documents,
         f.train_tokens,
         f.valid_documents,
         f.valid_tokens,
         f.valid_bytes,
-        f.vocab_size,
-        f.duplicates.across_split
+        f.vocab_size
     )
 }
 
@@ -218,10 +236,12 @@ fn describe_data(prepared: &Prepared) -> String {
 struct Beginning {
     settings: Settings,
     config: Qwen3Config,
+    small_files: SmallFiles,
     prepared: Prepared,
     run: PathBuf,
     teacher: Option<OpenModel>,
     resumed: bool,
+    start: Instant,
 }
 
 /// A run in progress.
@@ -234,10 +254,11 @@ pub(crate) struct Session {
     pub record: RunRecord,
     pub isa: Isa,
     pub threads: usize,
-    tokenizer_json: String,
+    small_files: SmallFiles,
     batches: crate::data::Batches,
     pub evaluator: Evaluator,
     metrics: MetricsWriter,
+    clock: RunClock,
     state: TrainState,
     num_weights: u64,
     files: Arc<dyn FileOps>,
@@ -254,18 +275,18 @@ impl Session {
         let Beginning {
             settings,
             config,
+            small_files,
             prepared,
             run,
             teacher: open_teacher,
             resumed,
+            start,
         } = begin;
         let threads = machine::threads(settings.run.threads);
         let spec = open_teacher.as_ref().map(|t| teacher_spec(t, &config));
         let layout = Layout::new(&settings, &config, spec.transpose()?, threads);
         let mut record = new_record(&settings, &config, &prepared, options.isa, threads);
-        record.memory = planned_memory(&layout);
-        let total = layout.plan.total_bytes() as f64 / f64::from(1 << 20);
-        observer.message(&format!("memory: {total:.0} MiB, all of it allocated now"));
+        record.memory = planned_memory(&layout, observer);
         let Layout {
             plan,
             workspace,
@@ -293,13 +314,14 @@ impl Session {
             false => (TrainState::new(prepared.identity), Vec::new()),
         };
         let tensorboard = settings.log.tensorboard.then(machine::now);
-        let session = Self {
+        let mut session = Self {
             num_weights: num_ternary_weights(&trainer.model.parameters),
-            tokenizer_json: prepared.tokenizer.to_json(),
+            small_files,
             tokenizer: prepared.tokenizer,
             batches: prepared.batches,
             evaluator: Evaluator::new(prepared.windows, rows, settings.data.document_mask),
             metrics: MetricsWriter::create(&run, &earlier, tensorboard)?,
+            clock: RunClock::new(record.seconds, start),
             settings,
             config,
             run,
@@ -317,7 +339,7 @@ impl Session {
     }
 
     /// Makes the directory a run, if there is room for its checkpoints.
-    fn write_first_files(&self) -> Result<(), TrainError> {
+    fn write_first_files(&mut self) -> Result<(), TrainError> {
         self.check_space()?;
         let path = self.run.join(SETTINGS_FILE);
         let toml = self.settings.to_toml();
@@ -420,7 +442,6 @@ impl Session {
                 return Ok(true);
             }
         }
-        self.record.memory.peak_bytes = machine::anonymous_bytes();
         Ok(false)
     }
 
@@ -432,6 +453,7 @@ impl Session {
     ) -> Result<(), TrainError> {
         let (train, step) = (&self.settings.train, self.trainer.step);
         let tokens = (train.batch_size * train.seq_len) as f64;
+        let all_tokens = self.batches.tokens().num_tokens() as f64;
         let record = StepRecord {
             step,
             loss: outcome.loss,
@@ -440,7 +462,7 @@ impl Session {
             grad_norm: outcome.grad_norm,
             clipped: outcome.clipped,
             tokens_per_second: tokens / seconds,
-            epoch: outcome.epoch,
+            epoch: outcome.epoch + tokens / all_tokens,
             skipped: outcome.skipped.map(|skip| skip.reason().to_owned()),
         };
         let detail = format!(
@@ -462,7 +484,21 @@ impl Session {
                 self.record_ternary(outcome.projection.zeros)?;
             }
         }
+        self.report_event_files(observer)?;
         self.judge_trouble(outcome, observer)
+    }
+
+    /// Tells, once, that there are no event files any more.
+    fn report_event_files(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let Some(message) = self.metrics.take_warning() else {
+            return Ok(());
+        };
+        observer.message(&format!("warning: {message}"));
+        // A rewind must not begin them again.
+        self.settings.log.tensorboard = false;
+        let step = self.trainer.step;
+        let event = Metric::Event { step, message };
+        self.metrics.write(&event, machine::now())
     }
 
     fn record_ternary(&mut self, zeros: u64) -> Result<(), TrainError> {
@@ -517,6 +553,7 @@ impl Session {
             ));
         }
         self.metrics.write(&Metric::Eval(record), machine::now())?;
+        self.report_event_files(observer)?;
         Ok(evaluation)
     }
 
@@ -583,7 +620,8 @@ impl Session {
         Ok(())
     }
 
-    fn write_record(&self) -> Result<(), TrainError> {
+    fn write_record(&mut self) -> Result<(), TrainError> {
+        self.record.seconds = self.clock.seconds();
         let path = self.run.join("run.json");
         finish::write_json(self.files.as_ref(), &path, &self.record)
     }
@@ -600,6 +638,7 @@ impl Session {
             threads,
             batches,
             evaluator,
+            clock,
             ..
         } = self;
         // The memory of training is not needed any more.
@@ -613,6 +652,7 @@ impl Session {
             threads,
             batches,
             evaluator,
+            clock,
         }
         .run(observer)
     }
@@ -634,9 +674,12 @@ fn restore(
     let state = checkpoint::restore(&dir, trainer, data)?;
     let metrics = metrics::read(run, step)?;
     let text = std::fs::read(run.join("run.json")).unwrap_or_default();
+    record.seconds = None;
     if let Ok(earlier) = serde_json::from_slice::<RunRecord>(&text) {
         record.ternary_hashes = earlier.ternary_hashes;
         record.started = earlier.started;
+        record.seconds = earlier.seconds;
+        record.memory.peak_bytes = earlier.memory.peak_bytes;
         record.projection = earlier.projection;
         record.early_stop = earlier.early_stop.filter(|stop| stop.step <= step);
     }
@@ -644,7 +687,10 @@ fn restore(
     Ok((state, metrics))
 }
 
-fn planned_memory(layout: &Layout) -> MemoryFacts {
+/// The plan for the record, which the user is told the size of.
+fn planned_memory(layout: &Layout, observer: &mut dyn Observer) -> MemoryFacts {
+    let total = layout.plan.total_bytes() as f64 / f64::from(1 << 20);
+    observer.message(&format!("memory: {total:.0} MiB, all of it allocated now"));
     // Without the last row, the total.
     let mut rows = layout.table();
     rows.pop();
@@ -715,6 +761,8 @@ fn new_record(
         baselines: Vec::new(),
         ternary_hashes: Default::default(),
         finished: None,
+        seconds: Some(0.0),
+        files: Vec::new(),
         results: None,
         samples: Vec::new(),
         early_stop: None,

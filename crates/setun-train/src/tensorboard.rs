@@ -57,6 +57,15 @@ impl EventWriter {
         Ok(writer)
     }
 
+    /// Writes to a file that is there, for tests of one that refuses.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(crate) fn onto(path: &Path, file: File) -> Self {
+        Self {
+            path: path.to_owned(),
+            out: BufWriter::new(file),
+        }
+    }
+
     /// Writes `value` as the value of `tag` at `step`; `wall_time` in seconds since 1970.
     pub fn scalar(
         &mut self,

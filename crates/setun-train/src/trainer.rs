@@ -12,7 +12,7 @@ use crate::optimizer::{AdamWOptions, Optimizer};
 use crate::schedule::Schedule;
 use crate::settings::{OptimizerKind, Settings, Ste, TrainSettings};
 use setun_backend::ops::IGNORE_TARGET;
-use setun_backend::{Backend, Category, HostWorkspace, Limits, Plan, ProjectStats, Segment};
+use setun_backend::{Backend, Category, HostWorkspace, Plan, ProjectStats, Segment};
 use setun_formats::Qwen3Config;
 use setun_model::{
     Form, ModelSpec, ParameterUse, Purpose, Qwen3, StepDropout, Teacher, TrainShape,
@@ -64,8 +64,8 @@ impl Layout {
             scheme: settings.scheme(),
             numerics,
         };
-        let all = [Some(config), teacher.as_ref().map(|t| &t.config)];
-        let limits = limits(all.into_iter().flatten(), settings.model.group_size);
+        let own = spec.limits();
+        let limits = teacher.as_ref().map_or(own, |t| own.and(t.limits()));
         let mut plan = Plan::new();
         let parameters = ParameterUse {
             train: true,
@@ -129,24 +129,6 @@ fn muon_options(train: &TrainSettings) -> Option<MuonOptions> {
             0.0 => 1.0,
             lr => lr / train.lr,
         },
-    })
-}
-
-/// Scratch memory that serves all of `configs`.
-fn limits<'a>(configs: impl Iterator<Item = &'a Qwen3Config>, group_size: usize) -> Limits {
-    let none = Limits {
-        width: 0,
-        head_dim: 0,
-        group_size,
-    };
-    configs.fold(none, |limits, c| {
-        let heads = c.num_attention_heads * c.head_dim;
-        let width = c.intermediate_size.max(c.hidden_size).max(heads);
-        Limits {
-            width: limits.width.max(width),
-            head_dim: limits.head_dim.max(c.head_dim),
-            group_size,
-        }
     })
 }
 

@@ -48,8 +48,10 @@ fn checkpoint(run: &Path, settings: &Settings, trainer: &mut HostTrainer) -> Pat
     state.guard = trainer.guard.clone();
     let config = trainer.model.spec().config.clone();
     let constants = Constants {
-        config_json: config.to_json(),
-        tokenizer_json: b"{}".as_slice().into(),
+        files: Arc::new([
+            ("config.json", config.to_json().into_bytes()),
+            ("tokenizer.json", b"{}".to_vec()),
+        ]),
         ternary: Some(PackedHeader {
             config,
             ternary: TernaryInfo {

@@ -1,4 +1,4 @@
-//! Parity with transformers and PyTorch (DESIGN 3.5): every case directory below
+//! Parity with transformers and PyTorch (ARCHITECTURE.md, Numbers): every case directory below
 //! `tests/data/parity`, and below `SETUN_PARITY_DIR` where that is set.
 //!
 //! A case is a Hugging Face checkpoint with `expected.safetensors`; numerics `f32`.

@@ -136,8 +136,9 @@ fn mib(bytes: usize) -> f64 {
 fn print_summary(run: &Path, report: &Report) -> std::io::Result<()> {
     if let Some(results) = &report.results {
         say!(
-            "final training loss {:.4} (mean of the last 20 steps)",
-            results.train_loss
+            "final training loss {:.4} ({})",
+            results.train_loss,
+            results.train_loss_of()
         );
         for (name, eval) in [("best", &results.best_eval), ("final", &results.final_eval)] {
             if let Some(e) = eval {
@@ -221,15 +222,24 @@ pub fn verify(args: VerifyArgs, _: &Environment) -> CommandResult {
 /// `setun eval`
 pub fn eval(args: EvalArgs, environment: &Environment) -> CommandResult {
     let model = open(&args.model, args.checkpoint)?;
+    let of_run = settings_of(&args.model);
+    let seq_len = eval_seq_len(
+        &args,
+        of_run.as_ref(),
+        model.config().max_position_embeddings,
+    )?;
+    let document_mask = of_run.is_some_and(|settings| settings.data.document_mask);
+    if document_mask && args.kv.is_some() {
+        console::tell(format_args!(
+            "note: --kv does not keep documents apart, as this run's own evaluation does"
+        ));
+    }
     let tokenizer = tokenizer_of(&model)?;
     let tokens = read_tokens(&args.data, &args.documents, &tokenizer, None)?;
-    let limit = model.config().max_position_embeddings;
-    let seq_len = args
-        .seq_len
-        .unwrap_or_else(|| recorded_seq_len(&args.model).unwrap_or(limit.min(512)));
     let options = evaluate::EvalOptions {
-        seq_len: seq_len.min(limit),
+        seq_len,
         batch_size: args.batch_size,
+        document_mask,
         threads: machine::threads(args.threads),
         isa: isa(environment)?,
         numerics: args.numerics,
@@ -245,10 +255,13 @@ pub fn eval(args: EvalArgs, environment: &Environment) -> CommandResult {
         evaluation
     };
     if args.json {
-        say!("{}", serde_json::to_string_pretty(&evaluation)?);
+        let mut record = serde_json::to_value(evaluation)?;
+        record["seq_len"] = seq_len.into();
+        say!("{}", serde_json::to_string_pretty(&record)?);
     } else {
         say!(
-            "loss {:.6} nats per token, perplexity {:.4}, {:.6} bits per byte on {} tokens",
+            "loss {:.6} nats per token, perplexity {:.4}, {:.6} bits per byte on {} tokens, \
+             in windows of {seq_len}",
             evaluation.loss,
             evaluation.perplexity,
             evaluation.bits_per_byte,
@@ -258,13 +271,29 @@ pub fn eval(args: EvalArgs, environment: &Environment) -> CommandResult {
     Ok(Outcome::Success)
 }
 
-/// Window of the run that a model belongs to.
-fn recorded_seq_len(path: &Path) -> Option<usize> {
-    path.ancestors().take(4).find_map(|dir| {
-        Settings::load_run(dir, &[])
-            .ok()
-            .map(|settings| settings.train.seq_len)
-    })
+/// The window that was asked for, else that of the run, else the limit of the model.
+fn eval_seq_len(
+    args: &EvalArgs,
+    of_run: Option<&Settings>,
+    limit: usize,
+) -> Result<usize, WrongUsage> {
+    match args.seq_len {
+        Some(asked) if asked > limit => Err(WrongUsage(format!(
+            "--seq-len {asked}: {} has {limit} positions; give at most {limit}",
+            args.model.display()
+        ))),
+        Some(asked) => Ok(asked),
+        None => Ok(of_run
+            .map_or(512, |settings| settings.train.seq_len)
+            .min(limit)),
+    }
+}
+
+/// Settings of the run that a model belongs to, however its path is spelled.
+fn settings_of(path: &Path) -> Option<Settings> {
+    let path = std::fs::canonicalize(path).ok()?;
+    let mut folders = path.ancestors().take(4);
+    folders.find_map(|dir| Settings::load_run(dir, &[]).ok())
 }
 
 /// `setun tokenize`
@@ -364,13 +393,13 @@ pub fn report(args: ReportArgs, _: &Environment) -> CommandResult {
     Ok(Outcome::Success)
 }
 
-fn open(path: &Path, which: CheckpointChoice) -> Result<OpenModel, Box<dyn Error>> {
-    let which = match which {
-        CheckpointChoice::Best => Which::Best,
-        CheckpointChoice::Newest => Which::Newest,
-        CheckpointChoice::Step(step) => Which::Step(step),
-    };
-    let model = OpenModel::open_with(path, which)?;
+fn open(path: &Path, which: Option<CheckpointChoice>) -> Result<OpenModel, Box<dyn Error>> {
+    let model = match which {
+        None => OpenModel::open(path),
+        Some(CheckpointChoice::Best) => OpenModel::open_with(path, Which::Best),
+        Some(CheckpointChoice::Newest) => OpenModel::open_with(path, Which::Newest),
+        Some(CheckpointChoice::Step(step)) => OpenModel::open_with(path, Which::Step(step)),
+    }?;
     model
         .notes()
         .iter()
@@ -400,4 +429,43 @@ fn isa(environment: &Environment) -> Result<Isa, Box<dyn Error>> {
         let names = names.join(", ");
         WrongUsage(format!("SETUN_ISA={name}: this machine runs {names}")).into()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Command, parse};
+    use std::ffi::OsString;
+
+    fn eval_args(flags: &[&str]) -> EvalArgs {
+        let start = ["setun", "eval", "--model", "no-such-model", "--data", "d"];
+        match parse(start.iter().chain(flags).map(OsString::from)) {
+            Ok(Command::Eval(args)) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_window_above_the_limit_of_the_model_is_refused() {
+        let window = |flags: &[&str], limit| eval_seq_len(&eval_args(flags), None, limit);
+        assert_eq!(window(&[], 128), Ok(128));
+        assert_eq!(window(&[], 4096), Ok(512));
+        assert_eq!(window(&["--seq-len", "128"], 128), Ok(128));
+        let error = window(&["--seq-len", "129"], 128).unwrap_err().to_string();
+        assert!(error.contains("give at most 128"), "{error}");
+    }
+
+    #[test]
+    fn the_window_of_a_run_is_found_however_its_path_is_spelled() {
+        let run = std::env::temp_dir().join(format!("setun-window-{}", std::process::id()));
+        let export = run.join("export/hf");
+        std::fs::create_dir_all(&export).unwrap();
+        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/tiny.toml");
+        std::fs::copy(recipe, run.join("settings.toml")).unwrap();
+        let winding = export.join("../hf/../hf");
+        let found = [&run, &export, &winding]
+            .map(|path| settings_of(path).map(|settings| settings.train.seq_len));
+        std::fs::remove_dir_all(&run).unwrap();
+        assert_eq!(found, [Some(32); 3]);
+    }
 }

@@ -38,7 +38,8 @@ fn generate(model: &Path, flags: &[&str]) -> String {
 fn a_drafter_is_trained_verified_and_changes_no_text() {
     let scratch = Scratch::new("drafter");
     let run = scratch.join("run");
-    finish(&mut training(&run, &scratch.corpus(), &[])).ok();
+    let muon = ["--train.optimizer", "muon", "--train.adamw_lr", "1e-2"];
+    finish(&mut training(&run, &scratch.corpus(), &muon)).ok();
     let trained = train_drafter(&run, &[]).ok();
     assert!(
         trained.stdout.contains("held-out loss by guess"),

@@ -36,11 +36,23 @@ fn a_dense_model_becomes_a_verified_ternary_one() {
     let scratch = Scratch::new("path-a");
     let corpus = scratch.corpus();
     let dense = dense_model(&scratch, &corpus);
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    fs::write(dense.join("chat_template.jinja"), template).unwrap();
+    let generation = dense.join("generation_config.json");
+    let mut sampling = json(&generation);
+    sampling["temperature"] = 0.6.into();
+    fs::write(&generation, sampling.to_string()).unwrap();
     let run = scratch.join("student");
     let from = arg(&dense);
     let flags = ["--init", &from, "--distill.weight", "0.9"];
     let output = finish(&mut training(&run, &corpus, &flags)).ok();
     assert!(output.stdout.contains("verified, every matrix is ternary"));
+
+    // How the model is talked to and sampled comes from the one that training started from.
+    let exported = |name: &str| json(&run.join("export/hf").join(name));
+    let settings = exported("tokenizer_config.json");
+    assert_eq!(settings["chat_template"], template);
+    assert_eq!(exported("generation_config.json")["temperature"], 0.6);
 
     // What the projection costs is measured before training, and training wins some back.
     let dense_loss = evaluation(&scratch.join("dense"), 60)["loss"]

@@ -105,7 +105,7 @@ fn group_sizes_and_heads_survive_where_the_format_holds_them() {
     let floats = ["gguf-f16", "gguf-bf16", "gguf-f32"];
     let cases: [(usize, &[&str], &[&str]); 3] = [
         (32, &[], &["gguf-q2_0", "gguf-pq2_0", "gguf-tq1_0"]),
-        (64, &["gguf-q2_0"], &["gguf-pq2_0", "gguf-tq2_0"]),
+        (64, &["gguf-q2_0"], &["gguf-q2_0-legacy", "gguf-tq2_0"]),
         (
             128,
             &["gguf-q2_0", "gguf-pq2_0", "gguf-q2_0-legacy", "gguf-ptq1_0"],
@@ -117,8 +117,10 @@ fn group_sizes_and_heads_survive_where_the_format_holds_them() {
             let scratch = Scratch::new("convert-groups");
             let tiny = Tiny::even(tied, group_size);
             let packed = start(&scratch, &tiny);
+            let ternary = Some(tiny.ternary());
             for format in formats(&[&common, blocks, &floats].concat()) {
                 let out = to(&scratch, "out", format);
+                format.check(tiny.config(), ternary).unwrap();
                 run(&packed, &out, &ConvertOptions::new(format)).unwrap();
                 check(&out, &tiny);
                 let back = to(&scratch, format.name(), Format::Packed);
@@ -127,6 +129,7 @@ fn group_sizes_and_heads_survive_where_the_format_holds_them() {
                 assert!(bytes(&back) == bytes(&packed), "{}", format.name());
             }
             for format in formats(bad) {
+                assert!(format.check(tiny.config(), ternary).is_err());
                 let out = to(&scratch, "out", format);
                 let result = run(&packed, &out, &ConvertOptions::new(format));
                 refused(result, &[EMBED, "group_size"]);

@@ -94,6 +94,39 @@ impl Overlap {
     pub fn train_to_drop(&self) -> &[usize] {
         &self.train_documents
     }
+
+    /// For each of the held-out `documents` the train document that has most of its grams,
+    /// the first of equals, with the share that it has; `None` where none has any.
+    ///
+    /// # Errors
+    /// A text that cannot be read.
+    pub fn nearest(
+        &self,
+        corpus: &Corpus,
+        documents: &[usize],
+    ) -> Result<Vec<Option<(usize, f64)>>, DataError> {
+        let mut nearest = vec![None; documents.len()];
+        if documents.is_empty() {
+            return Ok(nearest);
+        }
+        let (mut hasher, mut reader) = (GramHasher::default(), corpus.reader());
+        let mut held_out = Vec::new();
+        for &document in documents {
+            held_out.push(hasher.distinct(&reader.read(document)?.text));
+        }
+        for &document in &self.train_documents {
+            let known = hasher.distinct(&reader.read(document)?.text);
+            for (grams, nearest) in held_out.iter().zip(&mut nearest) {
+                let is_known = |gram: &&u64| known.binary_search(gram).is_ok();
+                let num_known = grams.iter().filter(is_known).count();
+                let share = num_known as f64 / grams.len().max(1) as f64;
+                if share > nearest.map_or(0.0, |(_, best)| best) {
+                    *nearest = Some((document, share));
+                }
+            }
+        }
+        Ok(nearest)
+    }
 }
 
 /// Hashes of the 13-grams of a text, with a buffer that serves one text after another.
@@ -121,6 +154,15 @@ impl GramHasher {
                 visit(mix64(rolling));
             }
         }
+    }
+
+    /// The different grams of `text`, ascending.
+    fn distinct(&mut self, text: &str) -> Vec<u64> {
+        let mut grams = Vec::new();
+        self.for_each(text, |gram| grams.push(gram));
+        grams.sort_unstable();
+        grams.dedup();
+        grams
     }
 }
 
@@ -203,6 +245,10 @@ mod tests {
     }
 
     fn overlap(train: &[String], valid: &[String]) -> Overlap {
+        with_corpus(train, valid).1
+    }
+
+    fn with_corpus(train: &[String], valid: &[String]) -> (Texts, Overlap) {
         let corpus = Texts::new(&[train, valid].concat());
         let split = Split {
             train: (0..train.len()).collect(),
@@ -211,7 +257,8 @@ mod tests {
             valid_hash: String::new(),
             exact_duplicates: Vec::new(),
         };
-        Overlap::find(&corpus, &split).expect("reads")
+        let overlap = Overlap::find(&corpus, &split).expect("reads");
+        (corpus, overlap)
     }
 
     /// Share of `valid`'s grams in `train`, with the grams as lists of words.
@@ -282,6 +329,29 @@ mod tests {
         assert_eq!(found.num_valid_touched(), 3);
         assert_eq!(found.num_valid_mostly_known(), 3);
         assert_eq!(found.num_valid_too_short(), 1);
+    }
+
+    #[test]
+    fn each_document_has_its_own_nearest_one() {
+        let train = [
+            words("a", 0..60),
+            format!("{} {}", words("a", 0..20), words("b", 0..60)),
+            words("b", 30..90),
+        ];
+        let valid = [
+            words("b", 0..40),
+            words("a", 0..40),
+            words("z", 0..40),
+            words("b", 47..60),
+        ];
+        let (corpus, found) = with_corpus(&train, &valid);
+        let nearest = found.nearest(&corpus, &[3, 4, 5, 6]).expect("reads");
+        assert_eq!(
+            nearest,
+            [Some((1, 1.0)), Some((0, 1.0)), None, Some((1, 1.0))]
+        );
+        let none = found.nearest(&corpus, &[]).expect("nothing to read");
+        assert!(none.is_empty());
     }
 
     #[test]

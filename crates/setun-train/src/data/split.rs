@@ -20,8 +20,8 @@ pub struct Split {
     pub train_hash: String,
     /// blake3 (hex) over the blake3 hashes of the held-out documents, in order.
     pub valid_hash: String,
-    /// Train documents whose exact text is also held out; only files that the user
-    /// names can cause it.
+    /// Train documents whose exact text is also held out, ascending; only files that the
+    /// user names can cause it.
     pub exact_duplicates: Vec<usize>,
 }
 

@@ -24,10 +24,15 @@ use std::{
         mpsc,
     },
     thread,
+    time::Duration,
 };
 
 /// Text that a thread encodes at a time; small enough to keep all cores busy to the end.
 const CHUNK_BYTES: u64 = 1 << 18;
+
+/// Chunks for each thread that may be encoded while an earlier one, of a huge document, is
+/// not: they wait in memory.
+const CHUNKS_AHEAD: usize = 8;
 
 /// The order of documents uses this epoch, which no order of windows reaches.
 const DOCUMENT_ORDER_EPOCH: u64 = u64::MAX;
@@ -462,9 +467,11 @@ impl Encoder<'_> {
         let chunks = chunk_documents(corpus, order);
         let num_threads = thread::available_parallelism().map_or(1, NonZero::get);
         let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-        // Bounded, so that no more text than this waits to be written.
+        // The first chunk that has not been taken.
+        let expected = AtomicUsize::new(0);
         let (sender, receiver) = mpsc::sync_channel(num_threads);
         let work = |sender: mpsc::SyncSender<_>| {
+            let _end = EndOnPanic(&failed);
             let mut reader = corpus.reader();
             // A claimed chunk is always encoded: so every chunk before a bad one is, and
             // the error that is reported does not depend on timing.
@@ -473,6 +480,10 @@ impl Encoder<'_> {
                 let Some(&documents) = chunks.get(index) else {
                     break;
                 };
+                let is_early = || index >= expected.load(Ordering::Relaxed) + ahead(num_threads);
+                while is_early() && !failed.load(Ordering::Relaxed) {
+                    thread::sleep(Duration::from_millis(1));
+                }
                 let result = self.encode_chunk(corpus, &mut reader, documents);
                 failed.fetch_or(result.is_err(), Ordering::Relaxed);
                 if sender.send((index, result)).is_err() {
@@ -486,9 +497,10 @@ impl Encoder<'_> {
                 scope.spawn(|| work(sender));
             }
             drop(sender);
+            let _end = EndOnPanic(&failed);
             let mut first_error: Option<(usize, DataError)> = None;
+            // Not more than may be encoded ahead.
             let mut waiting = BTreeMap::new();
-            let mut expected = 0;
             for (index, result) in receiver {
                 match result {
                     Ok(chunk) => {
@@ -499,9 +511,11 @@ impl Encoder<'_> {
                     }
                     Err(_) => {}
                 }
-                while let Some(chunk) = waiting.remove(&expected) {
-                    take(chunk)?;
-                    expected += 1;
+                while let Some(chunk) = waiting.remove(&expected.load(Ordering::Relaxed)) {
+                    let taken = take(chunk);
+                    failed.fetch_or(taken.is_err(), Ordering::Relaxed);
+                    taken?;
+                    expected.fetch_add(1, Ordering::Relaxed);
                 }
             }
             first_error.map_or(Ok(()), |(_, why)| Err(why))
@@ -594,6 +608,22 @@ impl Encoder<'_> {
                 Err(format!("its text becomes <|endoftext|> (id {id})"))
             }
             Some(id) => Err(format!("id {id} in a vocabulary of {}", self.vocab_size)),
+        }
+    }
+}
+
+/// Distance from the first chunk that has not been taken at which threads wait for it.
+fn ahead(num_threads: usize) -> usize {
+    CHUNKS_AHEAD * num_threads
+}
+
+/// Tells the other threads when this one panics, so that none waits for it.
+struct EndOnPanic<'a>(&'a AtomicBool);
+
+impl Drop for EndOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.store(true, Ordering::Relaxed);
         }
     }
 }

@@ -87,7 +87,8 @@ pub struct Entry {
     pub tokens_per_second: f64,
     /// Memory of the training, measured or else planned.
     pub memory_bytes: u64,
-    /// Size of the model file.
+    /// Size of the smallest file with the model's weights that was written; where none is
+    /// recorded, as computed from the shape.
     pub file_bytes: u64,
 }
 
@@ -198,8 +199,9 @@ impl HeadToHead {
     fn notes(&self) -> Vec<String> {
         let mut notes = vec![
             "Losses in nats per token; held-out after the last step; train: mean of the last \
-             steps. last/best and held-out/train are ratios of losses: above 1 in the first, the \
-             run went on past its best."
+             steps that were logged. last/best and held-out/train are ratios of losses: above 1 in \
+             the first, the run went on past its best. file: the smallest that was written, or as \
+             computed."
                 .to_owned(),
         ];
         let first = &self.runs[0].record.data;
@@ -387,6 +389,7 @@ fn entry(run: &RunResults, first: &RunResults) -> Entry {
     let (results, model) = (&run.results, &run.record.model);
     let last = results.final_eval.as_ref();
     let best = results.best_eval.as_ref();
+    let file = run.record.smallest_file();
     let comparable = run.same_held_out(first);
     let against = || Some(last?.loss - first.results.final_eval.as_ref()?.loss);
     Entry {
@@ -410,7 +413,7 @@ fn entry(run: &RunResults, first: &RunResults) -> Entry {
         held_out_over_train: run.held_out_over_train(),
         tokens_per_second: results.tokens_per_second,
         memory_bytes: run.memory_bytes(),
-        file_bytes: model.packed_bytes,
+        file_bytes: file.map_or(model.packed_bytes, |file| file.bytes),
     }
 }
 

@@ -5,9 +5,14 @@ use std::fmt::Write;
 use super::observe::Severity;
 use super::plot::{self, Plot, Series, Style, Unit};
 use super::record::{
-    EvalRecord, FINAL_LOSS_STEPS, FinalResults, Sample, StepRecord, TernaryRecord, VerificationRow,
+    Duplicates, EvalRecord, FinalResults, RunRecord, Sample, StepRecord, TernaryRecord,
+    VerificationRow,
 };
 use super::{Report, bytes, compact, duration, escape, grouped, nats, percent, shorten, utc};
+
+mod style;
+
+pub(super) use style::STYLE;
 
 /// Size of the plot of losses, and of each of the others.
 const LARGE: (f64, f64) = (960.0, 360.0);
@@ -61,9 +66,14 @@ fn subtitle(report: &Report) -> String {
         Some(size) => format!("ternary, groups of {size}"),
         None => "dense".to_owned(),
     };
-    let time = match run.finished {
-        Some(end) => duration(end.saturating_sub(run.started)),
-        None => "not finished".to_owned(),
+    let time = match (run.finished, run.seconds) {
+        (Some(_), Some(seconds)) => duration(seconds as u64),
+        // A run that was resumed may have rested in between.
+        (Some(end), None) => format!(
+            "{} from the first start to the last end",
+            duration(end.saturating_sub(run.started))
+        ),
+        (None, _) => "not finished".to_owned(),
     };
     let verified = match &report.verification {
         Some(table) if table.passed() => "<span class=\"chip good\">\u{2713} verified</span>",
@@ -83,20 +93,14 @@ fn headline(report: &Report) -> String {
     let Some(results) = &report.results else {
         return String::new();
     };
-    let model = &report.run.model;
-    let accepted = results.accepted_steps.min(FINAL_LOSS_STEPS as u64);
     let cards = [
         card(
             "Final training loss",
             nats(results.train_loss),
-            format!("nats per token, mean of the last {accepted} accepted steps"),
+            format!("nats per token, {}", results.train_loss_of()),
         ),
         held_out_cards(results),
-        card(
-            "Model file",
-            bytes(model.packed_bytes),
-            format!("{} bits per parameter", compact(model.bits_per_weight)),
-        ),
+        file_card(&report.run),
         card(
             "Speed",
             compact(results.tokens_per_second),
@@ -144,6 +148,31 @@ fn held_out_cards(results: &FinalResults) -> String {
         ),
     ]
     .concat()
+}
+
+/// What the weights take, in the smallest file that was written, or as computed.
+fn file_card(run: &RunRecord) -> String {
+    let model = &run.model;
+    let Some(file) = run.smallest_file() else {
+        let name = match model.group_size {
+            Some(_) => "Packed weights",
+            None => "Latents in a checkpoint",
+        };
+        let bits = compact(model.bits_per_weight);
+        let note = format!("computed, {bits} bits per parameter; no model file is recorded");
+        return card(name, bytes(model.packed_bytes), note);
+    };
+    let name = match file.path.starts_with("export") {
+        true => "Model file",
+        false => "Weights in a checkpoint",
+    };
+    let bits = 8.0 * file.bytes as f64 / model.parameters.max(1) as f64;
+    let note = format!(
+        "{}, {} bits per parameter",
+        escape(&file.path),
+        compact(bits)
+    );
+    card(name, bytes(file.bytes), note)
 }
 
 fn card(name: &str, value: String, note: String) -> String {
@@ -483,6 +512,10 @@ fn verification_row(row: &VerificationRow) -> String {
 
 fn data(report: &Report) -> String {
     let data = &report.run.data;
+    let duplicates = data.checked_duplicates();
+    let checked = |text: fn(&Duplicates) -> String| {
+        duplicates.map_or("not checked: the data are token files".to_owned(), text)
+    };
     let facts = [
         ("Sources", escape(&data.sources.join(", "))),
         ("Training", counts(data.train_documents, data.train_tokens)),
@@ -505,37 +538,44 @@ fn data(report: &Report) -> String {
         ),
         ("Short documents", grouped(data.short_documents)),
         (
-            "Exact duplicates",
-            format!(
-                "{}, of which {} left out",
-                grouped(data.duplicates.exact),
-                grouped(data.duplicates.dropped)
-            ),
+            "Exact copies of held-out documents",
+            checked(|d| {
+                let left_out = grouped(d.exact_left_out());
+                let exact = grouped(d.exact);
+                format!("{exact} training documents, of which {left_out} left out")
+            }),
         ),
         (
             "Near-duplicates across the split",
-            format!(
-                "{} held-out documents",
-                grouped(data.duplicates.across_split)
-            ),
+            checked(|d| {
+                let (left, left_out) = (grouped(d.across_split), grouped(d.near_left_out()));
+                format!("{left} held-out documents; {left_out} training documents left out")
+            }),
         ),
     ];
-    let mut html = fact_table(&facts);
-    if !data.duplicates.examples.is_empty() {
-        let mut rows = String::new();
-        for pair in &data.duplicates.examples {
-            _ = write!(
-                rows,
-                "<tr><td>{}</td><td>{}</td>{}</tr>",
-                escape(&shorten(&pair.valid, 2 * SHOWN_MATCH)),
-                escape(&shorten(&pair.train, 2 * SHOWN_MATCH)),
-                number(percent(pair.similarity))
-            );
-        }
-        let head = "held-out document|training document|>similarity";
-        html += &table("Near-duplicates across the split (examples)", head, &rows);
+    fact_table(&facts) + &duplicates.map(duplicate_examples).unwrap_or_default()
+}
+
+fn duplicate_examples(duplicates: &Duplicates) -> String {
+    if duplicates.examples.is_empty() {
+        return String::new();
     }
-    html
+    let mut rows = String::new();
+    for pair in &duplicates.examples {
+        _ = write!(
+            rows,
+            "<tr><td>{}</td><td>{}</td>{}</tr>",
+            escape(&shorten(&pair.valid, 2 * SHOWN_MATCH)),
+            escape(&shorten(&pair.train, 2 * SHOWN_MATCH)),
+            number(percent(pair.similarity))
+        );
+    }
+    let caption = match duplicates.across_split {
+        0 => "Near-duplicates across the split that were left out (examples)",
+        _ => "Near-duplicates across the split (examples)",
+    };
+    let head = "held-out document|nearest training document|>shared text";
+    table(caption, head, &rows)
 }
 
 fn counts(documents: u64, tokens: u64) -> String {
@@ -562,7 +602,7 @@ fn machine(report: &Report) -> String {
         ("Memory", bytes(machine.memory_bytes)),
         ("System", escape(&machine.os)),
         ("Code version", escape(&run.code_version)),
-        ("Peak memory", peak),
+        ("Peak resident memory", peak),
     ];
     let mut rows = String::new();
     for row in &run.memory.plan {
@@ -693,76 +733,3 @@ fn pass(pass: bool) -> &'static str {
         false => "<span class=\"chip bad\">\u{2717} fail</span>",
     }
 }
-
-pub(super) const STYLE: &str = "\
-*{box-sizing:border-box}
-body{margin:0 auto;padding:32px 20px 56px;max-width:1120px;background:var(--page);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
-h1{font-size:30px;line-height:1.2;margin:0 0 8px;overflow-wrap:anywhere}
-h2{font-size:20px;margin:0 0 14px}
-code{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
-.eyebrow{margin:0 0 4px;font-size:13px;letter-spacing:.06em;text-transform:uppercase;color:var(--muted)}
-.sub{margin:0 0 18px;color:var(--muted)}
-.sep{color:var(--axis);padding:0 3px}
-.chip{display:inline-block;padding:0 9px;border-radius:99px;font-size:13px;line-height:22px;
-background:var(--line);color:var(--ink);white-space:nowrap}
-.chip.good{background:var(--good-bg);color:var(--good)}
-.chip.bad{background:var(--bad-bg);color:var(--bad)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(300px,100%),1fr));gap:12px;margin:0 0 14px}
-.card,section{background:var(--surface);border:1px solid var(--line);border-radius:12px}
-.card{padding:14px 16px}
-.card dt{font-size:13px;color:var(--muted)}
-.card dd{margin:2px 0 0;font-size:27px;font-weight:650;line-height:1.25;font-variant-numeric:tabular-nums}
-.card small{display:block;font-size:13px;font-weight:400;color:var(--muted)}
-nav{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 18px;font-size:14px}
-a{color:var(--info)}
-section{padding:20px;margin:0 0 16px;overflow:hidden}
-.notes{list-style:none;margin:0;padding:0;display:grid;gap:8px}
-.notes li{display:flex;gap:10px;align-items:baseline}
-.mark{flex:none;width:22px;height:22px;border-radius:50%;text-align:center;line-height:22px;
-font-size:13px;font-weight:700}
-.bad .mark{background:var(--bad-bg);color:var(--bad)}
-.info .mark{background:var(--info-bg);color:var(--info)}
-.good .mark{background:var(--good-bg);color:var(--good)}
-figure{margin:0;min-width:0}
-figcaption{font-size:14px;font-weight:600;margin:0 0 6px}
-svg{display:block;width:100%;height:auto;overflow:visible}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:26px 28px}
-figure+.grid{margin-top:28px}
-.scroll{overflow-x:auto;margin:0 0 6px}
-table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
-caption{text-align:left;font-size:13px;color:var(--muted);padding:0 0 6px}
-th,td{padding:6px 12px 6px 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:baseline}
-thead th{font-size:13px;font-weight:500;color:var(--muted)}
-tbody th{font-weight:400}
-td:last-child,th:last-child{padding-right:0}
-tbody tr:last-child>*{border-bottom:0}
-.n{text-align:right}
-td.n{white-space:nowrap}
-.model>*{font-weight:650}
-.bar{width:24%;vertical-align:middle}
-.bar i{display:block;height:10px;border-radius:3px;background:var(--axis)}
-.model .bar i{background:var(--series-0)}
-.trits{min-width:110px;white-space:nowrap;font-size:0;vertical-align:middle}
-.trits i{display:inline-block;height:10px;background:var(--series-1)}
-.trits i:nth-child(2){background:var(--line)}
-.trits i:nth-child(3){background:var(--series-0)}
-details{margin:10px 0 0}
-summary{cursor:pointer;font-size:14px;font-weight:600;margin:0 0 8px}
-.sample{padding:0 0 12px;margin:0 0 12px;border-bottom:1px solid var(--line)}
-.sample:last-child{padding:0;margin:0;border:0}
-.sample p{margin:0}
-.sample .text{white-space:pre-wrap;overflow-wrap:anywhere;font-family:Georgia,'Times New Roman',serif;font-size:17px}
-.sample .facts{margin-top:4px;font-size:13px;color:var(--muted)}
-mark{background:var(--mark);color:inherit;border-radius:3px;white-space:pre-wrap}
-dl.facts{margin:0 0 10px;font-size:14px}
-dl.facts div{display:grid;grid-template-columns:minmax(130px,240px) 1fr;gap:12px;padding:5px 0;
-border-bottom:1px solid var(--line)}
-dl.facts div:last-child{border:0}
-dl.facts dt{color:var(--muted)}
-dl.facts dd{margin:0;overflow-wrap:anywhere}
-.none{color:var(--muted);margin:0}
-footer{color:var(--muted);font-size:13px}
-@media(max-width:700px){.wide{overflow-x:auto}.wide svg{min-width:640px}section{padding:16px}}
-@media print{body{background:none;padding:0}section{break-inside:avoid}nav{display:none}}
-";

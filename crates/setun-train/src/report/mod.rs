@@ -46,7 +46,7 @@ impl Report {
         verification: Option<&VerificationTable>,
     ) -> Self {
         let timeline = Timeline::new(metrics);
-        let results = FinalResults::from_timeline(&timeline);
+        let results = FinalResults::new(record, &timeline);
         let best = results
             .as_ref()
             .and_then(|results| results.best_eval.as_ref());
@@ -229,7 +229,7 @@ mod demo {
                 "seed": 7,
                 "data": {"text": ["encyclopedia.txt"], "valid_share": 0.05},
                 "model": {"hidden_size": 256, "num_hidden_layers": 4, "tie_word_embeddings": true},
-                "train": {"steps": 1200, "seq": 256, "lr": 1e-3, "grad_clip": 1.0, "note": "<b>"}
+                "train": {"steps": 1200, "batch_size": 8, "seq_len": 256, "lr": 1e-3, "note": "<b>"}
             }),
             seed: 7,
             code_version: "0.1.0 (1a2b3c4d)".to_owned(),
@@ -265,10 +265,19 @@ mod demo {
             ternary_hashes: [("step-00001200".to_owned(), "5e".repeat(32))].into(),
             started: 1_795_224_480,
             finished: Some(1_795_224_732),
+            seconds: Some(240.5),
+            files: vec![file("export/hf", 6_830_112), file("export/packed", 925_696)],
             results: None,
             samples: samples(),
             early_stop: None,
             projection: None,
+        }
+    }
+
+    fn file(path: &str, bytes: u64) -> ModelFile {
+        ModelFile {
+            path: path.to_owned(),
+            bytes,
         }
     }
 
@@ -286,16 +295,17 @@ mod demo {
             train_hash: "0f3a".repeat(16),
             valid_hash: "b7c1".repeat(16),
             short_documents: 3,
-            duplicates: Duplicates {
-                exact: 4,
-                dropped: 4,
+            duplicates: Some(Duplicates {
+                exact: 0,
+                exact_dropped: Some(0),
+                dropped: 0,
                 across_split: 2,
                 examples: vec![DuplicatePair {
                     valid: "Harbour. A harbour is a place on the coast".to_owned(),
                     train: "Port. A port is a place on the coast".to_owned(),
                     similarity: 0.83,
                 }],
-            },
+            }),
             vocab_size: 1024,
             tokenizer_hash: "c4d2".repeat(16),
             sources: vec!["encyclopedia.txt".to_owned()],
@@ -619,6 +629,39 @@ mod tests {
         assert!(html.contains(&format!("split hash <code>{}</code>", "b7c1".repeat(16))));
         assert!(html.contains("21,904 tokens"));
         assert!(html.contains("not verified"));
+    }
+
+    /// What was measured has its place and its unit; what was not is called so.
+    #[test]
+    fn labels_say_what_their_numbers_are() {
+        let mut record = demo::record();
+        let page =
+            |record: &RunRecord, metrics: &[Metric]| Report::build(record, metrics, None).to_html();
+        let html = page(&record, &demo::metrics());
+        assert!(html.contains("<dt>Model file</dt><dd>925.7\u{a0}kB<small>export/packed, 2.17 "));
+        assert!(html.contains("mean of the last 20 accepted steps"));
+        assert!(html.contains(" 4 min 0 s "), "the time of the sessions");
+
+        record.model.group_size = None;
+        record.files = vec![record::ModelFile {
+            path: "checkpoints/step-00001200/latents.safetensors".to_owned(),
+            bytes: 13_649_920,
+        }];
+        record.seconds = None;
+        record.data.duplicates = None;
+        let mut metrics = demo::metrics();
+        metrics.retain(
+            |metric| !matches!(metric, Metric::Step(step) if !step.step.is_multiple_of(10)),
+        );
+        let html = page(&record, &metrics);
+        assert!(html.contains("<dt>Weights in a checkpoint</dt><dd>13.6\u{a0}MB"));
+        assert!(html.contains("mean of the last 20 logged steps"));
+        assert!(html.contains("4 min 12 s from the first start to the last end"));
+        assert_eq!(html.matches("not checked: the data are token").count(), 3);
+        assert!(!html.contains("Near-duplicates across the split (examples)"));
+        record.files.clear();
+        let html = page(&record, &metrics);
+        assert!(html.contains("<dt>Latents in a checkpoint</dt>"));
     }
 
     #[test]

@@ -21,6 +21,9 @@ const REPETITIVE: f64 = 0.2;
 const GAUSSIAN_ZERO_SHARE: f64 = 0.31;
 /// Share of zeros of published ternary models.
 const TRAINED_ZERO_SHARE: f64 = 0.40;
+/// Memory that a run may take beside its plan: the program, pieces of the text, and before the
+/// plan is allocated, the counts of the baselines.
+const UNPLANNED_BYTES: u64 = 256 << 20;
 
 /// How much an observation matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -75,8 +78,9 @@ pub struct Comparison {
 pub fn observations(record: &RunRecord, metrics: &[Metric]) -> Vec<Observation> {
     let timeline = Timeline::new(metrics);
     let mut notes = Notes::default();
-    if let Some(results) = FinalResults::from_timeline(&timeline) {
+    if let Some(results) = FinalResults::new(record, &timeline) {
         held_out(&mut notes, &timeline, &results);
+        worse_than_before(&mut notes, &timeline);
         against_baselines(&mut notes, record, &results);
         guard(&mut notes, &timeline, &results);
         throughput(&mut notes, &timeline);
@@ -138,9 +142,11 @@ pub fn observe_verification(table: &VerificationTable) -> Observation {
 }
 
 /// Whether the held-out loss has turned up while the training loss goes on falling: at
-/// least two evaluations after the best, the last of them [`OVERFIT_NATS`] above it.
+/// least two evaluations after the best, the last of them [`OVERFIT_NATS`] above it. The
+/// evaluation before training, which has no training loss beside it, is not asked.
 pub fn overfit(evals: &[EvalRecord]) -> Option<Overfit> {
-    let finite = evals.iter().filter(|eval| eval.loss.is_finite());
+    let trained = evals.iter().filter(|eval| eval.step > 0);
+    let finite = trained.filter(|eval| eval.loss.is_finite());
     let best = finite.min_by(|a, b| a.loss.total_cmp(&b.loss))?;
     let last = evals.last()?;
     let num_after = evals.iter().filter(|eval| eval.step > best.step).count();
@@ -211,8 +217,11 @@ fn projection_cost(notes: &mut Notes, record: &RunRecord, timeline: &Timeline) {
 
 fn held_out(notes: &mut Notes, timeline: &Timeline, results: &FinalResults) {
     let (Some(last), Some(best)) = (&results.final_eval, &results.best_eval) else {
-        notes
-            .warning("There is no finite held-out loss, so no perplexity can be given.".to_owned());
+        let why = match timeline.evals.iter().any(|eval| eval.step > 0) {
+            true => "There is no finite held-out loss",
+            false => "The trained model has not been evaluated yet",
+        };
+        notes.warning(format!("{why}, so no perplexity can be given."));
         return;
     };
     if !last.loss.is_finite() {
@@ -246,10 +255,29 @@ fn held_out(notes: &mut Notes, timeline: &Timeline, results: &FinalResults) {
     if gap.abs() >= OVERFIT_NATS {
         let place = if gap > 0.0 { "above" } else { "below" };
         notes.info(format!(
-            "The final held-out loss ({:.3}) is {:.3} nats {place} the final training loss ({:.3}).",
+            "The final held-out loss ({:.3}) is {:.3} nats {place} the final training loss \
+             ({:.3}, {}).",
             last.loss,
             gap.abs(),
-            results.train_loss
+            results.train_loss,
+            results.train_loss_of()
+        ));
+    }
+}
+
+/// A model that no step has made better than what training started from.
+fn worse_than_before(notes: &mut Notes, timeline: &Timeline) {
+    let before = timeline.eval_before_training();
+    let (Some(before), Some(best)) = (before, timeline.best_eval()) else {
+        return;
+    };
+    if before.loss < best.loss {
+        notes.warning(format!(
+            "Training made the model worse than it was at the start: the held-out loss was {:.3} \
+             before the first step and {:.3} at best after it (step {}).",
+            before.loss,
+            best.loss,
+            grouped(best.step)
         ));
     }
 }
@@ -316,7 +344,7 @@ fn against_baselines(notes: &mut Notes, record: &RunRecord, results: &FinalResul
 }
 
 fn guard(notes: &mut Notes, timeline: &Timeline, results: &FinalResults) {
-    let num_steps = timeline.steps.len() as f64;
+    let num_steps = grouped(results.final_step);
     if results.skipped_steps > 0 {
         let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
         for reason in timeline
@@ -338,11 +366,10 @@ fn guard(notes: &mut Notes, timeline: &Timeline, results: &FinalResults) {
         } else {
             ""
         };
-        let share = results.skipped_steps as f64 / num_steps;
+        let share = results.skipped_steps as f64 / results.final_step as f64;
         let text = format!(
-            "{} of {} steps were skipped ({}): {}{more}.",
+            "{} of {num_steps} steps were skipped ({}): {}{more}.",
             grouped(results.skipped_steps),
-            grouped(timeline.steps.len() as u64),
             percent(share),
             shown.join(", ")
         );
@@ -352,15 +379,16 @@ fn guard(notes: &mut Notes, timeline: &Timeline, results: &FinalResults) {
             notes.info(text)
         }
     } else {
-        notes.good(format!(
-            "None of {} steps was skipped.",
-            grouped(timeline.steps.len() as u64)
-        ));
+        notes.good(format!("None of {num_steps} steps was skipped."));
     }
     if results.clipped_steps > 0 {
-        let share = results.clipped_steps as f64 / results.accepted_steps as f64;
+        let share = results.clipped_steps as f64 / results.logged_steps as f64;
+        let logged = match results.all_logged() {
+            true => "",
+            false => " that were logged",
+        };
         let text = format!(
-            "The gradient was clipped in {} of the accepted steps.",
+            "The gradient was clipped in {} of the accepted steps{logged}.",
             percent(share)
         );
         if share > 0.5 {
@@ -412,12 +440,11 @@ fn throughput(notes: &mut Notes, timeline: &Timeline) {
 }
 
 fn repeated_data(notes: &mut Notes, record: &RunRecord, results: &FinalResults) {
-    let seen = results.epochs * record.data.train_tokens as f64;
-    if seen.is_finite() && seen > 0.0 && record.model.parameters > 0 {
+    if results.tokens > 0 && record.model.parameters > 0 {
         notes.info(format!(
             "The model saw {} tokens, {:.2} per parameter, in {:.2} epochs.",
-            grouped(seen as u64),
-            seen / record.model.parameters as f64,
+            grouped(results.tokens),
+            results.tokens as f64 / record.model.parameters as f64,
             results.epochs
         ));
     }
@@ -508,7 +535,16 @@ fn samples(notes: &mut Notes, record: &RunRecord) {
 }
 
 fn duplicates(notes: &mut Notes, record: &RunRecord) {
-    let (data, duplicates) = (&record.data, &record.data.duplicates);
+    let data = &record.data;
+    let Some(duplicates) = data.checked_duplicates() else {
+        notes.info(
+            "Whether held-out text is in the training part as well was not checked: the data are \
+             token files."
+                .to_owned(),
+        );
+        return;
+    };
+    let copies = duplicates.exact - duplicates.exact_left_out();
     if duplicates.across_split > 0 {
         notes.warning(format!(
             "{} of {} held-out documents have a near-duplicate in the training part: the held-out \
@@ -516,17 +552,26 @@ fn duplicates(notes: &mut Notes, record: &RunRecord) {
             grouped(duplicates.across_split),
             grouped(data.valid_documents)
         ));
-    } else if data.valid_documents > 0 {
+    } else if data.valid_documents > 0 && copies == 0 {
         notes.good(format!(
             "None of {} held-out documents has a near-duplicate in the training part.",
             grouped(data.valid_documents)
         ));
     }
-    let kept = duplicates.exact.saturating_sub(duplicates.dropped);
-    if kept > 0 {
+    if copies > 0 {
         notes.warning(format!(
-            "{} exact copies of documents were kept.",
-            grouped(kept)
+            "{} training documents are exact copies of held-out ones: the held-out loss flatters \
+             the model.",
+            grouped(copies)
+        ));
+    }
+    let (exact, near) = (duplicates.exact_left_out(), duplicates.near_left_out());
+    if exact > 0 || near > 0 {
+        notes.info(format!(
+            "Left out of training: {} exact copies of held-out documents, and {} other documents \
+             that share text with them.",
+            grouped(exact),
+            grouped(near)
         ));
     }
 }
@@ -536,204 +581,22 @@ fn memory(notes: &mut Notes, record: &RunRecord) {
     let Some(peak) = record.memory.peak_bytes.filter(|_| planned > 0) else {
         return;
     };
-    let text = format!("Peak memory {}, planned {}.", bytes(peak), bytes(planned));
-    // The plan leaves out the program itself, its threads and the text, so some excess is
+    let text = format!(
+        "Peak resident memory {}, planned {}.",
+        bytes(peak),
+        bytes(planned)
+    );
+    // The plan leaves out threads and what comes before and after training, so some excess is
     // normal.
-    if peak as f64 > 1.25 * planned as f64 {
+    let (peak, limit) = (peak as f64, 1.25 * planned as f64);
+    if peak > limit + UNPLANNED_BYTES as f64 {
         notes.warning(text)
+    } else if peak > limit {
+        notes.info(text)
     } else {
         notes.good(text)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::demo;
-    use super::super::record::TernaryRecord;
-    use super::*;
-
-    fn eval(step: u64, loss: f64, train_loss: f64) -> EvalRecord {
-        let (perplexity, bits_per_byte) = (loss.exp(), 1.0);
-        EvalRecord {
-            step,
-            loss,
-            perplexity,
-            bits_per_byte,
-            tokens: 10,
-            train_loss,
-        }
-    }
-
-    fn has(notes: &[Observation], severity: Severity, words: &str) -> bool {
-        notes
-            .iter()
-            .any(|note| note.severity == severity && note.text.contains(words))
-    }
-
-    #[test]
-    fn overfit_needs_a_rise_of_one_and_a_fall_of_the_other() {
-        let evals = [
-            eval(10, 3.0, 3.1),
-            eval(20, 2.5, 2.4),
-            eval(30, 2.6, 2.0),
-            eval(40, 2.9, 1.5),
-        ];
-        let found = overfit(&evals).unwrap();
-        assert_eq!((found.best_step, found.last_step), (20, 40));
-        assert!((found.rise_nats - 0.4).abs() < 1e-9);
-        assert!((found.train_fall_nats - 0.9).abs() < 1e-9);
-
-        assert_eq!(
-            overfit(&evals[..3]),
-            None,
-            "one evaluation after the best is no trend"
-        );
-        assert_eq!(overfit(&[]), None);
-        let falling = [eval(10, 3.0, 3.0), eval(20, 2.0, 2.0), eval(30, 1.0, 1.0)];
-        assert_eq!(overfit(&falling), None);
-        let both_rise = [eval(10, 2.0, 2.0), eval(20, 2.5, 2.5), eval(30, 3.0, 3.0)];
-        assert_eq!(
-            overfit(&both_rise),
-            None,
-            "that is divergence, not overfitting"
-        );
-        let noise = [
-            eval(10, 2.0, 2.0),
-            eval(20, 2.001, 1.9),
-            eval(30, 2.002, 1.8),
-        ];
-        assert_eq!(overfit(&noise), None);
-        let not_finite = [eval(10, f64::NAN, 2.0), eval(20, f64::NAN, 1.0)];
-        assert_eq!(overfit(&not_finite), None);
-    }
-
-    #[test]
-    fn the_demo_run_overfits_and_beats_its_baselines() {
-        let (record, metrics) = (demo::record(), demo::metrics());
-        let notes = observations(&record, &metrics);
-        assert!(
-            has(&notes, Severity::Warning, "Overfitting from step 800:"),
-            "{notes:#?}"
-        );
-        assert!(has(
-            &notes,
-            Severity::Info,
-            "The best checkpoint is not the last"
-        ));
-        assert!(has(
-            &notes,
-            Severity::Good,
-            "Beats the interpolated trigram by"
-        ));
-        assert!(has(&notes, Severity::Info, "3 of 1,200 steps were skipped"));
-        assert!(has(
-            &notes,
-            Severity::Warning,
-            "copy more than 80 characters"
-        ));
-        assert!(has(&notes, Severity::Warning, "2 of 31 held-out documents"));
-        assert!(!notes.iter().any(|note| note.text.contains("still falling")));
-        assert!(
-            notes
-                .windows(2)
-                .all(|pair| pair[0].severity <= pair[1].severity)
-        );
-    }
-
-    #[test]
-    fn a_healthy_run_gets_no_warning() {
-        let mut record = demo::record();
-        record.samples.truncate(1);
-        record.data.duplicates = Default::default();
-        let mut metrics = demo::metrics();
-        metrics.retain(|metric| match metric {
-            Metric::Step(step) => step.accepted() && step.step <= 800,
-            Metric::Eval(eval) => eval.step <= 800,
-            Metric::Ternary(look) => look.step <= 800,
-            Metric::Event { .. } => false,
-        });
-        let notes = observations(&record, &metrics);
-        assert!(
-            notes.iter().all(|note| note.severity != Severity::Warning),
-            "{notes:#?}"
-        );
-        assert!(has(&notes, Severity::Info, "still falling at the end"));
-        assert!(has(
-            &notes,
-            Severity::Good,
-            "None of 797 steps was skipped."
-        ));
-    }
-
-    #[test]
-    fn losing_and_incomparable_baselines_are_warnings() {
-        let mut record = demo::record();
-        record.baselines[0].loss = 0.5;
-        record.baselines[1].tokens += 1;
-        let notes = observations(&record, &demo::metrics());
-        assert!(has(&notes, Severity::Warning, "Does not beat the unigram"));
-        assert!(has(&notes, Severity::Warning, "they cannot be compared"));
-    }
-
-    #[test]
-    fn slowdown_clipping_and_zero_share_are_seen() {
-        let mut metrics = demo::metrics();
-        for metric in &mut metrics {
-            if let Metric::Step(step) = metric {
-                step.clipped = true;
-                step.tokens_per_second *= if step.step > 1000 { 0.5 } else { 1.0 };
-            }
-        }
-        let look = TernaryRecord {
-            step: 1200,
-            zero_share: 0.75,
-            flip_rate: 0.5,
-            scale_median: 1.0,
-        };
-        metrics.push(Metric::Ternary(look));
-        let notes = observations(&demo::record(), &metrics);
-        assert!(has(&notes, Severity::Warning, "Training slowed down by"));
-        assert!(has(&notes, Severity::Warning, "clipped in 100"));
-        assert!(has(
-            &notes,
-            Severity::Warning,
-            "75.0\u{a0}% of the trits are zero"
-        ));
-        assert!(has(&notes, Severity::Info, "The trits are still changing"));
-    }
-
-    #[test]
-    fn a_held_out_loss_that_is_not_finite_is_a_warning() {
-        let mut metrics = demo::metrics();
-        metrics.push(Metric::Eval(eval(1200, f64::NAN, 2.0)));
-        let notes = observations(&demo::record(), &metrics);
-        assert!(
-            has(&notes, Severity::Warning, "at step 1,200, is not finite"),
-            "{notes:#?}"
-        );
-    }
-
-    #[test]
-    fn a_run_without_steps_says_so() {
-        let notes = observations(&demo::record(), &[]);
-        assert!(has(
-            &notes,
-            Severity::Warning,
-            "No training step is recorded."
-        ));
-    }
-
-    #[test]
-    fn a_failed_verification_names_the_tensor() {
-        let mut table = demo::verification();
-        assert_eq!(observe_verification(&table).severity, Severity::Good);
-        table.rows[2].pass = false;
-        let note = observe_verification(&table);
-        assert_eq!(note.severity, Severity::Warning);
-        assert!(note.text.contains(&table.rows[2].name));
-        assert_eq!(
-            observe_verification(&VerificationTable::default()).severity,
-            Severity::Warning
-        );
-    }
-}
+mod tests;

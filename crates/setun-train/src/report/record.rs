@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// The final training loss is the mean of this many last accepted steps.
+/// The final training loss is the mean of this many last accepted steps, of those that are in
+/// the metrics.
 pub const FINAL_LOSS_STEPS: usize = 20;
 
 /// One training step.
@@ -35,7 +36,8 @@ pub struct StepRecord {
     /// Training tokens per second of this step.
     #[serde(with = "float")]
     pub tokens_per_second: f64,
-    /// Epochs done after this step, with fraction.
+    /// Place in the data after this step, in epochs: batches that a rewind passed over count.
+    /// (Earlier versions wrote the place before the step.)
     #[serde(with = "float")]
     pub epoch: f64,
     /// Why the guard refused the update; none for an accepted step.
@@ -233,11 +235,18 @@ impl Timeline {
         self.steps.iter().filter(|step| step.accepted())
     }
 
-    /// The evaluation with the smallest loss; the earliest of equals. Losses that are not
-    /// finite never win.
+    /// The evaluation after a step with the smallest loss; the earliest of equals. Losses
+    /// that are not finite never win, and nor does the one before training, which no
+    /// checkpoint is of.
     pub fn best_eval(&self) -> Option<&EvalRecord> {
-        let finite = self.evals.iter().filter(|eval| eval.loss.is_finite());
+        let after = self.evals.iter().filter(|eval| eval.step > 0);
+        let finite = after.filter(|eval| eval.loss.is_finite());
         finite.min_by(|a, b| a.loss.total_cmp(&b.loss))
+    }
+
+    /// The evaluation before the first step.
+    pub fn eval_before_training(&self) -> Option<&EvalRecord> {
+        self.evals.iter().find(|eval| eval.step == 0)
     }
 }
 
@@ -250,41 +259,82 @@ pub struct FinalResults {
     pub accepted_steps: u64,
     /// Steps that the guard refused.
     pub skipped_steps: u64,
-    /// Accepted steps whose gradient was clipped.
+    /// Accepted steps in the metrics: with `log.every` above 1 not all of them; 0 in records
+    /// of earlier versions.
+    #[serde(default)]
+    pub logged_steps: u64,
+    /// Those of them whose gradient was clipped.
     pub clipped_steps: u64,
-    /// Mean loss of the last [`FINAL_LOSS_STEPS`] accepted steps; NaN when there is none.
+    /// Mean loss of the last [`FINAL_LOSS_STEPS`] accepted steps in the metrics; NaN when
+    /// there is none.
     #[serde(with = "float")]
     pub train_loss: f64,
-    /// Median over the accepted steps; NaN when there is none.
+    /// Median over the accepted steps in the metrics; NaN when there is none.
     #[serde(with = "float")]
     pub tokens_per_second: f64,
-    /// Epochs done.
+    /// Training tokens of all steps; 0 in records of earlier versions.
+    #[serde(default)]
+    pub tokens: u64,
+    /// How many times these are the training text. Batches that a rewind passed over are not
+    /// among them.
     #[serde(with = "float")]
     pub epochs: f64,
     /// The last held-out evaluation.
     pub final_eval: Option<EvalRecord>,
-    /// The held-out evaluation with the smallest loss.
+    /// The held-out evaluation with the smallest loss, but for the one before training.
     pub best_eval: Option<EvalRecord>,
 }
 
 impl FinalResults {
-    /// Sums a timeline up; none when it has no step.
-    pub fn from_timeline(timeline: &Timeline) -> Option<Self> {
+    /// Sums up the timeline of the run of `record`; none when it has no step.
+    pub fn new(record: &RunRecord, timeline: &Timeline) -> Option<Self> {
         let last = timeline.steps.last()?;
         let accepted: Vec<&StepRecord> = timeline.accepted().collect();
         let tail = &accepted[accepted.len().saturating_sub(FINAL_LOSS_STEPS)..];
         let speeds = accepted.iter().map(|step| step.tokens_per_second).collect();
+        // With `log.every` above 1, the last steps may have no line of their own.
+        let later = [
+            timeline.evals.last().map(|eval| eval.step),
+            timeline.ternary.last().map(|look| look.step),
+            record.early_stop.as_ref().map(|stop| stop.step),
+        ];
+        let final_step = later.into_iter().flatten().fold(last.step, u64::max);
+        // Every skipped step has its line.
+        let skipped_steps = (timeline.steps.len() - accepted.len()) as u64;
+        let tokens = final_step.saturating_mul(record.tokens_per_step());
         Some(Self {
-            final_step: last.step,
-            accepted_steps: accepted.len() as u64,
-            skipped_steps: (timeline.steps.len() - accepted.len()) as u64,
+            final_step,
+            accepted_steps: final_step.saturating_sub(skipped_steps),
+            skipped_steps,
+            logged_steps: accepted.len() as u64,
             clipped_steps: accepted.iter().filter(|step| step.clipped).count() as u64,
             train_loss: tail.iter().map(|step| step.loss).sum::<f64>() / tail.len() as f64,
             tokens_per_second: median(speeds),
-            epochs: last.epoch,
+            tokens,
+            epochs: match (tokens, record.data.train_tokens) {
+                // Settings that do not tell the size of a step.
+                (0, _) | (_, 0) => last.epoch,
+                (tokens, all) => tokens as f64 / all as f64,
+            },
             final_eval: timeline.evals.last().cloned(),
             best_eval: timeline.best_eval().cloned(),
         })
+    }
+
+    /// Whether every accepted step is in the metrics.
+    pub fn all_logged(&self) -> bool {
+        self.logged_steps >= self.accepted_steps
+    }
+
+    /// What [`train_loss`](Self::train_loss) is, for people.
+    pub fn train_loss_of(&self) -> String {
+        let count = self.logged_steps.min(FINAL_LOSS_STEPS as u64);
+        let which = if self.all_logged() {
+            "accepted"
+        } else {
+            "logged"
+        };
+        format!("mean of the last {count} {which} steps")
     }
 }
 
@@ -335,6 +385,14 @@ pub struct RunRecord {
     /// End of the run, in seconds since 1970 (UTC); none while it runs.
     #[serde(default)]
     pub finished: Option<u64>,
+    /// Seconds that the sessions of the run took, each until it last wrote this record; none
+    /// where an earlier version made one of them.
+    #[serde(default)]
+    pub seconds: Option<f64>,
+    /// Files with the weights of the finished model; empty while it runs, and in records of
+    /// earlier versions.
+    #[serde(default)]
+    pub files: Vec<ModelFile>,
     /// Results; none while it runs.
     #[serde(default)]
     pub results: Option<FinalResults>,
@@ -347,6 +405,29 @@ pub struct RunRecord {
     /// What the projection of a dense model cost; none for other beginnings.
     #[serde(default)]
     pub projection: Option<ProjectionCost>,
+}
+
+impl RunRecord {
+    /// Training tokens of a step; 0 where the settings do not say.
+    pub fn tokens_per_step(&self) -> u64 {
+        let train = &self.settings["train"];
+        let size = |key: &str| train[key].as_u64().unwrap_or(0);
+        size("batch_size").saturating_mul(size("seq_len"))
+    }
+
+    /// The smallest of the files with the model's weights.
+    pub fn smallest_file(&self) -> Option<&ModelFile> {
+        self.files.iter().min_by_key(|file| file.bytes)
+    }
+}
+
+/// A file, or a directory of files, that holds the weights of the finished model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelFile {
+    /// Where it is below the run directory, for example `export/packed`.
+    pub path: String,
+    /// Bytes of the files with weights.
+    pub bytes: u64,
 }
 
 /// The machine of a run.
@@ -385,8 +466,10 @@ pub struct DataFacts {
     pub valid_hash: String,
     /// Documents that were too short to use or to compare.
     pub short_documents: u64,
-    /// Equal and nearly equal documents.
-    pub duplicates: Duplicates,
+    /// Training text that is held out, too; none where nobody has compared the documents:
+    /// see [`DataFacts::checked_duplicates`].
+    #[serde(default)]
+    pub duplicates: Option<Duplicates>,
     /// Entries of the vocabulary.
     pub vocab_size: usize,
     /// blake3 of the tokenizer file; empty in records of earlier versions.
@@ -397,18 +480,48 @@ pub struct DataFacts {
     pub sources: Vec<String>,
 }
 
-/// Documents that occur more than once.
+impl DataFacts {
+    /// What was found about duplicates; none for token files, whose documents are not
+    /// compared. (Records of earlier versions say 0 there.)
+    pub fn checked_duplicates(&self) -> Option<&Duplicates> {
+        let are_compared = !self.sources.iter().any(|name| name.ends_with(".tokens"));
+        self.duplicates.as_ref().filter(|_| are_compared)
+    }
+}
+
+/// Training documents whose text is held out, too, all of it or a part.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Duplicates {
-    /// Documents with the same text as an earlier one.
+    /// Training documents that are exact copies of held-out ones, before any was left out.
     pub exact: u64,
-    /// How many of those were left out.
+    /// How many of those were left out; none in records of earlier versions, see
+    /// [`Duplicates::exact_left_out`].
+    #[serde(default)]
+    pub exact_dropped: Option<u64>,
+    /// Other training documents that were left out, because they share text with held-out
+    /// ones; see [`Duplicates::near_left_out`].
     pub dropped: u64,
-    /// Held-out documents with a near-duplicate in the training part.
+    /// Held-out documents that share text with the training documents that are left.
     pub across_split: u64,
-    /// Some near-duplicates across the split.
+    /// Some of those, or where documents were left out, some that did.
     #[serde(default)]
     pub examples: Vec<DuplicatePair>,
+}
+
+impl Duplicates {
+    /// Exact copies that were left out. (In records of earlier versions `dropped` has both
+    /// kinds.)
+    pub fn exact_left_out(&self) -> u64 {
+        self.exact_dropped.unwrap_or(self.dropped).min(self.exact)
+    }
+
+    /// Other training documents that were left out.
+    pub fn near_left_out(&self) -> u64 {
+        match self.exact_dropped {
+            Some(_) => self.dropped,
+            None => self.dropped - self.exact_left_out(),
+        }
+    }
 }
 
 /// A held-out document and its nearest training document.
@@ -418,7 +531,7 @@ pub struct DuplicatePair {
     pub valid: String,
     /// Start or name of the training document.
     pub train: String,
-    /// Estimated similarity, 0 to 1.
+    /// Share of the held-out document's runs of 13 words that the other one has, 0 to 1.
     #[serde(with = "float")]
     pub similarity: f64,
 }
@@ -441,10 +554,12 @@ pub struct ModelFacts {
     pub scale_rule: String,
     /// Name of the arithmetic mode.
     pub numerics: String,
-    /// Bits per parameter of the shipped file.
+    /// Bits per parameter that follow from `packed_bytes`.
     #[serde(with = "float")]
     pub bits_per_weight: f64,
-    /// Size of the shipped file, in bytes.
+    /// Bytes of all weights in the packed format, computed from the shape; of a dense model,
+    /// which has no such file, those of its latents in f32. [`RunRecord::files`] has what was
+    /// written.
     pub packed_bytes: u64,
 }
 
@@ -454,7 +569,10 @@ pub struct MemoryFacts {
     /// The plan.
     #[serde(default)]
     pub plan: Vec<MemoryRow>,
-    /// Largest resident size of the process, in bytes, where the system tells it.
+    /// Largest resident size of the process over the whole run, from the reading of the data
+    /// to the samples, in bytes, where the system tells it: see
+    /// [`crate::machine::peak_resident_bytes`]. (Earlier versions wrote the anonymous memory at
+    /// the end of training.)
     #[serde(default)]
     pub peak_bytes: Option<u64>,
 }
@@ -625,162 +743,4 @@ pub mod float {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn step(step: u64, loss: f64) -> StepRecord {
-        StepRecord {
-            step,
-            loss,
-            divergence: None,
-            lr: 1e-3,
-            grad_norm: 0.5,
-            clipped: false,
-            tokens_per_second: 1000.0 + step as f64,
-            epoch: step as f64 / 100.0,
-            skipped: None,
-        }
-    }
-
-    fn eval(step: u64, loss: f64) -> Metric {
-        Metric::Eval(EvalRecord {
-            step,
-            loss,
-            perplexity: loss.exp(),
-            bits_per_byte: 1.5,
-            tokens: 100,
-            train_loss: loss,
-        })
-    }
-
-    #[test]
-    fn lines_survive_a_round_trip() {
-        let mut bad = step(2, f64::NAN);
-        bad.grad_norm = f64::NEG_INFINITY;
-        bad.lr = f64::INFINITY;
-        bad.skipped = Some("loss is NaN".to_owned());
-        let ternary = TernaryRecord {
-            step: 2,
-            zero_share: 0.25,
-            flip_rate: 0.5,
-            scale_median: 2.0,
-        };
-        let metrics = [
-            Metric::Step(step(1, 4.0)),
-            Metric::Step(bad),
-            eval(2, 3.5),
-            Metric::Ternary(ternary),
-            Metric::Event {
-                step: 2,
-                message: "two\nlines".to_owned(),
-            },
-        ];
-        let text: String = metrics.iter().map(Metric::to_line).collect();
-        assert!(
-            text.starts_with("{\"kind\":\"step\",\"step\":1,\"loss\":4.0,"),
-            "{text}"
-        );
-        assert!(text.contains("\"loss\":\"NaN\",\"lr\":\"inf\",\"grad_norm\":\"-inf\""));
-        assert_eq!(text.lines().count(), metrics.len());
-        let parsed = Metric::parse_lines(text.as_bytes()).unwrap();
-        // NaN is unequal to itself, so the debug texts are compared.
-        assert_eq!(format!("{:?}", parsed.metrics), format!("{metrics:?}"));
-        assert_eq!((parsed.whole_bytes, parsed.note), (text.len(), None));
-    }
-
-    #[test]
-    fn whole_numbers_are_read_as_floats() {
-        let line = b"{\"kind\":\"ternary\",\"step\":3,\"zero_share\":0,\"flip_rate\":-1,\
-            \"scale_median\":1e400}\n";
-        assert!(
-            Metric::parse_lines(line).is_err(),
-            "1e400 is not a finite number"
-        );
-        let line = b"{\"kind\":\"ternary\",\"step\":3,\"zero_share\":0,\"flip_rate\":-1,\
-            \"scale_median\":2}\n";
-        let parsed = Metric::parse_lines(line).unwrap();
-        let Metric::Ternary(record) = &parsed.metrics[0] else {
-            panic!("{parsed:?}")
-        };
-        assert_eq!((record.zero_share, record.flip_rate), (0.0, -1.0));
-    }
-
-    #[test]
-    fn a_bad_line_is_named_and_a_torn_last_line_is_dropped() {
-        let good = eval(1, 2.0).to_line();
-        for bad in [
-            "",
-            "{}",
-            "nonsense",
-            "{\"kind\":\"other\"}",
-            "\0\0",
-            &good[..30],
-        ] {
-            let text = format!("{good}{bad}\n{good}");
-            assert_eq!(
-                Metric::parse_lines(text.as_bytes()).unwrap_err().line,
-                2,
-                "{bad:?}"
-            );
-        }
-        for cut in 1..good.len() {
-            let mut bytes = good.clone().into_bytes();
-            bytes.extend_from_slice(&good.as_bytes()[..cut]);
-            let parsed = Metric::parse_lines(&bytes).unwrap();
-            assert_eq!((parsed.metrics.len(), parsed.whole_bytes), (1, good.len()));
-            assert!(parsed.note.unwrap().contains("line 2"));
-        }
-        let empty = Metric::parse_lines(b"").unwrap();
-        assert_eq!((empty.metrics.len(), empty.note), (0, None));
-    }
-
-    #[test]
-    fn a_resumed_run_replaces_the_steps_that_it_repeats() {
-        let mut metrics: Vec<Metric> = (1..=6).map(|n| Metric::Step(step(n, 9.0))).collect();
-        metrics.insert(2, eval(2, 9.0));
-        metrics.push(eval(6, 9.0));
-        metrics.push(Metric::Event {
-            step: 2,
-            message: "resumed".to_owned(),
-        });
-        metrics.extend((3..=4).map(|n| Metric::Step(step(n, 1.0))));
-        metrics.push(eval(4, 1.0));
-        let timeline = Timeline::new(&metrics);
-        let losses: Vec<_> = timeline.steps.iter().map(|s| (s.step, s.loss)).collect();
-        assert_eq!(losses, [(1, 9.0), (2, 9.0), (3, 1.0), (4, 1.0)]);
-        let evals: Vec<_> = timeline.evals.iter().map(|e| e.step).collect();
-        assert_eq!(evals, [2, 4]);
-        assert_eq!(timeline.events, [(2, "resumed".to_owned())]);
-    }
-
-    #[test]
-    fn results_use_the_last_accepted_steps_only() {
-        let mut metrics: Vec<Metric> = (1..=30).map(|n| Metric::Step(step(n, n as f64))).collect();
-        let mut skipped = step(31, f64::INFINITY);
-        skipped.skipped = Some("spike".to_owned());
-        metrics.push(Metric::Step(skipped));
-        metrics.extend([
-            eval(10, 3.0),
-            eval(20, 2.0),
-            eval(25, 2.0),
-            eval(31, f64::NAN),
-        ]);
-        let results = FinalResults::from_timeline(&Timeline::new(&metrics)).unwrap();
-        assert_eq!(results.train_loss, (11..=30).sum::<u64>() as f64 / 20.0);
-        assert_eq!((results.final_step, results.accepted_steps), (31, 30));
-        assert_eq!((results.skipped_steps, results.clipped_steps), (1, 0));
-        assert_eq!(results.tokens_per_second, 1016.0);
-        assert_eq!(
-            results.best_eval.unwrap().step,
-            20,
-            "the earliest of equals, never NaN"
-        );
-        assert_eq!(results.final_eval.unwrap().step, 31);
-        assert_eq!(FinalResults::from_timeline(&Timeline::default()), None);
-    }
-
-    #[test]
-    fn an_empty_verification_proves_nothing() {
-        assert!(!VerificationTable::default().passed());
-    }
-}
+mod tests;

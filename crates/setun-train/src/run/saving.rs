@@ -7,7 +7,9 @@ use super::{Observer, Session};
 use crate::TrainError;
 use crate::checkpoint::{self, Constants};
 use crate::machine;
+use crate::muon::is_updated;
 use crate::report::record::Metric;
+use crate::settings::OptimizerKind;
 use setun_formats::PackedHeader;
 use setun_io::{
     IoError, Retention, checkpoint_name, checkpoints, remove_checkpoint, retire, verify_manifest,
@@ -165,8 +167,7 @@ impl Session {
         }
         self.check_space()?;
         let constants = Constants {
-            config_json: self.config.to_json(),
-            tokenizer_json: self.tokenizer_json.as_bytes().into(),
+            files: Arc::clone(&self.small_files),
             ternary: self.ternary_info().map(|ternary| PackedHeader {
                 config: self.config.clone(),
                 ternary,
@@ -246,13 +247,16 @@ impl Session {
         )))
     }
 
-    /// What a checkpoint takes, but for the few kB of its small files.
+    /// What a checkpoint takes, but for the few kB of its records.
     fn checkpoint_bytes(&self) -> u64 {
         let list = &self.trainer.model.parameters.list;
-        let values: usize = list
-            .iter()
-            .map(|p| p.numel() * if p.frozen { 1 } else { 3 })
-            .sum();
+        let muon = self.settings.train.optimizer == OptimizerKind::Muon;
+        let moments = |p: &Parameter<f32>| match p.frozen {
+            true => 0,
+            false if muon && is_updated(p) => 1,
+            false => 2,
+        };
+        let values: usize = list.iter().map(|p| p.numel() * (1 + moments(p))).sum();
         let average = &self.trainer.optimizer.average;
         let averages: usize = average
             .iter()
@@ -260,7 +264,8 @@ impl Session {
             .map(Parameter::numel)
             .sum();
         let values = values + averages;
-        4 * values as u64 + self.record.model.packed_bytes + self.tokenizer_json.len() as u64
+        let small: usize = self.small_files.iter().map(|(_, bytes)| bytes.len()).sum();
+        4 * values as u64 + self.record.model.packed_bytes + small as u64
     }
 }
 

@@ -118,12 +118,12 @@ settings! {
         format: DataFormat = DataFormat::Auto,
         /// Field of a .jsonl line that holds the text.
         text_field: String = "text".to_owned(),
-        /// Documents with fewer characters are counted and reported.
+        /// Documents with fewer characters are kept, but counted and reported.
         min_document_chars: usize = 16,
         /// Whether attention stops at document boundaries.
         document_mask: bool = false,
-        /// Whether training documents that nearly equal a held-out one are left out;
-        /// they are reported either way.
+        /// Whether training documents that equal or nearly equal a held-out one are left
+        /// out; they are reported either way.
         drop_near_duplicates: bool = false,
     }
     /// Text to tokens.
@@ -238,13 +238,13 @@ settings! {
         /// Whether activations are computed again in the backward pass, for less memory.
         recompute: bool = false,
         /// Standard deviations above the mean of the last 128 accepted steps from which on a
-        /// loss or gradient norm is a spike, and its step is skipped; 0 for off. A norm up to
-        /// `grad_clip` is none.
+        /// loss or gradient norm is a spike, and its step is skipped; 0 for off. A gradient norm
+        /// of at most `grad_clip` never is.
         spike_sigma: f64 = 6.0,
-        /// Skipped steps among twice as many after which the run goes back to an earlier
-        /// checkpoint and passes over the data since then.
+        /// If N of the last 2 N steps were skipped, the run returns to an earlier checkpoint
+        /// and leaves out the data since then.
         max_bad_steps: usize = 10,
-        /// How many steps before the trouble that checkpoint must be at least.
+        /// Least number of steps from that checkpoint to where the trouble began.
         rewind_steps: u64 = 100,
         /// How often a run may go back before it stops instead.
         max_rewinds: u64 = 3,

@@ -241,3 +241,48 @@ fn a_large_stream_goes_to_a_file_without_a_name() {
     let why = encode_bytes(&texts, 300, 7, Some(&folder), &|_, _| {}).expect_err("gone");
     assert!(matches!(why, DataError::Io { .. }), "{why}");
 }
+
+/// What follows a huge document does not pile up in memory while that is encoded.
+#[test]
+fn few_chunks_wait_for_a_slow_one() {
+    let num_threads = thread::available_parallelism().map_or(1, NonZero::get);
+    let most = ahead(num_threads);
+    let (num_documents, seed) = (most + 8, 5);
+    let order = Permutation::new(num_documents as u64, seed, DOCUMENT_ORDER_EPOCH);
+    let slow = order.at(0) as usize;
+    let text = |i: usize| match i == slow {
+        true => "?".repeat(CHUNK_BYTES as usize),
+        false => "x".repeat(CHUNK_BYTES as usize),
+    };
+    let texts: Vec<String> = (0..num_documents).map(text).collect();
+    let (done, seen) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let encode = |texts: &[&str]| {
+        if texts[0].starts_with('?') {
+            // As slow as it takes until the others do nothing any more.
+            let mut before = usize::MAX;
+            while done.load(Ordering::Relaxed) != before {
+                before = done.load(Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(200));
+            }
+            seen.store(before, Ordering::Relaxed);
+        } else {
+            done.fetch_add(1, Ordering::Relaxed);
+        }
+        let ids = |text: &&str| -> Vec<u32> { text.bytes().map(u32::from).collect() };
+        Ok::<Vec<Vec<u32>>, String>(texts.iter().map(ids).collect())
+    };
+    let encoder = Encoder {
+        vocab_size: 257,
+        end_of_text: 256,
+        tokenizer_hash: blake3::hash(b"bytes"),
+        special: None,
+        encode: &encode,
+    };
+    let documents: Vec<usize> = (0..num_documents).collect();
+    let corpus = Texts::new(&texts);
+    let tokens = TokenSet::encode_with(&corpus, &documents, &encoder, seed, None, &|_, _| {});
+    let tokens = tokens.expect("encodes");
+    assert_eq!(tokens.document_starts().len(), num_documents);
+    let seen = seen.into_inner();
+    assert!(seen < most, "{seen} chunks waited, fewer than {most} may");
+}
