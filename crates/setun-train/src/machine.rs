@@ -1,5 +1,6 @@
 //! What machine this is, for the run record.
 
+use crate::TrainError;
 use crate::report::record::Machine;
 use setun_backend::Isa;
 use std::time::Instant;
@@ -27,6 +28,31 @@ pub fn describe(isa: Isa, threads: usize) -> Machine {
         isa: isa.name().to_owned(),
         threads,
     }
+}
+
+/// Memory that programs may still take, swap included, in bytes, where the system tells; in a
+/// container at most its limit.
+pub fn free_bytes() -> Option<u64> {
+    let free = field("/proc/meminfo", "MemAvailable:")?;
+    let swap = field("/proc/meminfo", "SwapFree:").unwrap_or(0);
+    let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
+    let limit = limit.and_then(|text| text.trim().parse().ok());
+    Some((free + swap).min(limit.unwrap_or(u64::MAX)))
+}
+
+/// Refuses a training for which the memory is not there: the system would end it later,
+/// without a word.
+pub(crate) fn check_memory(needed: u64, free: Option<u64>) -> Result<(), TrainError> {
+    let Some(free) = free.filter(|&free| free < needed) else {
+        return Ok(());
+    };
+    Err(TrainError::refused(format!(
+        "training needs {} MiB of memory, and {} MiB are free: lower train.micro_batch_size, \
+         eval.batch_size or train.seq_len, or set train.recompute = true or \
+         train.optimizer_state = \"bf16\"; setun train --dry-run prints the plan",
+        needed >> 20,
+        free >> 20
+    )))
 }
 
 /// Resident anonymous memory of this process in bytes, where the system tells.
@@ -94,6 +120,20 @@ pub fn now() -> f64 {
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_training_that_does_not_fit_is_refused() {
+        assert!(free_bytes().unwrap() > 1 << 20);
+        check_memory(u64::MAX, None).unwrap();
+        check_memory(5 << 20, Some(5 << 20)).unwrap();
+        let error = check_memory(6 << 20, Some(5 << 20))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("needs 6 MiB") && error.contains("5 MiB are free"),
+            "{error}"
+        );
+    }
 
     /// What was freed before the end is part of the peak.
     #[test]

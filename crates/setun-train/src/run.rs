@@ -286,7 +286,7 @@ impl Session {
         let spec = open_teacher.as_ref().map(|t| teacher_spec(t, &config));
         let layout = Layout::new(&settings, &config, spec.transpose()?, threads);
         let mut record = new_record(&settings, &config, &prepared, options.isa, threads);
-        record.memory = planned_memory(&layout, observer);
+        record.memory = planned_memory(&layout, observer)?;
         let Layout {
             plan,
             workspace,
@@ -688,8 +688,10 @@ fn restore(
 }
 
 /// The plan for the record, which the user is told the size of.
-fn planned_memory(layout: &Layout, observer: &mut dyn Observer) -> MemoryFacts {
-    let total = layout.plan.total_bytes() as f64 / f64::from(1 << 20);
+fn planned_memory(layout: &Layout, observer: &mut dyn Observer) -> Result<MemoryFacts, TrainError> {
+    let total = layout.plan.total_bytes();
+    machine::check_memory(total as u64, machine::free_bytes())?;
+    let total = total as f64 / f64::from(1 << 20);
     observer.message(&format!("memory: {total:.0} MiB, all of it allocated now"));
     // Without the last row, the total.
     let mut rows = layout.table();
@@ -698,10 +700,10 @@ fn planned_memory(layout: &Layout, observer: &mut dyn Observer) -> MemoryFacts {
         category: category.to_owned(),
         bytes: bytes as u64,
     });
-    MemoryFacts {
+    Ok(MemoryFacts {
         plan: rows.collect(),
         peak_bytes: None,
-    }
+    })
 }
 
 fn num_ternary_weights(parameters: &Parameters<f32>) -> u64 {

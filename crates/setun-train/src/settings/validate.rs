@@ -9,6 +9,11 @@ use setun_ternary::{Numerics, ScaleRule};
 
 type Checked = Result<(), SettingsError>;
 
+/// Most threads of a run.
+const MAX_THREADS: usize = 1024;
+/// Most tokens of a step: far above all that fits into memory, far below what would not fit
+/// into the arithmetic of a memory plan.
+const MAX_TOKENS: usize = 1 << 36;
 /// Bytes and the end-of-text token: the smallest byte-level vocabulary.
 const MIN_VOCAB_SIZE: usize = 257;
 
@@ -77,6 +82,12 @@ pub(super) fn validate_resumed(overrides: &[Override]) -> Checked {
 }
 
 fn validate_run(settings: &Settings) -> Checked {
+    let threads = settings.run.threads;
+    refuse_if(
+        threads > MAX_THREADS,
+        || format!("run.threads = {threads} is more than {MAX_THREADS}"),
+        "use 0 for all cores",
+    )?;
     let name = &settings.run.name;
     refuse_if(
         name.contains(['/', '\\']) || name == "." || name == "..",
@@ -260,6 +271,17 @@ fn validate_training(settings: &Settings) -> Checked {
         settings.log.every == 0,
         || "log.every must be at least 1".to_owned(),
         "set log.every = 1 for every step",
+    )?;
+    let windows = train.batch_size.max(settings.eval.batch_size);
+    refuse_if(
+        windows.saturating_mul(train.seq_len) > MAX_TOKENS,
+        || {
+            format!(
+                "{windows} sequences of {} tokens are too many",
+                train.seq_len
+            )
+        },
+        "lower train.batch_size, eval.batch_size or train.seq_len",
     )?;
     let (micro, batch) = (train.micro_batch_size, train.batch_size);
     refuse_if(

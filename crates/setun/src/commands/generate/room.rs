@@ -39,7 +39,8 @@ pub(super) fn engine_options(
         head_dim: config.head_dim,
     };
     let block_bytes = CACHE_BLOCK * shape.token_bytes() * config.num_hidden_layers;
-    let most = free_memory().map(|bytes| bytes / PARTS / block_bytes.max(1));
+    let free = machine::free_bytes().and_then(|bytes| usize::try_from(bytes).ok());
+    let most = free.map(|bytes| bytes / PARTS / block_bytes.max(1));
     let needs = requests.iter().map(|request| match args.beams {
         0 => request.most_blocks(context),
         beams => beam_request(request).most_blocks(beams, context),
@@ -69,16 +70,6 @@ fn cache_blocks(mut needs: Vec<usize>, together: usize, most: Option<usize>) -> 
     let wanted = needs.iter().rev().take(together);
     let wanted = wanted.fold(0, |sum: usize, &need| sum.saturating_add(need));
     wanted.min(most.unwrap_or(usize::MAX)).max(largest)
-}
-
-/// Bytes of memory that programs may still take, where the system tells.
-fn free_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find(|line| line.starts_with("MemAvailable:"))?;
-    let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 #[cfg(test)]
