@@ -117,6 +117,8 @@ pub fn train(
     }
     check_names(&settings, &config)?;
     check_exports(&settings, &config)?;
+    let layout = layout_of(&settings, &config, teacher.as_ref())?;
+    machine::check_memory(layout.plan.total_bytes() as u64, machine::free_bytes())?;
     std::fs::create_dir_all(&run).map_err(|e| IoError::file("create", &run, e))?;
     let lock = match lock {
         Some(lock) => lock,
@@ -131,6 +133,7 @@ pub fn train(
         settings,
         config,
         prepared,
+        layout,
         run,
         teacher,
         resumed,
@@ -177,9 +180,17 @@ pub fn dry_run(mut settings: Settings) -> Result<Layout, TrainError> {
     };
     check_names(&settings, &config)?;
     check_exports(&settings, &config)?;
-    let teacher = teacher.map(|t| teacher_spec(&t, &config)).transpose()?;
+    layout_of(&settings, &config, teacher.as_ref())
+}
+
+fn layout_of(
+    settings: &Settings,
+    config: &Qwen3Config,
+    teacher: Option<&OpenModel>,
+) -> Result<Layout, TrainError> {
+    let spec = teacher.map(|t| teacher_spec(t, config)).transpose()?;
     let threads = machine::threads(settings.run.threads);
-    Ok(Layout::new(&settings, &config, teacher, threads))
+    Ok(Layout::new(settings, config, spec, threads))
 }
 
 /// The directory of the run: one that is named must be new; the default one gets a number.
@@ -238,6 +249,7 @@ struct Beginning {
     config: Qwen3Config,
     small_files: SmallFiles,
     prepared: Prepared,
+    layout: Layout,
     run: PathBuf,
     teacher: Option<OpenModel>,
     resumed: bool,
@@ -277,16 +289,15 @@ impl Session {
             config,
             small_files,
             prepared,
+            layout,
             run,
             teacher: open_teacher,
             resumed,
             start,
         } = begin;
         let threads = machine::threads(settings.run.threads);
-        let spec = open_teacher.as_ref().map(|t| teacher_spec(t, &config));
-        let layout = Layout::new(&settings, &config, spec.transpose()?, threads);
         let mut record = new_record(&settings, &config, &prepared, options.isa, threads);
-        record.memory = planned_memory(&layout, observer)?;
+        record.memory = planned_memory(&layout, observer);
         let Layout {
             plan,
             workspace,
@@ -688,10 +699,8 @@ fn restore(
 }
 
 /// The plan for the record, which the user is told the size of.
-fn planned_memory(layout: &Layout, observer: &mut dyn Observer) -> Result<MemoryFacts, TrainError> {
-    let total = layout.plan.total_bytes();
-    machine::check_memory(total as u64, machine::free_bytes())?;
-    let total = total as f64 / f64::from(1 << 20);
+fn planned_memory(layout: &Layout, observer: &mut dyn Observer) -> MemoryFacts {
+    let total = layout.plan.total_bytes() as f64 / f64::from(1 << 20);
     observer.message(&format!("memory: {total:.0} MiB, all of it allocated now"));
     // Without the last row, the total.
     let mut rows = layout.table();
@@ -700,10 +709,10 @@ fn planned_memory(layout: &Layout, observer: &mut dyn Observer) -> Result<Memory
         category: category.to_owned(),
         bytes: bytes as u64,
     });
-    Ok(MemoryFacts {
+    MemoryFacts {
         plan: rows.collect(),
         peak_bytes: None,
-    })
+    }
 }
 
 fn num_ternary_weights(parameters: &Parameters<f32>) -> u64 {
