@@ -53,6 +53,11 @@ pub(crate) fn open_teacher(settings: &mut Settings) -> Result<Option<OpenModel>,
 
 /// Refuses a teacher to which the student's tokens mean something else.
 pub(crate) fn check_teacher(teacher: &OpenModel, tokenizer: &Tokenizer) -> Result<(), TrainError> {
+    // Mostly it is the same file, which need not be parsed again.
+    let json = teacher.tokenizer_json()?;
+    if json.is_none_or(|json| json == tokenizer.to_json().as_bytes()) {
+        return Ok(());
+    }
     let Some(own) = teacher.tokenizer()? else {
         return Ok(());
     };
