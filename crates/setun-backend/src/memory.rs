@@ -6,7 +6,7 @@
 //! is written overlaps another, so callers need no `unsafe`.
 
 use bytemuck::Pod;
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -14,7 +14,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Alignment of every buffer: a cache line, which is also the widest vector.
 const ALIGN: usize = 64;
-/// Bytes of a huge page, to which larger arenas are aligned.
+/// Bytes of a huge page.
+#[cfg(target_os = "linux")]
 const HUGE_PAGE: usize = 2 << 20;
 
 /// Asks the allocator to take large blocks from the system one by one, so that freeing one
@@ -57,19 +58,23 @@ pub fn release_freed() {
 /// at random distances, and small pages then cost as much time as their contents. A hint; a
 /// system that does not take it gives small pages.
 fn ask_for_huge_pages(base: NonNull<u8>, bytes: usize) {
-    let whole = bytes / HUGE_PAGE * HUGE_PAGE;
     #[cfg(target_os = "linux")]
-    if whole > 0 {
+    {
         use std::ffi::{c_int, c_void};
         const MADV_HUGEPAGE: c_int = 14;
         unsafe extern "C" {
             fn madvise(start: *mut c_void, len: usize, advice: c_int) -> c_int;
         }
-        // SAFETY: the pages `whole` bytes from `base` belong to one allocation, aligned to
-        // such a page; the advice changes nothing that a program could see.
-        unsafe { madvise(base.as_ptr().cast(), whole, MADV_HUGEPAGE) };
+        let start = base.addr().get();
+        let skip = start.next_multiple_of(HUGE_PAGE) - start;
+        let whole = bytes.saturating_sub(skip) / HUGE_PAGE * HUGE_PAGE;
+        if whole > 0 {
+            // SAFETY: `skip + whole <= bytes`, so the pages lie in the allocation, and `start +
+            // skip` is where one begins; the advice changes nothing that a program could see.
+            unsafe { madvise(base.as_ptr().add(skip).cast(), whole, MADV_HUGEPAGE) };
+        }
     }
-    let _ = (base, whole);
+    let _ = (base, bytes);
 }
 
 /// What a buffer is for; the rows that `--dry-run` prints.
@@ -224,11 +229,16 @@ impl Plan {
 
 /// The memory itself; freed when the arena and all that is shared of it are gone.
 struct Memory {
+    /// Where the buffers begin, at a multiple of [`ALIGN`].
     base: NonNull<u8>,
+    /// Bytes from there.
+    bytes: usize,
+    /// What was allocated.
+    start: NonNull<u8>,
     layout: Layout,
 }
 
-// SAFETY: the pointer is owned; who may read and write through it is the affair of
+// SAFETY: what the pointers lead to is owned; who may read and write through it is the affair of
 // `Arena` and `Shared`, which keep readers and writers apart.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
@@ -237,7 +247,7 @@ unsafe impl Sync for Memory {}
 impl Memory {
     fn check<T>(&self, buf: Buf<T>) {
         let end = buf.offset + buf.len * size_of::<T>();
-        assert!(end <= self.layout.size(), "a buffer of another plan");
+        assert!(end <= self.bytes, "a buffer of another plan");
         assert!(
             buf.offset.is_multiple_of(align_of::<T>()),
             "misaligned buffer"
@@ -247,8 +257,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: `base` was allocated with this layout and is freed once.
-        unsafe { dealloc(self.base.as_ptr(), self.layout) }
+        // SAFETY: `start` was allocated with this layout and is freed once.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) }
     }
 }
 
@@ -335,23 +345,31 @@ impl Arena {
     /// shows now and not in the middle of a run.
     pub fn new(plan: &Plan) -> Self {
         let bytes = plan.total.max(ALIGN);
-        let align = if bytes < HUGE_PAGE { ALIGN } else { HUGE_PAGE };
-        let layout = Layout::from_size_align(bytes, align).expect("a plan below isize::MAX");
+        // Aligned here and not by the allocator: what it aligns it also fills with zeros,
+        // though large blocks come from the system as zeros.
+        let layout = Layout::from_size_align(bytes + ALIGN, 1).expect("a plan below isize::MAX");
         // SAFETY: the layout has a non-zero size.
-        let base = unsafe { alloc(layout) };
-        let Some(base) = NonNull::new(base) else {
+        let start = unsafe { alloc_zeroed(layout) };
+        let Some(start) = NonNull::new(start) else {
             handle_alloc_error(layout)
         };
+        let address = start.addr().get();
+        // SAFETY: less than ALIGN bytes further, which the layout has beside `bytes`.
+        let base = unsafe { start.add(address.next_multiple_of(ALIGN) - address) };
         ask_for_huge_pages(base, bytes);
-        // SAFETY: `bytes` from `base` are the allocation.
-        unsafe { base.as_ptr().write_bytes(0, bytes) };
-        for page in (0..bytes).step_by(4096) {
-            // SAFETY: `page < bytes`, inside the allocation. Volatile, because allocating
-            // and filling with zeros may become one call that touches nothing.
+        // The last page may begin between two steps.
+        for page in (0..bytes).step_by(4096).chain([bytes - 1]) {
+            // SAFETY: `page < bytes`, inside the allocation. Volatile, because writing what
+            // is there already is otherwise nothing.
             unsafe { base.as_ptr().add(page).write_volatile(0) };
         }
         Self {
-            memory: Arc::new(Memory { base, layout }),
+            memory: Arc::new(Memory {
+                base,
+                bytes,
+                start,
+                layout,
+            }),
             shared: None,
         }
     }
@@ -374,7 +392,7 @@ impl Arena {
         let apart = ranges.windows(2).all(|pair| pair[0].1 <= pair[1].0);
         let inside = ranges
             .last()
-            .is_none_or(|range| range.1 <= self.memory.layout.size());
+            .is_none_or(|range| range.1 <= self.memory.bytes);
         assert!(apart && inside, "buffers that overlap, or of another plan");
         let ranges: Arc<[(usize, usize)]> = ranges.into();
         let live = Arc::new(AtomicBool::new(true));

@@ -13,8 +13,8 @@ use setun_backend::{
 };
 use setun_io::{IoError, Matrix, OpenModel};
 use setun_model::{
-    BlockDrafter, CachedRows, DecodeShape, DrafterSpec, ModelSpec, Parameter, ParameterUse,
-    Parameters, Purpose, Qwen3, Scheme, SetError,
+    BlockDrafter, CachedRows, DecodeShape, DrafterSpec, ModelSpec, ParameterUse, Parameters,
+    Purpose, Qwen3, Scheme, SetError,
 };
 use setun_ternary::Numerics;
 use thiserror::Error;
@@ -170,13 +170,9 @@ pub fn load_parameters<B: Backend<Real = f32>>(
     parameters: &Parameters<f32>,
     backend: &mut B,
 ) -> Result<(), EngineError> {
-    for p in &parameters.list {
+    for p in parameters.list.iter().filter(|p| p.packed.is_none()) {
         if !p.is_matrix {
             parameters.set_values(backend, &p.name, &model.norm(&p.name)?)?;
-            continue;
-        }
-        if p.packed.is_some() {
-            load_packed(model, parameters, backend, p)?;
             continue;
         }
         match model.matrix(&p.name)? {
@@ -184,31 +180,47 @@ pub fn load_parameters<B: Backend<Real = f32>>(
             Matrix::Dense(values) => parameters.set_values(backend, &p.name, &values)?,
         }
     }
-    Ok(())
+    load_packed(model, parameters, backend)
 }
 
-/// Bytes of packed weights that are read at a time, so that they stay in the cache until they
-/// are laid out, in memory that is used again.
+/// Bytes of packed weights that are read at a time: few, so that they are laid out while they
+/// are in a cache, and their memory is used again.
 const LOADED_AT_A_TIME: usize = 1 << 18;
+/// Parts of that size that wait to be laid out.
+const READ_AHEAD: usize = 2;
 
-/// A matrix that stays packed, block by block of rows.
+/// The matrices that stay packed, some rows after the others; a thread of its own reads and
+/// checks what comes next.
 fn load_packed<B: Backend<Real = f32>>(
     model: &OpenModel,
     parameters: &Parameters<f32>,
     backend: &mut B,
-    p: &Parameter<f32>,
 ) -> Result<(), EngineError> {
-    let rows = (4 * LOADED_AT_A_TIME / p.cols).max(1);
-    let step = rows.next_multiple_of(PACKED_ROWS);
-    for first in (0..p.rows).step_by(step) {
-        let rows = first..p.rows.min(first + step);
-        match model.matrix_rows(&p.name, rows)? {
-            Matrix::Ternary(m) => parameters.set_packed_rows(backend, &p.name, first, &m)?,
-            // Refused, with the parameter's name.
-            Matrix::Dense(values) => parameters.set_values(backend, &p.name, &values)?,
+    let packed = parameters.list.iter().filter(|p| p.packed.is_some());
+    let mut parts = packed.flat_map(|p| {
+        let rows = (4 * LOADED_AT_A_TIME / p.cols).max(1);
+        let step = rows.next_multiple_of(PACKED_ROWS);
+        let starts = (0..p.rows).step_by(step);
+        starts.map(move |first| (p, first..p.rows.min(first + step)))
+    });
+    std::thread::scope(|scope| {
+        let (sender, parts_read) = std::sync::mpsc::sync_channel(READ_AHEAD);
+        // Ends with the last part, or when nobody listens any more: after the first error.
+        scope.spawn(move || {
+            parts.try_for_each(|(p, rows)| {
+                let first = rows.start;
+                sender.send((p, first, model.matrix_rows(&p.name, rows)))
+            })
+        });
+        for (p, first, matrix) in parts_read {
+            match matrix? {
+                Matrix::Ternary(m) => parameters.set_packed_rows(backend, &p.name, first, &m)?,
+                // Refused, with the parameter's name.
+                Matrix::Dense(values) => parameters.set_values(backend, &p.name, &values)?,
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Tokens of one sequence in a step.

@@ -277,7 +277,12 @@ pub(crate) fn negative_or_infinite(matrix: &PackedMatrix, first_row: usize) -> O
 
 /// Why `scale` cannot be the scale of a group, if it cannot.
 pub(crate) fn scale_problem(scale: f16) -> Option<&'static str> {
-    if !scale.is_finite() {
+    // Most scales: no sign, finite, and the last three bits, which bf16 lacks, are zero. What
+    // is left of a number below the normal ones has seven bits, too.
+    let bits = scale.to_bits();
+    if bits < f16::INFINITY.to_bits() && bits & 7 == 0 {
+        None
+    } else if !scale.is_finite() {
         Some("is not finite")
     } else if scale.is_sign_negative() {
         Some("is negative")
@@ -285,5 +290,20 @@ pub(crate) fn scale_problem(scale: f16) -> Option<&'static str> {
         Some("is not exact in bf16")
     } else {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scale_is_not_negative_finite_and_exact_in_bf16() {
+        for scale in (0..=u16::MAX).map(f16::from_bits) {
+            let value = scale.to_f32();
+            let good = value.is_finite() && !value.is_sign_negative();
+            let exact = bf16::from_f32(value).to_f32() == value;
+            assert_eq!(scale_problem(scale).is_none(), good && exact, "{scale}");
+        }
     }
 }

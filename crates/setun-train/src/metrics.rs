@@ -81,11 +81,9 @@ impl MetricsWriter {
     }
 
     /// Appends one line. Where the system refuses, the line waits for the next call, and event
-    /// files end: see [`take_warning`](Self::take_warning).
-    ///
-    /// # Errors
-    /// None: what must be known of a full disk is what [`sync`](Self::sync) returns.
-    pub fn write(&mut self, metric: &Metric, now: f64) -> Result<(), TrainError> {
+    /// files end: see [`take_warning`](Self::take_warning). What must be known of a full disk is
+    /// what [`sync`](Self::sync) returns.
+    pub fn write(&mut self, metric: &Metric, now: f64) {
         self.pending.push_str(&metric.to_line());
         // Reported by `sync`, if it lasts until the next checkpoint.
         let _ = self.flush();
@@ -94,7 +92,6 @@ impl MetricsWriter {
         {
             self.end_events(&error);
         }
-        Ok(())
     }
 
     /// Why there are no event files any more, once: they are a convenience, and no reason to
@@ -176,13 +173,13 @@ mod tests {
         let mut writer = MetricsWriter::create(&run, &[event(1)], None).unwrap();
         let full = File::options().write(true).open("/dev/full").unwrap();
         let file = std::mem::replace(&mut writer.file, full);
-        writer.write(&event(2), 0.0).unwrap();
-        writer.write(&event(3), 0.0).unwrap();
+        writer.write(&event(2), 0.0);
+        writer.write(&event(3), 0.0);
         let error = writer.sync().unwrap_err().to_string();
         assert!(error.contains("metrics.jsonl"), "{error}");
         assert_eq!(read(&run, 9).unwrap(), [event(1)]);
         writer.file = file;
-        writer.write(&event(4), 0.0).unwrap();
+        writer.write(&event(4), 0.0);
         writer.sync().unwrap();
         assert_eq!(read(&run, 9).unwrap(), [1, 2, 3, 4].map(event));
         std::fs::remove_dir_all(run).unwrap();
@@ -213,13 +210,13 @@ mod tests {
         std::fs::write(run.join("tensorboard"), "").unwrap();
         let never = MetricsWriter::create(&run, &[], Some(1.0)).unwrap();
         for mut writer in [never, full(&run)] {
-            writer.write(&eval(1), 0.0).unwrap();
+            writer.write(&eval(1), 0.0);
             let warning = writer.take_warning().unwrap();
             assert!(
                 warning.contains("TensorBoard file") && warning.contains("goes on without"),
                 "{warning}"
             );
-            writer.write(&eval(2), 0.0).unwrap();
+            writer.write(&eval(2), 0.0);
             assert_eq!(writer.take_warning(), None);
             writer.sync().unwrap();
         }

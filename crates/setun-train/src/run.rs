@@ -483,7 +483,7 @@ impl Session {
         observer.progress("training", step, train.steps, &detail);
         let every = self.settings.log.every.max(1);
         if due(step, every) || step == 1 || step == train.steps || outcome.skipped.is_some() {
-            self.metrics.write(&Metric::Step(record), machine::now())?;
+            self.metrics.write(&Metric::Step(record), machine::now());
         }
         if outcome.skipped.is_none() {
             self.state.losses_since_eval.0 += outcome.loss;
@@ -492,27 +492,27 @@ impl Session {
             self.state.flips_since_record.1 += 1;
             let interval = (train.steps / 50).max(1);
             if self.settings.model.ternary && (due(step, interval) || step == train.steps) {
-                self.record_ternary(outcome.projection.zeros)?;
+                self.record_ternary(outcome.projection.zeros);
             }
         }
-        self.report_event_files(observer)?;
+        self.report_event_files(observer);
         self.judge_trouble(outcome, observer)
     }
 
     /// Tells, once, that there are no event files any more.
-    fn report_event_files(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+    fn report_event_files(&mut self, observer: &mut dyn Observer) {
         let Some(message) = self.metrics.take_warning() else {
-            return Ok(());
+            return;
         };
         observer.message(&format!("warning: {message}"));
         // A rewind must not begin them again.
         self.settings.log.tensorboard = false;
         let step = self.trainer.step;
         let event = Metric::Event { step, message };
-        self.metrics.write(&event, machine::now())
+        self.metrics.write(&event, machine::now());
     }
 
-    fn record_ternary(&mut self, zeros: u64) -> Result<(), TrainError> {
+    fn record_ternary(&mut self, zeros: u64) {
         let (flips, steps) = std::mem::take(&mut self.state.flips_since_record);
         let mut scales = Vec::new();
         for p in &self.trainer.model.parameters.list {
@@ -534,7 +534,7 @@ impl Session {
             flip_rate: flips as f64 / (self.num_weights * steps.max(1)) as f64,
             scale_median: f64::from(*median),
         };
-        self.metrics.write(&Metric::Ternary(record), machine::now())
+        self.metrics.write(&Metric::Ternary(record), machine::now());
     }
 
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<Evaluation, TrainError> {
@@ -563,8 +563,8 @@ impl Session {
                 record.bits_per_byte
             ));
         }
-        self.metrics.write(&Metric::Eval(record), machine::now())?;
-        self.report_event_files(observer)?;
+        self.metrics.write(&Metric::Eval(record), machine::now());
+        self.report_event_files(observer);
         Ok(evaluation)
     }
 
@@ -607,7 +607,7 @@ impl Session {
             step,
             message: format!("early stop: {reason}"),
         };
-        self.metrics.write(&event, machine::now())?;
+        self.metrics.write(&event, machine::now());
         self.record.early_stop = Some(EarlyStop { step, reason });
         self.save_now(observer)?;
         Ok(true)

@@ -122,6 +122,14 @@ fn the_seed_decides_the_text() {
     assert_eq!(generate(&run.join("export/packed"), "7", "1"), text);
     assert_eq!(generate(&run.join("export/hf"), "7", "1"), text);
     assert_eq!(generate(&run, "7", "0"), generate(&run, "8", "0"));
+    // Its normal form has more tokens than it has bytes, the guess by which the weights are
+    // loaded beside the tokenizer.
+    let mut generate_long = command([OsStr::new("generate"), "--model".as_ref(), run.as_ref()]);
+    let prompt = "\u{958}".repeat(6);
+    generate_long.args(["--prompt", &prompt, "--max-tokens", "4"]);
+    let output = finish(&mut generate_long).ok();
+    assert!(output.stdout.starts_with(&prompt), "{:?}", output.stdout);
+    assert_eq!(output.stderr, "");
     let file = scratch.write("prompts.txt", "The telephone\nIron\n");
     let batch = |flags: &[&str]| {
         let mut generate = command([OsStr::new("generate"), "--model".as_ref(), run.as_ref()]);

@@ -110,7 +110,7 @@ pub fn pack_panels(shape: PackedShape, trits: &[u8], scales: &[f16], first: usiz
                 let scale = scales[(n0 + lane) * groups + g].to_le_bytes();
                 heads[2 * lane..2 * lane + 2].copy_from_slice(&scale);
                 let row = &trits[(n0 + lane) * row_bytes + g * group_bytes..][..group_bytes];
-                pack_lane(row, lane, words, codes);
+                pack_lane(row, lane, codes);
             }
         }
     }
@@ -118,17 +118,16 @@ pub fn pack_panels(shape: PackedShape, trits: &[u8], scales: &[f16], first: usiz
 
 /// Spreads the bytes of one group of one output over its words.
 #[inline(always)]
-fn pack_lane(row: &[u8], lane: usize, words: usize, codes: &mut [u8]) {
-    for (w, to) in codes.chunks_exact_mut(WORD_BYTES).take(words).enumerate() {
-        let to = &mut to[4 * lane..4 * lane + 4];
-        let from = &row[4 * w..row.len().min(4 * w + 4)];
-        match <[u8; 4]>::try_from(from) {
-            Ok(word) => to.copy_from_slice(&word),
-            Err(_) => {
-                to.fill(0);
-                to[..from.len()].copy_from_slice(from);
-            }
-        }
+fn pack_lane(row: &[u8], lane: usize, codes: &mut [u8]) {
+    let (whole, short) = row.as_chunks::<4>();
+    let words = codes.as_chunks_mut::<4>().0;
+    let mut of_lane = words.iter_mut().skip(lane).step_by(PANEL);
+    for (word, to) in whole.iter().zip(&mut of_lane) {
+        *to = *word;
+    }
+    if let Some(to) = of_lane.next() {
+        *to = [0; 4];
+        to[..short.len()].copy_from_slice(short);
     }
 }
 

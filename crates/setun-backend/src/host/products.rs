@@ -242,9 +242,13 @@ impl<R: Real> Host<R> {
         let mut lease = self.arena.lease();
         let bytes = &mut lease.write(to.bytes)[first_row / PANEL * whole.panel_bytes()..];
         let panels = RowsMut::new(&mut bytes[..rows.bytes()], rows.panel_bytes());
-        self.pool.by_rows(rows.panels(), 8, panels, |panels, to| {
-            pack_panels(rows, &matrix.trits, &matrix.scales, panels.start, to);
-        });
+        // Less is laid out before another thread is awake.
+        const WORTH_A_THREAD: usize = 256 << 10;
+        let grain = WORTH_A_THREAD / rows.panel_bytes();
+        self.pool
+            .by_rows(rows.panels(), grain, panels, |panels, to| {
+                pack_panels(rows, &matrix.trits, &matrix.scales, panels.start, to);
+            });
     }
 
     pub(super) fn linear_dx_op(

@@ -116,7 +116,7 @@ impl Session {
             *when = step;
             let message = message.clone();
             let event = Metric::Event { step, message };
-            self.metrics.write(&event, machine::now())?;
+            self.metrics.write(&event, machine::now());
         }
         self.state.rewinds = rewinds;
         Ok(())

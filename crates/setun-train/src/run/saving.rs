@@ -129,7 +129,7 @@ impl Session {
         let message = format!("the checkpoint of step {step} could not be saved: {error}");
         observer.message(&format!("warning: {message}"));
         let event = Metric::Event { step, message };
-        self.metrics.write(&event, machine::now())?;
+        self.metrics.write(&event, machine::now());
         if self.failed_saves < MAX_FAILED_SAVES {
             return Ok(());
         }

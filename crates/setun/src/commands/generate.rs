@@ -5,10 +5,11 @@ use crate::console;
 use crate::environment::Environment;
 use crate::{CommandResult, Outcome, WrongUsage};
 use drafts::Decoder;
+use setun_backend::Isa;
 use setun_formats::Tokenizer;
 use setun_infer::{
-    BeamOptions, BeamRequest, Engine, EngineError, FinishReason, Hypothesis, LengthPenalty,
-    Request, SamplerOptions, StopRules, TokenLogprobs,
+    BeamOptions, BeamRequest, Engine, EngineError, EngineOptions, FinishReason, Hypothesis,
+    LengthPenalty, Request, SamplerOptions, StopRules, TokenLogprobs,
 };
 use setun_io::OpenModel;
 use std::error::Error;
@@ -25,17 +26,19 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
     let prompts = prompts(&args)?;
     let start = Instant::now();
     let model = super::open(&args.model, args.checkpoint)?;
-    let opening = start.elapsed();
-    let tokenizer = super::tokenizer_of(&model)?;
-    let tokenizing = start.elapsed() - opening;
-    let requests = requests(&args, &prompts, &model, &tokenizer)?;
-    let options = room::engine_options(&args, &model, &requests, super::isa(environment)?)?;
+    let isa = super::isa(environment)?;
+    let (early, tokenizer, tokenizing) = read_together(&args, &model, &prompts.texts, isa)?;
+    let encode = |text: &str| tokenizer.encode_with_special(text);
+    let requests = requests(&args, &prompts.texts, &model, encode)?;
+    let options = room::engine_options(&args, &model, &requests, isa)?;
+    let early = early.filter(|(guess, _)| room::holds(guess, &options));
+    let target = (&model, early.map(|(_, engine)| engine));
     let (mut engine, mut drafter) =
-        drafts::engine_and_drafter(&args.draft, &model, &tokenizer, options)?;
+        drafts::engine_and_drafter(&args.draft, target, &tokenizer, options)?;
     // Before anything is printed.
     let checked = engine.check_requests(&requests);
     checked.map_err(|error| with_line(error, &args, &prompts))?;
-    let loading = start.elapsed() - tokenizing;
+    let loading = start.elapsed();
     let start = Instant::now();
     let mut clock = || start.elapsed().as_secs_f64();
     let mut decoder = Decoder::new(drafter.as_deref_mut(), &mut clock);
@@ -61,7 +64,7 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
     if args.stats {
         let [loading, tokenizing] = [loading, tokenizing].map(|t| t.as_secs_f64());
         console::tell(format_args!(
-            "loaded in {loading:.2} s, its tokenizer in {tokenizing:.2} s"
+            "loaded in {loading:.2} s; reading the tokenizer took {tokenizing:.2} s"
         ));
         timer.tell();
         decoder.tell();
@@ -126,21 +129,51 @@ fn prompts(args: &GenerateArgs) -> Result<Prompts, Box<dyn Error>> {
     }
 }
 
-/// A request for each prompt.
-fn requests(
+/// A model's engine and what it was loaded with.
+type Early = (EngineOptions, Engine);
+
+/// The tokenizer, the time that it took, and the engine, unless that has to wait for the number
+/// of tokens or for a model that drafts.
+fn read_together(
     args: &GenerateArgs,
-    prompts: &Prompts,
     model: &OpenModel,
-    tokenizer: &Tokenizer,
-) -> Result<Vec<Request>, Box<dyn Error>> {
+    texts: &[String],
+    isa: Isa,
+) -> Result<(Option<Early>, Tokenizer, Duration), Box<dyn Error>> {
+    let guess = match args.draft {
+        Drafting::Model(_) => None,
+        Drafting::None | Drafting::Ngram => room::guess(args, model, texts, isa)?,
+    };
+    std::thread::scope(|scope| {
+        let tokenizer = scope.spawn(|| {
+            let start = Instant::now();
+            let tokenizer = super::tokenizer_of(model).map_err(|e| e.to_string());
+            (tokenizer, start.elapsed())
+        });
+        let load = |options| Engine::load(model, options).map(|engine| (options, engine));
+        let early = guess.map(load).transpose();
+        let joined = tokenizer.join();
+        let (tokenizer, time) = joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let tokenizer = tokenizer?;
+        Ok((early?, tokenizer, time))
+    })
+}
+
+/// A request for each prompt, with the tokens that `encode` makes of it.
+fn requests<E>(
+    args: &GenerateArgs,
+    texts: &[String],
+    model: &OpenModel,
+    encode: impl Fn(&str) -> Result<Vec<u32>, E>,
+) -> Result<Vec<Request>, E> {
     let stop = StopRules {
         end_tokens: model.config().eos_token_ids.clone(),
         max_tokens: args.max_tokens,
     };
     let mut requests = Vec::new();
-    for (i, text) in prompts.texts.iter().enumerate() {
+    for (i, text) in texts.iter().enumerate() {
         requests.push(Request {
-            prompt: tokenizer.encode_with_special(text)?,
+            prompt: encode(text)?,
             sampler: sampler_options(args),
             stop: stop.clone(),
             seed: (args.seed, i as u64),

@@ -70,7 +70,8 @@ pub(super) fn run(bench: &Bench, args: &SpeculateArgs) -> Result<Vec<Figure>, Bo
     };
     let all = text_tokens(&args.text, &tokenizer, bench.repeat + 1)?;
     let step = all.len() / (bench.repeat + 1);
-    let (mut engine, mut drafter) = engine_and_drafter(&args.draft, &model, &tokenizer, options)?;
+    let (mut engine, mut drafter) =
+        engine_and_drafter(&args.draft, (&model, None), &tokenizer, options)?;
     let drafter = drafter.as_deref_mut();
     let drafter = drafter.ok_or("--draft none has nothing to measure; name a drafter")?;
     let mut plain = Engine::load(&model, options)?;

@@ -14,14 +14,14 @@ use std::path::Path;
 /// The target's engine with what drafts for it.
 type Drafted = (Engine, Option<Box<dyn Drafter>>);
 
-/// The target's engine, and the drafter that was asked for.
+/// The target's engine, unless it is `loaded` already, and the drafter that was asked for.
 pub(in crate::commands) fn engine_and_drafter(
     drafting: &Drafting,
-    target: &OpenModel,
+    (target, loaded): (&OpenModel, Option<Engine>),
     tokenizer: &Tokenizer,
     options: EngineOptions,
 ) -> Result<Drafted, Box<dyn Error>> {
-    let plain = || Engine::load(target, options);
+    let plain = || loaded.map_or_else(|| Engine::load(target, options), Ok);
     let path = match drafting {
         Drafting::None => return Ok((plain()?, None)),
         Drafting::Ngram => return Ok((plain()?, Some(Box::new(PromptLookup::new())))),
@@ -44,11 +44,14 @@ fn model_drafter(
     options: EngineOptions,
 ) -> Result<ModelDrafter, Box<dyn Error>> {
     let model = OpenModel::open(path)?;
-    if super::super::tokenizer_of(&model)?.to_json() != tokenizer.to_json() {
-        let place = path.display();
+    let own = super::super::tokenizer_of(&model)?;
+    if let Some(id) = own.first_difference(tokenizer) {
         let error = format!(
-            "--draft {place}: its tokenizer is not the model's; drafts are tokens, so both \
-             models need the same tokenizer.json"
+            "--draft {}: its tokenizer is not the model's: token {id} is {:?} there and {:?} here; \
+             drafts are tokens, so both models need the same ones",
+            path.display(),
+            own.decode(&[id]),
+            tokenizer.decode(&[id]),
         );
         return Err(error.into());
     }
