@@ -5,7 +5,8 @@
 
 use super::gemm::{MR, NR, TileOperands};
 use super::int8::{self, LANES};
-use crate::kernels::product::BLOCK;
+use crate::kernels::product::{BLOCK, StoredRows};
+use half::bf16;
 use std::arch::x86_64::*;
 
 /// Lanes of a vector of f32.
@@ -353,25 +354,138 @@ fn rows_of<const M: usize>(
                     [even, row_chains::<M>(steps / 2, (x, stride), (y, lanes))]
                 }
             };
-            for i in 0..M {
-                for half in 0..2 {
-                    let to = &mut acc[i * lanes + at + half * W..];
-                    let sum = _mm256_add_ps(even[i][half], odd[i][half]);
-                    let so_far = if start == 0 {
-                        flush(load(to))
-                    } else {
-                        load(to)
-                    };
-                    store(to, flush(_mm256_add_ps(so_far, sum)));
-                }
-            }
+            add_chains([even, odd], start == 0, &mut acc[at..], lanes);
+        }
+    }
+}
+
+/// Adds the sums of a block to 16 values of each of `M` rows, `stride` apart.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_chains<const M: usize>(
+    [even, odd]: [[[__m256; 2]; M]; 2],
+    is_first: bool,
+    acc: &mut [f32],
+    stride: usize,
+) {
+    for i in 0..M {
+        for half in 0..2 {
+            let to = &mut acc[i * stride + half * W..];
+            let sum = _mm256_add_ps(even[i][half], odd[i][half]);
+            let so_far = match is_first {
+                true => flush(load(to)),
+                false => load(to),
+            };
+            store(to, flush(_mm256_add_ps(so_far, sum)));
         }
     }
 }
 
 /// Up to so many rows the even and the odd chains advance together, in the registers that
 /// more rows would fill, and hide the latency of an FMA.
-const BOTH_CHAINS: usize = 3;
+pub(crate) const BOTH_CHAINS: usize = 3;
+
+/// [`rows_even_odd`] on up to [`BOTH_CHAINS`] rows of `x` and of `acc`, which are `x_stride` and
+/// `acc_stride` apart, with `y` as it is stored.
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn stored_even_odd(
+    rows: usize,
+    (x, x_stride): (&[f32], usize),
+    y: StoredRows<'_>,
+    (acc, acc_stride): (&mut [f32], usize),
+) {
+    let (x, acc) = ((x, x_stride), (acc, acc_stride));
+    match rows {
+        3 => stored_rows_of::<3>(x, y, acc),
+        2 => stored_rows_of::<2>(x, y, acc),
+        1 => stored_rows_of::<1>(x, y, acc),
+        rows => unreachable!("{rows} rows at a time"),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn stored_rows_of<const M: usize>(
+    (x, x_stride): (&[f32], usize),
+    y: StoredRows<'_>,
+    (acc, acc_stride): (&mut [f32], usize),
+) {
+    let (steps, lanes) = (y.steps, y.lanes);
+    let depth = y.pieces.len() * steps;
+    assert!(steps > 0 && (steps.is_multiple_of(2) || y.pieces.len() == 1));
+    assert!(y.pieces.iter().all(|piece| piece.len() >= steps * lanes));
+    assert!(x.len() >= (M - 1) * x_stride + depth && lanes.is_multiple_of(2 * W));
+    for at in (0..lanes).step_by(2 * W) {
+        let mut pieces = y.pieces.iter();
+        let mut piece: &[bf16] = &[];
+        for start in (0..depth).step_by(BLOCK) {
+            let end = depth.min(start + BLOCK);
+            let mut chains = [[[_mm256_setzero_ps(); 2]; M]; 2];
+            let mut r = start;
+            while r < end {
+                if piece.is_empty() {
+                    piece = &pieces.as_slice()[0][..steps * lanes];
+                    pieces.next();
+                }
+                let n = (piece.len() / lanes).min(end - r);
+                // SAFETY: by the assertion all rows of `x` have `depth` values, and `r + n` is at
+                // most `depth`; `piece` has `n` rows of `lanes` values at least, of which `at..at
+                // + 16` are read. Even steps are at even places of `x`: `n` is even but at the end.
+                unsafe {
+                    let (x, y) = (x.as_ptr().add(r), piece.as_ptr().add(at));
+                    widened_chains::<M>(&mut chains, n, (x, x_stride), (y, lanes));
+                }
+                (piece, r) = (&piece[n * lanes..], r + n);
+            }
+            add_chains(chains, start == 0, &mut acc[at..], acc_stride);
+        }
+    }
+}
+
+/// Advances the even and odd chains of `M` rows by `n` neighbouring steps of bf16.
+///
+/// # Safety
+/// As [`both_chains`].
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn widened_chains<const M: usize>(
+    chains: &mut [[[__m256; 2]; M]; 2],
+    n: usize,
+    (x, stride): (*const f32, usize),
+    (y, lanes): (*const bf16, usize),
+) {
+    let step = |r: usize, chains: &mut [[__m256; 2]; M]| {
+        // SAFETY: the caller's promise, as `r < n`; the loads need no alignment.
+        unsafe {
+            let y = y.add(r * lanes);
+            let values = [widen(y), widen(y.add(W))];
+            for (i, chain) in chains.iter_mut().enumerate() {
+                let x = _mm256_set1_ps(*x.add(i * stride + r));
+                chain[0] = _mm256_fmadd_ps(x, values[0], chain[0]);
+                chain[1] = _mm256_fmadd_ps(x, values[1], chain[1]);
+            }
+        }
+    };
+    for pair in 0..n / 2 {
+        step(2 * pair, &mut chains[0]);
+        step(2 * pair + 1, &mut chains[1]);
+    }
+    if n % 2 == 1 {
+        step(n - 1, &mut chains[0]);
+    }
+}
+
+/// Eight values of bf16, exactly.
+///
+/// # Safety
+/// They are there.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn widen(from: *const bf16) -> __m256 {
+    // SAFETY: the caller's promise; the load needs no alignment.
+    let bits = unsafe { _mm_loadu_si128(from.cast()) };
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
+}
 
 /// Even and odd chains of `M` rows over `n` neighbouring steps, from zero.
 ///

@@ -4,12 +4,14 @@
 //! position 0, lane = position mod tile. Only where a key comes from differs, so one query,
 //! a chunk, a batch and a tree give a row the same bits as the training pass does. A tile
 //! is widened once for all queries of a group of heads and of a block of rows, and where
-//! all of them see the whole tile, some rows at a time go through it. In a tree, the lanes
+//! all of them see the whole tile, some rows at a time go through it; for one to three (row,
+//! head) pairs the products read it as it is stored. In a tree, the lanes
 //! behind the shared past are gathered anew for each row, along its path.
 
 use super::attention::{
     Panel, Store, load_row, mask, multiply_active, multiply_rows, online_softmax,
 };
+use super::product::{Order, StoredRows, most_stored_rows, needs_flush, stored_mat};
 use crate::cache::{CACHE_BLOCK, CachedSegment};
 use crate::cpu::{Isa, prefetch};
 use crate::real::{Real, min_exponent_bf16};
@@ -220,10 +222,23 @@ impl<S> CachedView<'_, S> {
     }
 }
 
+/// Asks for all cache lines of `values`.
+#[inline(always)]
+fn prefetch_all(values: &[bf16]) {
+    for line in values.chunks(LINE) {
+        prefetch(line, 0);
+    }
+}
+
 #[inline(always)]
 fn block_of<T>(values: &[T], at: usize) -> &[T; CACHE_BLOCK] {
     values[at..].first_chunk().expect("whole blocks")
 }
+
+/// Most blocks of a tile that is read so.
+const STORED_BLOCKS: usize = 4;
+/// Numbers of bf16 in a cache line.
+const LINE: usize = 32;
 
 /// Sums of the (row, head) pairs of a block.
 struct Sums<'a, R> {
@@ -289,6 +304,9 @@ pub fn cached_block<R: Real, S: Store<R>>(
         let own_lanes = segment.parents.is_some() && j0 + tile > segment.past;
         let end = if own_lanes { segment.past } else { last_end };
         let n = end.saturating_sub(j0).min(tile);
+        if j0 + tile <= shared && sums.add_stored::<S>(&view, segment, kv_head, j0, &mut loaded) {
+            continue;
+        }
         view.load(segment, kv_head, (j0, n), &mut loaded);
         if j0 + tile <= shared {
             sums.add::<S>(&view, 0..pairs, tile, &loaded);
@@ -333,26 +351,118 @@ impl<R: Real> Sums<'_, R> {
             values: &*tile.keys,
             min_exponent: tile.min_key,
         };
+        let q = &self.q[pairs.start * e..pairs.end * e];
+        let scores = &mut self.scores[pairs.start * lanes..pairs.end * lanes];
+        scores.fill(R::ZERO);
+        multiply_rows::<R, S>(view.isa, q, (e, e), &keys, lanes, scores);
+        self.soften::<S>(view, pairs.clone(), end);
+        self.add_values::<S>(view, pairs, n, tile);
+    }
+
+    /// From products with keys to probabilities, for the first `end` lanes of a tile.
+    #[inline(always)]
+    fn soften<S: Store<R>>(&mut self, view: &CachedView<'_, S>, pairs: Range<usize>, end: usize) {
+        let (e, lanes) = (view.head_dim, view.tile);
+        let scale = R::ONE / R::from_f64(e as f64).sqrt();
+        for pair in pairs {
+            let scores = &mut self.scores[pair * lanes..(pair + 1) * lanes];
+            let acc = &mut self.acc[pair * e..(pair + 1) * e];
+            mask(scores, scale, 0, end);
+            online_softmax::<R, S>(scores, &mut self.max[pair], &mut self.sum[pair], acc);
+        }
+    }
+
+    /// Adds the first `n` values of a tile, times their probabilities.
+    #[inline(always)]
+    fn add_values<S: Store<R>>(
+        &mut self,
+        view: &CachedView<'_, S>,
+        pairs: Range<usize>,
+        n: usize,
+        tile: &Tile<'_, R>,
+    ) {
+        let (e, lanes) = (view.head_dim, view.tile);
         let values = Panel {
             values: &tile.values[..n * e],
             min_exponent: tile.min_value,
         };
-        let q = &self.q[pairs.start * e..pairs.end * e];
-        let scores = &mut self.scores[pairs.start * lanes..pairs.end * lanes];
+        let scores = &self.scores[pairs.start * lanes..pairs.end * lanes];
         let acc = &mut self.acc[pairs.start * e..pairs.end * e];
-        scores.fill(R::ZERO);
-        multiply_rows::<R, S>(view.isa, q, (e, e), &keys, lanes, scores);
-        let scale = R::ONE / R::from_f64(e as f64).sqrt();
-        let rows = scores.chunks_mut(lanes).zip(acc.chunks_mut(e));
-        for (pair, (scores, acc)) in pairs.clone().zip(rows) {
-            mask(scores, scale, 0, end);
-            let (max, sum) = (&mut self.max[pair], &mut self.sum[pair]);
-            online_softmax::<R, S>(scores, max, sum, acc);
-        }
         // A row that has seen no key yet has no maximum; it takes no part.
         let max = &self.max[pairs];
         let seen = |r: usize| max[r] != R::NEG_INFINITY;
         multiply_active::<R, S>(view.isa, scores, (lanes, n), &values, e, acc, seen);
+    }
+
+    /// As [`add`](Self::add) for all pairs and the whole tile from position `j0`, as it is
+    /// stored. False where there are too many pairs or products may be denormal; what was done
+    /// then, `add` begins anew.
+    #[inline(always)]
+    fn add_stored<S: Store<R>>(
+        &mut self,
+        view: &CachedView<'_, S>,
+        segment: &CachedSegment<'_>,
+        kv_head: usize,
+        j0: usize,
+        loaded: &mut Tile<'_, R>,
+    ) -> bool {
+        let CacheView::Bf16(k, v) = view.cache else {
+            return false;
+        };
+        let (e, lanes, pairs) = (view.head_dim, view.tile, self.max.len());
+        let mut blocks = segment.blocks[j0 / CACHE_BLOCK..].chunks(lanes / CACHE_BLOCK);
+        let (now, next) = (blocks.next().unwrap_or(&[]), blocks.next().unwrap_or(&[]));
+        let is_few = pairs <= most_stored_rows::<R>(view.isa) && now.len() <= STORED_BLOCKS;
+        if S::ORDER != Order::EvenOdd || !is_few {
+            return false;
+        }
+        let place = |block: u32| {
+            let head = block as usize * view.num_kv_heads + kv_head;
+            head * e * CACHE_BLOCK..(head + 1) * e * CACHE_BLOCK
+        };
+        let mut min_key = i32::MAX;
+        for &block in now {
+            min_key = min_key.min(min_exponent_bf16(&k[place(block)]));
+        }
+        if needs_flush(S::ORDER, R::min_exponent(self.q), min_key) {
+            return false;
+        }
+        self.scores.fill(R::ZERO);
+        for (i, &block) in now.iter().enumerate() {
+            prefetch_all(&v[place(block)]);
+            let keys = StoredRows {
+                pieces: &[&k[place(block)]],
+                steps: e,
+                lanes: CACHE_BLOCK,
+            };
+            let scores = &mut self.scores[i * CACHE_BLOCK..];
+            if !stored_mat(view.isa, pairs, (self.q, e), keys, (scores, lanes)) {
+                return false;
+            }
+        }
+        self.soften::<S>(view, 0..pairs, lanes);
+        for &block in next {
+            prefetch_all(&k[place(block)]);
+        }
+        let mut pieces: [&[bf16]; STORED_BLOCKS] = [&[]; STORED_BLOCKS];
+        let mut min_value = i32::MAX;
+        for (piece, &block) in pieces.iter_mut().zip(now) {
+            *piece = &v[place(block)];
+            min_value = min_value.min(min_exponent_bf16(piece));
+        }
+        let values = StoredRows {
+            pieces: &pieces[..now.len()],
+            steps: CACHE_BLOCK,
+            lanes: e,
+        };
+        let all_seen = self.max.iter().all(|&max| max != R::NEG_INFINITY);
+        let is_calm = !needs_flush(S::ORDER, R::min_exponent(self.scores), min_value);
+        let (scores, acc) = ((&*self.scores, lanes), (&mut *self.acc, e));
+        if !(all_seen && is_calm && stored_mat(view.isa, pairs, scores, values, acc)) {
+            view.load(segment, kv_head, (j0, lanes), loaded);
+            self.add_values::<S>(view, 0..pairs, lanes, loaded);
+        }
+        true
     }
 }
 

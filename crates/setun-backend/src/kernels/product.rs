@@ -4,6 +4,7 @@ use crate::cpu::Isa;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::{amx, avx2, avx512};
 use crate::real::Real;
+use half::bf16;
 use setun_ternary::groups_per_row;
 #[cfg(target_arch = "x86_64")]
 use std::any::TypeId;
@@ -89,6 +90,52 @@ pub fn rows_mat<R: Real>(
         return true;
     }
     let _ = (isa, x, stride, depth, y, lanes, acc);
+    false
+}
+
+/// Rows of bf16 as they are stored, in pieces that need not lie together: `steps` rows of `lanes`
+/// values each. There is one piece, or `steps` is even.
+#[derive(Clone, Copy)]
+pub struct StoredRows<'a> {
+    /// `[steps, lanes]` each.
+    pub pieces: &'a [&'a [bf16]],
+    /// Rows of a piece.
+    pub steps: usize,
+    /// Values of a row.
+    pub lanes: usize,
+}
+
+/// Most rows that [`stored_mat`] takes; 0 where there is no loop for it.
+#[inline(always)]
+pub fn most_stored_rows<R: Real>(isa: Isa) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_avx2() && TypeId::of::<R>() == TypeId::of::<f32>() {
+        return avx2::BOTH_CHAINS;
+    }
+    let _ = isa;
+    0
+}
+
+/// [`rows_mat`] for `rows` rows of `x` and `acc`, which are `x_stride` and `acc_stride` apart, with
+/// `y` as it is stored: widening it beforehand takes longer than so few products. False for more
+/// than [`most_stored_rows`] and where the sizes do not suit; nothing is done then.
+#[inline(always)]
+pub fn stored_mat<R: Real>(
+    isa: Isa,
+    rows: usize,
+    (x, x_stride): (&[R], usize),
+    y: StoredRows<'_>,
+    (acc, acc_stride): (&mut [R], usize),
+) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if (1..=most_stored_rows::<R>(isa)).contains(&rows) && y.lanes.is_multiple_of(16) {
+        let (x, acc) = (bytemuck::cast_slice(x), bytemuck::cast_slice_mut(acc));
+        // SAFETY: `most_stored_rows` is 0 without AVX2. An `Isa` that has it is made by
+        // `Isa::available` only, after CPUID has shown it.
+        unsafe { avx2::stored_even_odd(rows, (x, x_stride), y, (acc, acc_stride)) };
+        return true;
+    }
+    let _ = (isa, rows, x, x_stride, y, acc, acc_stride);
     false
 }
 
@@ -373,6 +420,44 @@ mod tests {
                         vec_mat(isa, order, false, &x[..depth], &y, lanes, acc);
                     }
                     assert_eq!(got, expected, "{rows} rows, depth {depth}, {lanes} lanes");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_as_they_are_stored_equal_widened_ones() {
+        for isa in Isa::available() {
+            for (pieces, steps, lanes) in [
+                (1, 1, 16),
+                (1, 31, 16),
+                (1, 128, 16),
+                (4, 16, 64),
+                (3, 22, 48),
+            ] {
+                let y: Vec<f32> = values(pieces * steps * lanes, 0.3);
+                let y: Vec<bf16> = y.iter().map(|&x| bf16::from_f32(x)).collect();
+                let wide: Vec<f32> = y.iter().map(|x| x.to_f32()).collect();
+                let parts: Vec<&[bf16]> = y.chunks(steps * lanes).collect();
+                let stored = StoredRows {
+                    pieces: &parts,
+                    steps,
+                    lanes,
+                };
+                let (depth, apart) = (pieces * steps, lanes + 16);
+                for rows in 1..=4 {
+                    let x: Vec<f32> = values(rows * (depth + 3), 1.0);
+                    let x: Vec<f32> = x.iter().map(|x| x.round_bf16()).collect();
+                    let mut got = values(rows * apart, 2.0);
+                    let mut expected = got.clone();
+                    if stored_mat(isa, rows, (&x, depth + 3), stored, (&mut got, apart)) {
+                        for (x, acc) in x.chunks(depth + 3).zip(expected.chunks_mut(apart)) {
+                            let (isa, order) = (Isa::Reference, Order::EvenOdd);
+                            let acc = &mut acc[..lanes];
+                            vec_mat(isa, order, false, &x[..depth], &wide, lanes, acc);
+                        }
+                    }
+                    assert_eq!(got, expected, "{rows} rows, {pieces} x {steps} x {lanes}");
                 }
             }
         }

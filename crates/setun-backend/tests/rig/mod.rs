@@ -3,7 +3,9 @@
 
 use bytemuck::Pod;
 use setun_backend::philox::Philox;
-use setun_backend::{Backend, Buf, Category, Host, HostWorkspace, Isa, Limits, Plan, Real};
+use setun_backend::{
+    Backend, Buf, CacheBuf, CacheShape, Category, Host, HostWorkspace, Isa, Limits, Plan, Real,
+};
 
 /// A write that waits for the backend.
 type Write<R> = Box<dyn FnOnce(&mut Host<R>)>;
@@ -40,6 +42,11 @@ impl<R: Real> Rig<R> {
     /// A buffer of random values.
     pub fn random(&mut self, stream: u64, len: usize) -> Buf<R> {
         self.put(&randoms::<R>(stream, len))
+    }
+
+    /// A cache of keys and values, empty.
+    pub fn cache(&mut self, shape: CacheShape) -> CacheBuf {
+        shape.reserve(&mut self.plan, "cache")
     }
 
     /// The backend.

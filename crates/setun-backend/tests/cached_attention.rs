@@ -1,0 +1,104 @@
+//! Attention to a cache has the same bits on every machine, however many heads share a key and
+//! whether their products are read from the cache as they are stored or not.
+
+mod rig;
+
+use half::bf16;
+use rig::{Rig, content_bits, machines, randoms};
+use setun_backend::{
+    AttnBuf, Backend, CACHE_BLOCK, CacheKind, CacheShape, CacheStore, CachedAttention,
+    CachedSegment, Isa, Limits,
+};
+
+struct Case {
+    num_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    past: usize,
+    q_len: usize,
+    /// Of queries, keys and values: small ones have products below the normal numbers.
+    sizes: [f32; 3],
+}
+
+fn stored(stream: u64, len: usize, size: f32) -> Vec<bf16> {
+    let values = randoms::<f32>(stream, len);
+    values.iter().map(|x| bf16::from_f32(x * size)).collect()
+}
+
+fn attend(case: &Case, (isa, threads): (Isa, usize)) -> Vec<u32> {
+    let tokens = case.past + case.q_len;
+    let num_blocks = tokens.div_ceil(CACHE_BLOCK);
+    let row = case.num_kv_heads * case.head_dim;
+    let mut rig = Rig::<f32>::new();
+    let cache = rig.cache(CacheShape {
+        kind: CacheKind::Bf16,
+        num_blocks,
+        num_kv_heads: case.num_kv_heads,
+        head_dim: case.head_dim,
+    });
+    let len = case.q_len * case.num_heads * case.head_dim;
+    let q = AttnBuf::Bf16(rig.put(&stored(1, len, case.sizes[0])));
+    let k = AttnBuf::Bf16(rig.put(&stored(2, tokens * row, case.sizes[1])));
+    let v = AttnBuf::Bf16(rig.put(&stored(3, tokens * row, case.sizes[2])));
+    let out = rig.room::<f32>(len);
+    let limits = Limits {
+        width: 1,
+        head_dim: case.head_dim,
+        group_size: 32,
+    };
+    let mut host = rig.host(isa, threads, limits);
+    // Last block first, as a cache that has been used for a while.
+    let blocks: Vec<u32> = (0..num_blocks as u32).rev().collect();
+    let segment = CachedSegment {
+        q_start: 0,
+        q_len: case.q_len,
+        past: case.past,
+        blocks: &blocks,
+        parents: None,
+    };
+    let slots: Vec<u32> = (0..tokens).map(|p| segment.slot(p) as u32).collect();
+    host.cache_store(CacheStore {
+        k,
+        v,
+        slots: &slots,
+        cache,
+    });
+    host.cached_attention(CachedAttention {
+        q,
+        out,
+        cache,
+        segments: &[segment],
+        num_heads: case.num_heads,
+    });
+    content_bits(&host, out)
+}
+
+#[test]
+fn every_machine_gives_the_same_bits() {
+    let tiny = 2.0f32.powi(-70);
+    for (num_heads, num_kv_heads) in [(2, 2), (4, 2), (3, 1), (4, 1)] {
+        for head_dim in [20, 48, 128] {
+            for (past, q_len) in [(5, 1), (63, 1), (64, 1), (150, 1), (200, 2)] {
+                for sizes in [[1.0; 3], [tiny, tiny, 1.0], [1.0, 1.0, tiny * tiny.sqrt()]] {
+                    let case = Case {
+                        num_heads,
+                        num_kv_heads,
+                        head_dim,
+                        past,
+                        q_len,
+                        sizes,
+                    };
+                    let expected = attend(&case, (Isa::Reference, 1));
+                    assert!(expected.iter().any(|&bits| bits << 1 != 0), "all zero");
+                    for machine in machines() {
+                        let name = format!(
+                            "{num_heads}/{num_kv_heads} heads of {head_dim}, {past} + {q_len} \
+                             tokens, {sizes:?}, {machine:?}"
+                        );
+                        assert!(attend(&case, machine) == expected, "{name}");
+                    }
+                }
+            }
+        }
+    }
+}
