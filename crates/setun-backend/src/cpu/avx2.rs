@@ -347,7 +347,9 @@ fn rows_of<const M: usize>(
             let [even, odd] = unsafe {
                 let (x, y) = (x.as_ptr().add(start), y.as_ptr().add(start * lanes + at));
                 if M <= BOTH_CHAINS {
-                    both_chains::<M>(steps, (x, stride), (y, lanes))
+                    let mut chains = [[[_mm256_setzero_ps(); 2]; M]; 2];
+                    both_chains(&mut chains, steps, (x, stride), (y, lanes));
+                    chains
                 } else {
                     let even = row_chains::<M>(steps.div_ceil(2), (x, stride), (y, lanes));
                     let (x, y) = (x.wrapping_add(1), y.wrapping_add(lanes));
@@ -433,7 +435,7 @@ fn stored_rows_of<const M: usize>(
                 // + 16` are read. Even steps are at even places of `x`: `n` is even but at the end.
                 unsafe {
                     let (x, y) = (x.as_ptr().add(r), piece.as_ptr().add(at));
-                    widened_chains::<M>(&mut chains, n, (x, x_stride), (y, lanes));
+                    both_chains(&mut chains, n, (x, x_stride), (y, lanes));
                 }
                 (piece, r) = (&piece[n * lanes..], r + n);
             }
@@ -442,68 +444,51 @@ fn stored_rows_of<const M: usize>(
     }
 }
 
-/// Advances the even and odd chains of `M` rows by `n` neighbouring steps of bf16.
-///
-/// # Safety
-/// As [`both_chains`].
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn widened_chains<const M: usize>(
-    chains: &mut [[[__m256; 2]; M]; 2],
-    n: usize,
-    (x, stride): (*const f32, usize),
-    (y, lanes): (*const bf16, usize),
-) {
-    let step = |r: usize, chains: &mut [[__m256; 2]; M]| {
-        // SAFETY: the caller's promise, as `r < n`; the loads need no alignment.
-        unsafe {
-            let y = y.add(r * lanes);
-            let values = [widen(y), widen(y.add(W))];
-            for (i, chain) in chains.iter_mut().enumerate() {
-                let x = _mm256_set1_ps(*x.add(i * stride + r));
-                chain[0] = _mm256_fmadd_ps(x, values[0], chain[0]);
-                chain[1] = _mm256_fmadd_ps(x, values[1], chain[1]);
-            }
-        }
-    };
-    for pair in 0..n / 2 {
-        step(2 * pair, &mut chains[0]);
-        step(2 * pair + 1, &mut chains[1]);
-    }
-    if n % 2 == 1 {
-        step(n - 1, &mut chains[0]);
+/// A number as it is stored.
+trait Stored: Copy {
+    /// Eight values in f32, exactly.
+    ///
+    /// # Safety
+    /// They are there, and the processor has AVX2.
+    unsafe fn eight(from: *const Self) -> __m256;
+}
+
+impl Stored for f32 {
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn eight(from: *const Self) -> __m256 {
+        // SAFETY: the caller's promise; the load needs no alignment.
+        unsafe { _mm256_loadu_ps(from) }
     }
 }
 
-/// Eight values of bf16, exactly.
-///
-/// # Safety
-/// They are there.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn widen(from: *const bf16) -> __m256 {
-    // SAFETY: the caller's promise; the load needs no alignment.
-    let bits = unsafe { _mm_loadu_si128(from.cast()) };
-    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
+impl Stored for bf16 {
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn eight(from: *const Self) -> __m256 {
+        // SAFETY: the caller's promise; the load needs no alignment.
+        let bits = unsafe { _mm_loadu_si128(from.cast()) };
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
+    }
 }
 
-/// Even and odd chains of `M` rows over `n` neighbouring steps, from zero.
+/// Advances the even and odd chains of `M` rows by `n` neighbouring steps.
 ///
 /// # Safety
 /// As [`row_chains`], for `n` steps of both.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn both_chains<const M: usize>(
+unsafe fn both_chains<const M: usize, T: Stored>(
+    chains: &mut [[[__m256; 2]; M]; 2],
     n: usize,
     (x, stride): (*const f32, usize),
-    (y, lanes): (*const f32, usize),
-) -> [[[__m256; 2]; M]; 2] {
-    let mut chains = [[[_mm256_setzero_ps(); 2]; M]; 2];
+    (y, lanes): (*const T, usize),
+) {
     let step = |r: usize, chains: &mut [[__m256; 2]; M]| {
         // SAFETY: the caller's promise, as `r < n`; the loads need no alignment.
         unsafe {
             let y = y.add(r * lanes);
-            let values = [_mm256_loadu_ps(y), _mm256_loadu_ps(y.add(W))];
+            let values = [T::eight(y), T::eight(y.add(W))];
             for (i, chain) in chains.iter_mut().enumerate() {
                 let x = _mm256_set1_ps(*x.add(i * stride + r));
                 chain[0] = _mm256_fmadd_ps(x, values[0], chain[0]);
@@ -518,7 +503,6 @@ unsafe fn both_chains<const M: usize>(
     if n % 2 == 1 {
         step(n - 1, &mut chains[0]);
     }
-    chains
 }
 
 /// Chains of `M` rows over `n` steps, two apart, from zero.
