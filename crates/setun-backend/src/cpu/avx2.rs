@@ -11,6 +11,8 @@ use std::arch::x86_64::*;
 
 /// Lanes of a vector of f32.
 const W: usize = 8;
+/// Numbers of bf16 in a cache line.
+const LINE: usize = 32;
 /// Quads whose sums fit into an i16: 2 * 2 * 127 * 64 < 2^15.
 const QUADS_OF_A_PART: usize = 64;
 
@@ -348,7 +350,7 @@ fn rows_of<const M: usize>(
                 let (x, y) = (x.as_ptr().add(start), y.as_ptr().add(start * lanes + at));
                 if M <= BOTH_CHAINS {
                     let mut chains = [[[_mm256_setzero_ps(); 2]; M]; 2];
-                    both_chains(&mut chains, steps, (x, stride), (y, lanes));
+                    both_chains(&mut chains, steps, (x, stride), (y, lanes), None);
                     chains
                 } else {
                     let even = row_chains::<M>(steps.div_ceil(2), (x, stride), (y, lanes));
@@ -419,7 +421,9 @@ fn stored_rows_of<const M: usize>(
     assert!(x.len() >= (M - 1) * x_stride + depth && lanes.is_multiple_of(2 * W));
     for at in (0..lanes).step_by(2 * W) {
         let mut pieces = y.pieces.iter();
+        let mut pieces_ahead = y.ahead.iter();
         let mut piece: &[bf16] = &[];
+        let mut ahead = None;
         for start in (0..depth).step_by(BLOCK) {
             let end = depth.min(start + BLOCK);
             let mut chains = [[[_mm256_setzero_ps(); 2]; M]; 2];
@@ -428,6 +432,8 @@ fn stored_rows_of<const M: usize>(
                 if piece.is_empty() {
                     piece = &pieces.as_slice()[0][..steps * lanes];
                     pieces.next();
+                    let next = pieces_ahead.next().filter(|_| at.is_multiple_of(LINE));
+                    ahead = next.map(|next| next.as_ptr().wrapping_add(at));
                 }
                 let n = (piece.len() / lanes).min(end - r);
                 // SAFETY: by the assertion all rows of `x` have `depth` values, and `r + n` is at
@@ -435,8 +441,9 @@ fn stored_rows_of<const M: usize>(
                 // + 16` are read. Even steps are at even places of `x`: `n` is even but at the end.
                 unsafe {
                     let (x, y) = (x.as_ptr().add(r), piece.as_ptr().add(at));
-                    both_chains(&mut chains, n, (x, x_stride), (y, lanes));
+                    both_chains(&mut chains, n, (x, x_stride), (y, lanes), ahead);
                 }
+                ahead = ahead.map(|ahead| ahead.wrapping_add(n * lanes));
                 (piece, r) = (&piece[n * lanes..], r + n);
             }
             add_chains(chains, start == 0, &mut acc[at..], acc_stride);
@@ -472,7 +479,8 @@ impl Stored for bf16 {
     }
 }
 
-/// Advances the even and odd chains of `M` rows by `n` neighbouring steps.
+/// Advances the even and odd chains of `M` rows by `n` neighbouring steps, and asks memory for
+/// the lines of as many rows from `ahead`.
 ///
 /// # Safety
 /// As [`row_chains`], for `n` steps of both.
@@ -483,8 +491,14 @@ unsafe fn both_chains<const M: usize, T: Stored>(
     n: usize,
     (x, stride): (*const f32, usize),
     (y, lanes): (*const T, usize),
+    ahead: Option<*const T>,
 ) {
     let step = |r: usize, chains: &mut [[__m256; 2]; M]| {
+        if let Some(ahead) = ahead {
+            let line = ahead.wrapping_add(r * lanes);
+            // SAFETY: a hint, which reads nothing; SSE is in the baseline of x86-64.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+        }
         // SAFETY: the caller's promise, as `r < n`; the loads need no alignment.
         unsafe {
             let y = y.add(r * lanes);

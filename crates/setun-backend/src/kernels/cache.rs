@@ -222,14 +222,6 @@ impl<S> CachedView<'_, S> {
     }
 }
 
-/// Asks for all cache lines of `values`.
-#[inline(always)]
-fn prefetch_all(values: &[bf16]) {
-    for line in values.chunks(LINE) {
-        prefetch(line, 0);
-    }
-}
-
 #[inline(always)]
 fn block_of<T>(values: &[T], at: usize) -> &[T; CACHE_BLOCK] {
     values[at..].first_chunk().expect("whole blocks")
@@ -237,8 +229,6 @@ fn block_of<T>(values: &[T], at: usize) -> &[T; CACHE_BLOCK] {
 
 /// Most blocks of a tile that is read so.
 const STORED_BLOCKS: usize = 4;
-/// Numbers of bf16 in a cache line.
-const LINE: usize = 32;
 
 /// Sums of the (row, head) pairs of a block.
 struct Sums<'a, R> {
@@ -429,11 +419,11 @@ impl<R: Real> Sums<'_, R> {
         }
         self.scores.fill(R::ZERO);
         for (i, &block) in now.iter().enumerate() {
-            prefetch_all(&v[place(block)]);
             let keys = StoredRows {
                 pieces: &[&k[place(block)]],
                 steps: e,
                 lanes: CACHE_BLOCK,
+                ahead: &[&v[place(block)]],
             };
             let scores = &mut self.scores[i * CACHE_BLOCK..];
             if !stored_mat(view.isa, pairs, (self.q, e), keys, (scores, lanes)) {
@@ -441,10 +431,11 @@ impl<R: Real> Sums<'_, R> {
             }
         }
         self.soften::<S>(view, 0..pairs, lanes);
-        for &block in next {
-            prefetch_all(&k[place(block)]);
-        }
         let mut pieces: [&[bf16]; STORED_BLOCKS] = [&[]; STORED_BLOCKS];
+        let mut ahead = pieces;
+        for (piece, &block) in ahead.iter_mut().zip(next) {
+            *piece = &k[place(block)];
+        }
         let mut min_value = i32::MAX;
         for (piece, &block) in pieces.iter_mut().zip(now) {
             *piece = &v[place(block)];
@@ -454,6 +445,7 @@ impl<R: Real> Sums<'_, R> {
             pieces: &pieces[..now.len()],
             steps: CACHE_BLOCK,
             lanes: e,
+            ahead: &ahead[..next.len()],
         };
         let all_seen = self.max.iter().all(|&max| max != R::NEG_INFINITY);
         let is_calm = !needs_flush(S::ORDER, R::min_exponent(self.scores), min_value);

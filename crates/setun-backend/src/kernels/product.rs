@@ -103,6 +103,8 @@ pub struct StoredRows<'a> {
     pub steps: usize,
     /// Values of a row.
     pub lanes: usize,
+    /// What will be read next, in as many pieces of the same size or fewer: asked for meanwhile.
+    pub ahead: &'a [&'a [bf16]],
 }
 
 /// Most rows that [`stored_mat`] takes; 0 where there is no loop for it.
@@ -443,6 +445,7 @@ mod tests {
                     pieces: &parts,
                     steps,
                     lanes,
+                    ahead: &parts[1..],
                 };
                 let (depth, apart) = (pieces * steps, lanes + 16);
                 for rows in 1..=4 {
