@@ -7,6 +7,7 @@ use crate::logprobs::{Row, TokenLogprobs};
 use crate::sampler::{Sampler, SamplerOptions, uniform_at};
 use crate::stop::{FinishReason, StopRules};
 use setun_backend::CACHE_BLOCK;
+use std::ops::ControlFlow;
 
 /// A prompt with what is wanted of it.
 #[derive(Clone, Debug)]
@@ -35,6 +36,24 @@ pub struct Generation {
     pub logprobs: Vec<TokenLogprobs>,
 }
 
+/// What a caller says to a token: nothing, or whether the text goes on.
+pub trait Answer {
+    /// Break to end the text with this token.
+    fn flow(self) -> ControlFlow<()>;
+}
+
+impl Answer for () {
+    fn flow(self) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+impl Answer for ControlFlow<()> {
+    fn flow(self) -> ControlFlow<()> {
+        self
+    }
+}
+
 impl Request {
     /// Most blocks of the cache that it comes to hold in a context of `context` positions.
     pub fn most_blocks(&self, context: usize) -> usize {
@@ -52,6 +71,8 @@ pub(crate) struct Active {
     num_prompt: usize,
     /// Of each token of the text, if they are wanted.
     pub(crate) logprobs: Vec<TokenLogprobs>,
+    /// Whether the caller wants no more of it.
+    pub(crate) is_stopped: bool,
 }
 
 impl Active {
@@ -74,14 +95,15 @@ impl Active {
 
 impl Engine {
     /// Continues `request`: the same seed, request and options give the same tokens,
-    /// whatever else the engine computes. `on_token` sees each token as it comes.
+    /// whatever else the engine computes. `on_token` sees each token as it comes, and may end
+    /// the text with it.
     ///
     /// # Errors
     /// What [`step`](Engine::step) and the sampler refuse.
-    pub fn generate(
+    pub fn generate<A: Answer>(
         &mut self,
         request: &Request,
-        mut on_token: impl FnMut(u32),
+        mut on_token: impl FnMut(u32) -> A,
     ) -> Result<Generation, EngineError> {
         // Here, where the error need not say which request.
         self.check_request(request)?;
@@ -91,20 +113,22 @@ impl Engine {
     }
 
     /// Continues all `requests`, as many at a time as the cache holds, in their order. The
-    /// result of one does not depend on the others. `on_token` sees the number of the
-    /// request with each token.
+    /// result of one does not depend on the others. `on_token` sees the index of the
+    /// request with each token, and may end that request's text with it.
     ///
     /// # Errors
     /// What [`check_requests`](Engine::check_requests) refuses, before anything is computed;
     /// logits that are no numbers; a request that is larger than the whole cache.
-    pub fn generate_batch(
+    pub fn generate_batch<A: Answer>(
         &mut self,
         requests: &[Request],
-        mut on_token: impl FnMut(usize, u32),
+        mut on_token: impl FnMut(usize, u32) -> A,
     ) -> Result<Vec<Generation>, EngineError> {
         self.check_requests(requests)?;
         let mut active = Vec::new();
-        let done = self.continue_all(requests, &mut active, &mut on_token);
+        let done = self.continue_all(requests, &mut active, &mut |index, token| {
+            on_token(index, token).flow()
+        });
         // Nothing is left behind, also after an error.
         for request in &active {
             self.free(request.sequence)?;
@@ -116,7 +140,7 @@ impl Engine {
         &mut self,
         requests: &[Request],
         active: &mut Vec<Active>,
-        on_token: &mut impl FnMut(usize, u32),
+        on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
     ) -> Result<Vec<Generation>, EngineError> {
         let mut done: Vec<Option<Generation>> = vec![None; requests.len()];
         // Made where the whole row of logits is needed; its scratch serves all requests.
@@ -199,6 +223,7 @@ impl Engine {
             history: request.prompt.clone(),
             num_prompt: request.prompt.len(),
             logprobs: Vec::new(),
+            is_stopped: false,
         })
     }
 
@@ -209,7 +234,7 @@ impl Engine {
         requests: &[Request],
         active: &mut [Active],
         sampler: &mut Option<Sampler>,
-        on_token: &mut impl FnMut(usize, u32),
+        on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
     ) -> Result<(), EngineError> {
         let mut running = Vec::new();
         for (i, request) in active.iter().enumerate() {
@@ -268,7 +293,7 @@ impl Engine {
                 request.logprobs.push(row.of(token, num_top));
             }
             if !requests[request.index].stop.end_tokens.contains(&token) {
-                on_token(request.index, token);
+                request.is_stopped = on_token(request.index, token).is_break();
             }
         }
         Ok(())
@@ -277,9 +302,9 @@ impl Engine {
     pub(crate) fn end_of(&self, request: &Request, active: &Active) -> Option<Generation> {
         let num_prompt = request.prompt.len();
         let generated = &active.history[num_prompt..];
-        let reason = request
-            .stop
-            .finish_reason(generated, num_prompt, self.context())?;
+        let rules = &request.stop;
+        let reason = rules.finish_reason(generated, num_prompt, self.context());
+        let reason = reason.or(active.is_stopped.then_some(FinishReason::Stopped))?;
         let mut tokens = generated.to_vec();
         if matches!(reason, FinishReason::EndToken(_)) {
             tokens.pop();

@@ -25,7 +25,7 @@ pub use engine::{
     Chunk, Engine, EngineError, EngineOptions, OnLogits, OnTopK, Shaped, Wanted, exact_cache,
     load_parameters, occurrences, spec_of,
 };
-pub use generate::{Generation, Request};
+pub use generate::{Answer, Generation, Request};
 pub use kv::{KvError, KvTables, Sequence};
 pub use logprobs::TokenLogprobs;
 pub use plan::{CostModel, Planner};

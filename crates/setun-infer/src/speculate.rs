@@ -9,13 +9,14 @@
 use crate::distribution::Distribution;
 use crate::draft::{Budget, Draft, DraftTree, Drafter, MAX_NODES, Target};
 use crate::engine::{Chunk, Engine, EngineError, Wanted, occurrences};
-use crate::generate::{Active, Generation, Request};
+use crate::generate::{Active, Answer, Generation, Request};
 use crate::kept::{self, needed};
 use crate::logprobs::Row;
 use crate::plan::{Cycle, Planner};
 use crate::sampler::{Sampler, SamplerError, uniform_at, uniform_draw};
 use crate::verify::{DraftStats, Walk, walk, walk_rejecting};
 use setun_backend::{CACHE_BLOCK, ROOT};
+use std::ops::ControlFlow;
 
 /// How large trees are.
 #[derive(Clone, Debug)]
@@ -116,17 +117,19 @@ impl Engine {
     /// # Errors
     /// As [`generate`](Self::generate); a drafter's errors; a draft with a token outside of
     /// the vocabulary.
-    pub fn speculate(
+    pub fn speculate<A: Answer>(
         &mut self,
         request: &Request,
         speculator: &mut Speculator<'_>,
-        mut on_token: impl FnMut(u32),
+        mut on_token: impl FnMut(u32) -> A,
     ) -> Result<Generation, EngineError> {
         let mut active = self.admit(0, request)?;
         if let TreeSize::Adaptive(planner) = &mut speculator.size {
             planner.begin_text();
         }
-        let done = self.cycles(request, &mut active, speculator, &mut on_token);
+        let done = self.cycles(request, &mut active, speculator, &mut |token| {
+            on_token(token).flow()
+        });
         self.free(active.sequence)?;
         done
     }
@@ -136,7 +139,7 @@ impl Engine {
         request: &Request,
         active: &mut Active,
         speculator: &mut Speculator<'_>,
-        on_token: &mut dyn FnMut(u32),
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Generation, EngineError> {
         let mut sampler = None;
         loop {
@@ -156,10 +159,13 @@ impl Engine {
             let tree = &drafted.verified.tree;
             let emitted = self.keep(request, active, tree, &walk)?;
             let step_seconds = speculator.time() - start;
-            // What is done with the tokens is not the step's time.
-            tell(request, active, (&walk, &rows), emitted, on_token);
             walk.accepted.truncate(emitted);
             speculator.stats.add(tree, &chosen, &walk, emitted);
+            // What is done with the tokens is not the step's time.
+            tell(request, active, (&walk, &rows), emitted, on_token);
+            if active.is_stopped {
+                continue;
+            }
             let new = active.history.len() - emitted;
             if let TreeSize::Adaptive(planner) = &mut speculator.size {
                 planner.observe(Cycle {
@@ -302,21 +308,25 @@ impl Engine {
 }
 
 /// Hands over the last `emitted` tokens of the text, which come from the first rows of the
-/// walk, with their log-probabilities where those are wanted.
+/// walk, with their log-probabilities where those are wanted. What follows the one that the
+/// caller ends the text with is taken back.
 fn tell(
     request: &Request,
     active: &mut Active,
     (walk, rows): (&Walk, &[Row]),
     emitted: usize,
-    on_token: &mut dyn FnMut(u32),
+    on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
 ) {
-    let first = active.history.len() - emitted;
-    for (&token, row) in active.history[first..].iter().zip(rows_of(walk)) {
+    let new = active.history.len() - emitted..active.history.len();
+    for (at, row) in new.zip(rows_of(walk)) {
+        let token = active.history[at];
         if let (Some(num_top), Some(row)) = (request.logprobs, rows.get(row)) {
             active.logprobs.push(row.of(token, num_top));
         }
-        if !request.stop.end_tokens.contains(&token) {
-            on_token(token);
+        if !request.stop.end_tokens.contains(&token) && on_token(token).is_break() {
+            active.is_stopped = true;
+            active.history.truncate(at + 1);
+            return;
         }
     }
 }

@@ -10,6 +10,8 @@ pub enum FinishReason {
     MaxTokens,
     /// Prompt and generated tokens fill the context.
     ContextFull,
+    /// The caller wanted no more tokens.
+    Stopped,
 }
 
 /// The rules that end a generation.

@@ -1,16 +1,17 @@
 //! What is refused: requests that cannot be continued, before anything is computed, logits
 //! that are no numbers, a step that the cache has no room for. And requests of a batch, each
-//! with options of its own.
+//! with options and an end of its own.
 
 mod model;
 
 use model::{Model, Numbers, bits};
 use setun_backend::Isa;
 use setun_infer::{
-    BeamOptions, BeamRequest, Chunk, Engine, EngineError, EngineOptions, KvError, Request,
-    SamplerError, SamplerOptions, StopRules, Wanted,
+    BeamOptions, BeamRequest, Chunk, Engine, EngineError, EngineOptions, FinishReason, KvError,
+    Request, SamplerError, SamplerOptions, StopRules, Wanted,
 };
 use setun_ternary::Numerics;
+use std::ops::ControlFlow;
 
 fn request(prompt: Vec<u32>) -> Request {
     Request {
@@ -106,6 +107,29 @@ fn a_step_that_does_not_fit_changes_no_sequence() {
     engine.step(&chunks[..1], &mut keep).unwrap();
     let expected = model.trained(40).logits(&text[..30]).pop();
     assert!(expected == Some(last));
+}
+
+#[test]
+fn a_caller_ends_one_text_and_not_the_others() {
+    let mut numbers = Numbers::new(5);
+    let model = Model::random(&mut numbers, Numerics::Int8);
+    let mut engine = small_engine(&model);
+    let vocab_size = model.spec.config.vocab_size;
+    let requests = [(); 3].map(|()| request(numbers.tokens(5, vocab_size)));
+    let whole = engine.generate_batch(&requests, |_, _| {}).unwrap();
+    let mut told = [0; 3];
+    let cut = engine.generate_batch(&requests, |index, _| {
+        told[index] += 1;
+        match (index, told[index]) {
+            (1, 4) => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        }
+    });
+    let cut = cut.unwrap();
+    assert_eq!([&cut[0], &cut[2]], [&whole[0], &whole[2]]);
+    assert_eq!(cut[1].tokens, whole[1].tokens[..4]);
+    assert_eq!((cut[1].reason, told[1]), (FinishReason::Stopped, 4));
+    assert_eq!(engine.tables().available(), 4);
 }
 
 #[test]

@@ -20,6 +20,7 @@ use setun_infer::{
     Speculator, StopRules, Target, TreeSize, Wanted,
 };
 use setun_ternary::Numerics;
+use std::ops::ControlFlow;
 
 /// Tokens of a text, at most.
 const TEXT: usize = 100;
@@ -406,6 +407,7 @@ fn texts_end_inside_of_trees_as_without_them() {
             FinishReason::EndToken(_) => 0,
             FinishReason::MaxTokens => 1,
             FinishReason::ContextFull => 2,
+            FinishReason::Stopped => unreachable!("nobody asks for that"),
         }] += 1;
     }
     assert!(reasons.iter().all(|&n| n > 5), "{reasons:?}");
@@ -424,6 +426,30 @@ impl Drafter for Right<'_> {
         let left = self.0.get(context.len()..).unwrap_or_default();
         let beyond = [&left[..left.len().min(9)], &[1, 1, 1]].concat();
         Ok(Draft::guesses(DraftTree::chain(&beyond)))
+    }
+}
+
+#[test]
+fn a_caller_ends_a_text_inside_of_a_tree() {
+    let mut small = Small::new(23);
+    let truth = small.truth(7, 40);
+    let request = greedy(truth[..7].to_vec(), Vec::new(), 40);
+    for wanted in 1..40 {
+        let (mut right, mut no_clock) = (Right(&truth), || 0.0);
+        let mut speculator = Speculator::new(&mut right, &mut no_clock);
+        speculator.size = any_size();
+        let mut told = 0;
+        let found = small.engine.speculate(&request, &mut speculator, |_| {
+            told += 1;
+            match told == wanted {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
+        });
+        let found = found.unwrap();
+        assert_eq!(found.tokens, truth[7..7 + wanted]);
+        assert_eq!((found.reason, told), (FinishReason::Stopped, wanted));
+        assert_eq!(small.engine.tables().available(), 32, "blocks are lost");
     }
 }
 

@@ -4,6 +4,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use setun_train::run::Observer;
 use std::fmt::Arguments;
 use std::io::{self, IsTerminal, Write};
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 /// Time between plain lines of one stage.
@@ -15,14 +16,22 @@ const QUIET: Duration = Duration::from_secs(15);
 /// # Errors
 /// Any other answer of the operating system, such as a full disk.
 pub fn print(text: Arguments<'_>) -> io::Result<()> {
+    print_to_reader(text).map(|_| ())
+}
+
+/// [`print`]; break where the pipe is closed, so that nobody reads what follows.
+///
+/// # Errors
+/// As there.
+pub fn print_to_reader(text: Arguments<'_>) -> io::Result<ControlFlow<()>> {
     let mut out = io::stdout();
     match out.write_fmt(text).and_then(|()| out.flush()) {
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
         Err(e) => {
             let message = format!("cannot write to standard output: {e}");
             Err(io::Error::new(e.kind(), message))
         }
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(ControlFlow::Continue(())),
     }
 }
 

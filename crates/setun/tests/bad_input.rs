@@ -209,6 +209,22 @@ fn a_closed_output_is_no_failure() {
         drop((child.stdout.take(), child.stderr.take()));
         assert_eq!(child.wait().unwrap().code(), Some(0), "{args:?}");
     }
+    // Nor is what nobody reads written to its end.
+    let mut command = command(commands[1]);
+    command.args(["--max-tokens", "40"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    drop(child.stdout.take());
+    let stderr = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
+    let whole = finish(&mut command).ok().stderr;
+    let new_tokens = |stats: &str| {
+        let (before, _) = stats.split_once(" new tokens").unwrap();
+        before.rsplit(' ').next().unwrap().parse::<usize>().unwrap()
+    };
+    assert!(
+        new_tokens(&stderr) < new_tokens(&whole),
+        "{stderr}\n{whole}"
+    );
 }
 
 #[cfg(target_os = "linux")]

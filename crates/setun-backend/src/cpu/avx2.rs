@@ -495,9 +495,7 @@ unsafe fn both_chains<const M: usize, T: Stored>(
 ) {
     let step = |r: usize, chains: &mut [[__m256; 2]; M]| {
         if let Some(ahead) = ahead {
-            let line = ahead.wrapping_add(r * lanes);
-            // SAFETY: a hint, which reads nothing; SSE is in the baseline of x86-64.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(r * lanes).cast());
         }
         // SAFETY: the caller's promise, as `r < n`; the loads need no alignment.
         unsafe {

@@ -3,7 +3,7 @@
 //! Of two equal keys serde_json keeps the last one, other readers the first one, so such
 //! a file would mean two different things to two programs.
 
-use serde::de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, de};
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -17,8 +17,17 @@ use std::fmt;
 /// # Errors
 /// What serde_json refuses, and the repeated key, with line and column.
 pub(crate) fn refuse_repeated_keys(json: &[u8]) -> serde_json::Result<()> {
+    refuse_repeated_keys_but(json, &[])
+}
+
+/// [`refuse_repeated_keys`], but for the object at the end of the keys of `path`, whose reader
+/// sees a repeated key sooner.
+///
+/// # Errors
+/// As there.
+pub(crate) fn refuse_repeated_keys_but(json: &[u8], path: &[&str]) -> serde_json::Result<()> {
     let mut deserializer = serde_json::Deserializer::from_slice(json);
-    UniqueKeys.deserialize(&mut deserializer)?;
+    UniqueKeys { but: path }.deserialize(&mut deserializer)?;
     deserializer.end()
 }
 
@@ -37,13 +46,16 @@ pub(crate) fn cut_at(text: &str, max_chars: usize) -> String {
 }
 
 /// Visits a value without keeping it.
-struct UniqueKeys;
+struct UniqueKeys<'p> {
+    /// Keys on the way to what is not looked at; none if there is no such thing.
+    but: &'p [&'p str],
+}
 
 /// A key, borrowed where it has no escapes: a vocabulary has very many.
 #[derive(Deserialize, PartialEq, Eq, Hash)]
 struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
 
-impl<'de> DeserializeSeed<'de> for UniqueKeys {
+impl<'de> DeserializeSeed<'de> for UniqueKeys<'_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -51,7 +63,7 @@ impl<'de> DeserializeSeed<'de> for UniqueKeys {
     }
 }
 
-impl<'de> Visitor<'de> for UniqueKeys {
+impl<'de> Visitor<'de> for UniqueKeys<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -61,7 +73,11 @@ impl<'de> Visitor<'de> for UniqueKeys {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut seen = HashSet::new();
         while let Some(Key(key)) = map.next_key()? {
-            map.next_value_seed(UniqueKeys)?;
+            match self.but.split_first() {
+                Some((first, [])) if *first == key => _ = map.next_value::<IgnoredAny>()?,
+                Some((first, but)) if *first == key => map.next_value_seed(UniqueKeys { but })?,
+                _ => map.next_value_seed(UniqueKeys { but: &[] })?,
+            }
             if let Some(key) = seen.replace(key) {
                 let key = cut(&key);
                 return Err(A::Error::custom(format!("key {key:?} occurs twice")));
@@ -71,7 +87,7 @@ impl<'de> Visitor<'de> for UniqueKeys {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut values: A) -> Result<(), A::Error> {
-        while values.next_element_seed(UniqueKeys)?.is_some() {}
+        while values.next_element_seed(UniqueKeys { but: &[] })?.is_some() {}
         Ok(())
     }
 
@@ -103,6 +119,24 @@ impl<'de> Visitor<'de> for UniqueKeys {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_object_may_be_left_out() {
+        let json = |inner: &str| format!(r#"{{"a": {{"b": {inner}, "c": {{"b": {inner}}}}}}}"#);
+        let check = |inner: &str, path: &[&str]| {
+            refuse_repeated_keys_but(json(inner).as_bytes(), path).is_ok()
+        };
+        let (unique, repeated) = (r#"{"x": 1, "y": 2}"#, r#"{"x": 1, "x": 2}"#);
+        for path in [&["a", "b"][..], &["a"], &["b"], &[]] {
+            assert!(check(unique, path));
+            assert_eq!(check(repeated, path), path == ["a"], "{path:?}");
+        }
+        let one = r#"{"a": {"b": {"x": 1, "x": 2}}, "b": {}}"#.as_bytes();
+        assert!(refuse_repeated_keys_but(one, &["a", "b"]).is_ok());
+        assert!(refuse_repeated_keys_but(one, &["b"]).is_err());
+        let beside = r#"{"a": {"b": {}, "b": {}}}"#.as_bytes();
+        assert!(refuse_repeated_keys_but(beside, &["a", "b"]).is_err());
+    }
 
     #[test]
     fn a_repeated_key_is_found_at_any_depth() {

@@ -7,7 +7,7 @@
 
 use super::decode::byte_of;
 use super::{MAX_VOCAB_SIZE, TokenizerError};
-use crate::config::json::{cut, refuse_repeated_keys};
+use crate::config::json::{cut, refuse_repeated_keys_but};
 use serde::de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use std::borrow::Cow;
@@ -33,12 +33,20 @@ pub(super) struct NumberedToken {
 /// hole or are too large; added tokens that are empty or repeated.
 pub(super) fn check_file(text: &str) -> Result<(Vec<NumberedToken>, BpeFile<'_>), TokenizerError> {
     let malformed = |e: serde_json::Error| TokenizerError::Malformed(cut(&e.to_string()));
-    refuse_repeated_keys(text.as_bytes()).map_err(malformed)?;
-    let kind: KindFile = serde_json::from_str(text).map_err(malformed)?;
-    if let Some(kind) = kind.model.kind.filter(|kind| kind != "BPE") {
+    refuse_repeated_keys_but(text.as_bytes(), &["model", "vocab"]).map_err(malformed)?;
+    let file = serde_json::from_str::<TokenFile<'_>>(text).map_err(malformed);
+    let kind = match &file {
+        Ok(file) => file.model.kind.clone(),
+        // A model of another kind has other keys, so that the file may not be read to its end.
+        Err(_) => {
+            let file: KindFile = serde_json::from_str(text).map_err(malformed)?;
+            file.model.kind
+        }
+    };
+    if let Some(kind) = kind.filter(|kind| kind != "BPE") {
         return unsupported("the model", quoted(&kind), "BPE");
     }
-    let file: TokenFile = serde_json::from_str(text).map_err(malformed)?;
+    let file = file?;
     let affixes = [
         &file.model.continuing_subword_prefix,
         &file.model.end_of_word_suffix,
@@ -52,7 +60,7 @@ pub(super) fn check_file(text: &str) -> Result<(Vec<NumberedToken>, BpeFile<'_>)
     }
     check_parts(&file)?;
     let vocab = &file.model.vocab.0;
-    check_ids(vocab)?;
+    check_ids(vocab).map_err(|e| repeated(vocab).unwrap_or(e))?;
     check_spelling(&file.model.merges)?;
     check_added(&file.added_tokens)?;
     Ok((file.added_tokens, file.model))
@@ -103,6 +111,8 @@ impl Part {
 /// The model of a `tokenizer.json`.
 #[derive(Deserialize)]
 pub(super) struct BpeFile<'a> {
+    #[serde(rename = "type")]
+    kind: Option<String>,
     #[serde(borrow)]
     vocab: Vocab<'a>,
     #[serde(borrow)]
@@ -137,11 +147,17 @@ impl BpeFile<'_> {
                 _ => return Err(self.bad_merge("a merge is too long")),
             }
         }
-        let vocab = vocab
+        let words = vocab
             .iter()
             .map(|(Word(token), id)| (token.to_string(), *id));
+        let words: Vocabulary = words.collect();
+        if words.len() < vocab.len()
+            && let Some(error) = repeated(vocab)
+        {
+            return Err(error);
+        }
         let mut builder = BpeBuilder::new()
-            .vocab_and_merges::<Vocabulary>(vocab.collect(), merges)
+            .vocab_and_merges(words, merges)
             .fuse_unk(self.fuse_unk.unwrap_or_default())
             .byte_fallback(self.byte_fallback.unwrap_or_default())
             .ignore_merges(self.ignore_merges.unwrap_or_default());
@@ -411,6 +427,14 @@ pub(super) fn check_bytes(inner: &tokenizers::Tokenizer) -> Result<(), Tokenizer
 
 fn quoted(text: &str) -> String {
     format!("{:?}", cut(text))
+}
+
+/// What is wrong with a vocabulary that has a token twice, if it has.
+fn repeated(vocab: &[(Word<'_>, u32)]) -> Option<TokenizerError> {
+    let mut seen = HashSet::new();
+    let (Word(token), _) = vocab.iter().find(|(Word(token), _)| !seen.insert(token))?;
+    let problem = format!("key {:?} occurs twice in model.vocab", cut(token));
+    Some(TokenizerError::Malformed(problem))
 }
 
 fn bad_token(token: &str, id: u32, problem: String) -> TokenizerError {

@@ -13,7 +13,7 @@ use setun_infer::{
 };
 use setun_io::OpenModel;
 use std::error::Error;
-use std::io::Write;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 pub(super) mod drafts;
@@ -207,14 +207,20 @@ fn stream(
 ) -> Result<(), Box<dyn Error>> {
     console::print(format_args!("{text}"))?;
     let mut stream = tokenizer.stream();
-    let mut out = std::io::stdout();
+    let mut failed = None;
     let generation = decoder.generate(engine, request, &mut |token| {
         timer.token();
-        if let Some(text) = stream.push(token) {
-            // A closed pipe ends the output, not the program's answer.
-            let _ = write!(out, "{text}").and_then(|()| out.flush());
-        }
+        let Some(text) = stream.push(token) else {
+            return ControlFlow::Continue(());
+        };
+        console::print_to_reader(format_args!("{text}")).unwrap_or_else(|error| {
+            failed = Some(error);
+            ControlFlow::Break(())
+        })
     })?;
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
     console::print(format_args!("{}\n", stream.finish().unwrap_or_default()))?;
     for t in &generation.logprobs {
         let top = t

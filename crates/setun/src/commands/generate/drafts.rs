@@ -9,6 +9,7 @@ use setun_infer::{
 };
 use setun_io::{OpenDrafter, OpenModel, find_drafter};
 use std::error::Error;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 /// The target's engine with what drafts for it.
@@ -81,7 +82,7 @@ impl<'a> Decoder<'a> {
         &mut self,
         engine: &mut Engine,
         request: &Request,
-        on_token: &mut dyn FnMut(u32),
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Generation, EngineError> {
         match &mut self.0 {
             None => engine.generate(request, on_token),
@@ -100,7 +101,11 @@ impl<'a> Decoder<'a> {
             return engine.generate_batch(requests, |_, token| on_token(token));
         }
         engine.check_requests(requests)?;
-        let one = |request| self.generate(engine, request, on_token);
+        let mut told = |token| {
+            on_token(token);
+            ControlFlow::Continue(())
+        };
+        let one = |request| self.generate(engine, request, &mut told);
         requests.iter().map(one).collect()
     }
 
