@@ -113,8 +113,8 @@ pub struct EngineOptions {
     pub cache: Option<CacheKind>,
     /// Tokens of the cache, over all sequences; by default `context`.
     pub cache_tokens: Option<usize>,
-    /// Most tokens that a call of the model takes; longer steps are cut. Results do not
-    /// depend on it.
+    /// Most tokens that a call of the model takes; longer steps are cut, larger trees refused.
+    /// Results do not depend on it.
     pub max_rows: usize,
 }
 
@@ -393,6 +393,8 @@ impl Engine {
         let context = options.context.clamp(1, longest);
         let limits = spec.limits();
         let rows = options.max_rows.max(1);
+        // All guesses of a block have logits at once.
+        let block_size = drafter.as_ref().map_or(0, |spec| spec.block_size);
         let shape = DecodeShape {
             rows,
             positions: context,
@@ -401,7 +403,7 @@ impl Engine {
                 .cache_tokens
                 .unwrap_or(context)
                 .div_ceil(CACHE_BLOCK),
-            head_chunk: rows.min(HEAD_ROWS),
+            head_chunk: rows.max(block_size).min(HEAD_ROWS),
         };
         let packed = spec.scheme.is_some() && spec.numerics == Numerics::Int8;
         let parameters = ParameterUse {
@@ -440,7 +442,8 @@ impl Engine {
         }
     }
 
-    /// Parameters and the backend that holds them.
+    /// Parameters and the backend that holds them. Weights are set before the first step: the
+    /// cache keeps what it has.
     pub fn parts(&mut self) -> (&Parameters<f32>, &mut Host<f32>) {
         (&self.model.parameters, &mut self.backend)
     }
@@ -510,14 +513,17 @@ impl Engine {
     /// on, and forgets the others.
     ///
     /// # Errors
-    /// A path that is not one of the tree; a sequence without a tree.
+    /// A path that is not one of the tree, which then stays; a sequence without a tree.
     pub fn commit(&mut self, sequence: Sequence, path: &[usize]) -> Result<(), EngineError> {
+        self.tables.tokens(sequence)?;
         let at = self.pending.iter().position(|p| p.sequence == sequence);
-        let tree = self.pending.swap_remove(at.ok_or(KvError::Unknown)?);
+        let at = at.ok_or(KvError::NoTree)?;
+        let tree = &self.pending[at];
         let rows = (tree.tokens.as_slice(), tree.parents.as_slice());
         self.batch.moves.clear();
         self.tables
             .commit(sequence, rows, path, &mut self.batch.moves)?;
+        self.pending.swap_remove(at);
         self.move_cached();
         Ok(())
     }

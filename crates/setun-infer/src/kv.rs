@@ -18,9 +18,12 @@ pub struct Sequence(u64);
 /// Why blocks cannot be had.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum KvError {
-    /// The sequence was freed, or belongs to another engine.
-    #[error("the sequence is not in the cache; it was freed or belongs to another engine")]
+    /// The sequence was freed.
+    #[error("the sequence is not in the cache; it was freed, or comes from another engine")]
     Unknown,
+    /// There is nothing to keep a path of.
+    #[error("no tree is pending for the sequence; a step of another kind, or a draft, forgets it")]
+    NoTree,
     /// More blocks are needed than are free.
     #[error(
         "the cache has {available} free blocks of {CACHE_BLOCK} tokens, but {needed} are \

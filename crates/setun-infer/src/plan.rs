@@ -248,11 +248,6 @@ impl Planner {
         self.waiting.clear();
     }
 
-    /// What steps cost.
-    pub fn cost(&self) -> &CostModel {
-        &self.cost
-    }
-
     /// What the drafter is asked for, at most `room`; nothing while it does not pay, and
     /// until plain steps are measured.
     pub fn budget(&mut self, room: Budget) -> Budget {

@@ -184,8 +184,8 @@ pub fn uniform_draw(seed: u64, request: u64, position: u64, draw: usize) -> f64 
     uniform_at(seed, request, ((draw as u64) << 40) + position)
 }
 
-/// Chooses tokens. It holds options and scratch only: no call depends on an earlier one,
-/// and none allocates.
+/// Chooses tokens. It holds options and scratch only: no call depends on an earlier one, and
+/// choosing allocates nothing.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     options: SamplerOptions,
@@ -212,11 +212,6 @@ impl Sampler {
             candidates: Vec::with_capacity(vocab_size),
             weights: vec![0.0; vocab_size],
         })
-    }
-
-    /// The options that it was made with.
-    pub fn options(&self) -> &SamplerOptions {
-        &self.options
     }
 
     /// The same scratch for other options, which are valid.

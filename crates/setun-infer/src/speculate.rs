@@ -83,14 +83,14 @@ impl<'a> Speculator<'a> {
         let start = self.time();
         let whole = self.drafter.draft(target, context, budget)?.cut(budget);
         drafted.seconds = self.time() - start;
-        drafted.verified = match &self.size {
-            TreeSize::Fixed(_) => whole.clone(),
+        match &self.size {
+            TreeSize::Fixed(_) => drafted.verified = whole,
             TreeSize::Adaptive(planner) => {
                 let chosen = planner.choose(&whole, drafted.seconds);
-                whole.keep(|node| chosen[node])
+                drafted.verified = whole.keep(|node| chosen[node]);
+                drafted.whole = Some(whole);
             }
-        };
-        drafted.whole = Some(whole);
+        }
         Ok(drafted)
     }
 }
@@ -159,10 +159,10 @@ impl Engine {
             let tree = &drafted.verified.tree;
             let emitted = self.keep(request, active, tree, &walk)?;
             let step_seconds = speculator.time() - start;
+            // What is done with the tokens is not the step's time.
+            let emitted = tell(request, active, (&walk, &rows), emitted, on_token);
             walk.accepted.truncate(emitted);
             speculator.stats.add(tree, &chosen, &walk, emitted);
-            // What is done with the tokens is not the step's time.
-            tell(request, active, (&walk, &rows), emitted, on_token);
             if active.is_stopped {
                 continue;
             }
@@ -308,17 +308,17 @@ impl Engine {
 }
 
 /// Hands over the last `emitted` tokens of the text, which come from the first rows of the
-/// walk, with their log-probabilities where those are wanted. What follows the one that the
-/// caller ends the text with is taken back.
+/// walk, with their log-probabilities where those are wanted; how many stay: what follows the
+/// one that the caller ends the text with is taken back.
 fn tell(
     request: &Request,
     active: &mut Active,
     (walk, rows): (&Walk, &[Row]),
     emitted: usize,
     on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
-) {
-    let new = active.history.len() - emitted..active.history.len();
-    for (at, row) in new.zip(rows_of(walk)) {
+) -> usize {
+    let first = active.history.len() - emitted;
+    for (at, row) in (first..active.history.len()).zip(rows_of(walk)) {
         let token = active.history[at];
         if let (Some(num_top), Some(row)) = (request.logprobs, rows.get(row)) {
             active.logprobs.push(row.of(token, num_top));
@@ -326,9 +326,10 @@ fn tell(
         if !request.stop.end_tokens.contains(&token) && on_token(token).is_break() {
             active.is_stopped = true;
             active.history.truncate(at + 1);
-            return;
+            return at + 1 - first;
         }
     }
+    emitted
 }
 
 /// Rows of the accepted path: the last token of the text, then nodes.

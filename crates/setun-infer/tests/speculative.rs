@@ -449,6 +449,7 @@ fn a_caller_ends_a_text_inside_of_a_tree() {
         let found = found.unwrap();
         assert_eq!(found.tokens, truth[7..7 + wanted]);
         assert_eq!((found.reason, told), (FinishReason::Stopped, wanted));
+        assert_eq!(speculator.stats.emitted, wanted);
         assert_eq!(small.engine.tables().available(), 32, "blocks are lost");
     }
 }

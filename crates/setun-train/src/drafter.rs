@@ -14,7 +14,7 @@ use crate::prepare;
 use crate::run::{Observer, RunOptions};
 use crate::schedule::Schedule;
 use crate::settings::{
-    Assignment, DrafterSettings, Override, SETTINGS_FILE, Settings, SettingsError,
+    Assignment, DrafterSettings, Override, SETTINGS_FILE, Settings, SettingsError, allow_only,
 };
 use crate::trainer::clip_scale;
 use setun_backend::ops::IGNORE_TARGET;
@@ -47,12 +47,40 @@ const ANCHOR_STREAM: u64 = 0x0d_af_7e;
 /// Held-out texts on which the finished drafter is timed.
 const TIMED: usize = 6;
 
+/// Sections and keys that the training of a drafter reads.
+const SECTIONS: [&str; 4] = ["data", "tokenizer", "drafter", "sample"];
+const KEYS: [&str; 20] = [
+    "run.seed",
+    "run.threads",
+    "train.steps",
+    "train.batch_size",
+    "train.seq_len",
+    "train.lr",
+    "train.min_lr_ratio",
+    "train.warmup_steps",
+    "train.schedule",
+    "train.second_peak_ratio",
+    "train.decay_start",
+    "train.weight_decay",
+    "train.beta1",
+    "train.beta2",
+    "train.eps",
+    "train.optimizer_state",
+    "train.grad_clip",
+    "train.spike_sigma",
+    "eval.every",
+    "eval.batch_size",
+];
+
 /// Settings of a drafter for the model at `target`: those of its run, with other defaults
 /// for the training, and `overrides` on top.
 ///
 /// # Errors
-/// As [`Settings::load`].
+/// As [`Settings::load`]; an override that a drafter has no use for.
 pub fn drafter_settings(target: &Path, overrides: &[Override]) -> Result<Settings, SettingsError> {
+    let wrong = |key: &str| format!("the training of a drafter does not read --{key}");
+    let remedy = "leave it out; setun train --help lists what [drafter] has";
+    allow_only(overrides, (&SECTIONS, &KEYS), wrong, remedy)?;
     const DEFAULTS: &str = r#"
         "model.init_from" = ""
         "train.steps" = 600

@@ -571,7 +571,7 @@ impl Session {
     /// Evaluates; true if it is the best so far.
     fn evaluate_and_judge(&mut self, observer: &mut dyn Observer) -> Result<bool, TrainError> {
         let loss = self.evaluate(observer)?.loss;
-        let better = self.state.best.is_none_or(|(_, best)| loss < best);
+        let better = loss.is_finite() && self.state.best.is_none_or(|(_, best)| loss < best);
         if better {
             self.state.best = Some((self.trainer.step, loss));
             self.state.evaluations_since_best = 0;
@@ -761,6 +761,7 @@ fn new_record(
             matrix_parameters,
             norm_parameters,
             group_size: ternary.then_some(group),
+            experiment: settings.experiment().map(str::to_owned),
             scale_rule: settings.model.scale_rule.name().to_owned(),
             numerics: settings.numerics().name().to_owned(),
             bits_per_weight: packed_bytes as f64 * 8.0

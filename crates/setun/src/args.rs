@@ -91,8 +91,8 @@ pub struct GenerateArgs {
     pub prompts: Option<PathBuf>,
     /// Beams of a beam search; 0 samples.
     pub beams: usize,
-    /// Exponent of the length in the score of a beam.
-    pub length_penalty: f64,
+    /// Exponent of the length in the score of a beam, if it was given.
+    pub length_penalty: Option<f64>,
     /// How keys and values are stored; `None` for exactly.
     pub kv: Option<CacheKind>,
     /// Where drafts come from.
@@ -399,7 +399,9 @@ fn generate(matches: &ArgMatches) -> GenerateArgs {
         prompt: matches.get_one("prompt").cloned(),
         prompts: matches.get_one("prompts").cloned(),
         beams: value(matches, "beams"),
-        length_penalty: value(matches, "length-penalty"),
+        length_penalty: given(matches, &["length-penalty"])
+            .pop()
+            .map(|name| value(matches, name)),
         kv: matches.get_one("kv").copied(),
         draft: value(matches, "draft"),
         max_tokens: value(matches, "max-tokens"),

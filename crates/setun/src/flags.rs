@@ -171,7 +171,7 @@ fn generate() -> Command {
             .value_parser(|text: &str| within(text, 0, MAX_BEAMS)),
             decimal(
                 "length-penalty",
-                any_number,
+                exponent,
                 "A beam's score is its log-probability / tokens^X",
                 "0.6",
             ),
@@ -601,6 +601,12 @@ fn below_one(text: &str) -> Result<f64, String> {
         |number| (0.0..1.0).contains(&number),
         "it is at least 0 and below 1",
     )
+}
+
+/// So small that its power of no length is infinite.
+fn exponent(text: &str) -> Result<f64, String> {
+    let allowed = |number: f64| number.abs() <= 40.0;
+    checked(text, allowed, "it is a number from -40 to 40")
 }
 
 fn any_number(text: &str) -> Result<f64, String> {

@@ -79,6 +79,8 @@ fn what_is_no_pair_is_refused() {
     let flags = ["--train.steps", "5", "--model.ternary", "false"];
     finish(&mut training(&dense, &corpus, &flags)).ok();
     train_drafter(&dense, &[]).refused(1, &["dense model", "--init"]);
+    let muon = train_drafter(&dense, &["--train.optimizer", "muon"]);
+    muon.refused(2, &["does not read --train.optimizer"]);
     assert!(!dense.join("drafter").exists());
     train_drafter(&small, &["--drafter.block_size", "1"]).refused(1, &["block_size", "from 2"]);
     train_drafter(&small, &["--drafter.num_target_layers", "9"])

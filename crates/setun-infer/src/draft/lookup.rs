@@ -10,7 +10,7 @@ use std::collections::BinaryHeap;
 /// Where it went on in several ways the tree branches, the most frequent way first, then
 /// the latest, then the lowest token; a shorter end of the context fills what is left.
 ///
-/// The context is kept in a suffix automaton that grows with it, so a token costs the same
+/// The context is kept in a suffix automaton that grows with it: adding a token costs the same
 /// however long the text is.
 #[derive(Clone, Debug)]
 pub struct PromptLookup {

@@ -61,7 +61,8 @@ impl Engine {
     /// for each of `num_guesses` positions, at most one less than a block has rows, the `k`
     /// best tokens with their log-probabilities, best first. Nothing without a drafter or
     /// without room for a block in the cache. The guesses do not depend on their number: a
-    /// block is always computed whole, since its rows see each other.
+    /// block is always computed whole, since its rows see each other. A tree that is pending for
+    /// the sequence is forgotten.
     ///
     /// # Errors
     /// A sequence that is not in the cache, a token outside of the vocabulary.
@@ -80,6 +81,7 @@ impl Engine {
         let n = self.block_size().unwrap_or(0);
         let guesses = num_guesses.min(n.saturating_sub(1));
         self.batch.moves.clear();
+        self.pending.retain(|p| p.sequence != sequence);
         if guesses == 0
             || self
                 .tables

@@ -183,12 +183,22 @@ impl HeadToHead {
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{all}\" \
              viewBox=\"0 0 {width} {all}\"><style>{}{MORE_COLORS}{}</style>\
              <rect width=\"{width}\" height=\"{all}\" fill=\"var(--surface)\"/>\
-             <text class=\"label\" x=\"24\" y=\"20\">{}; dashed: held-out, thin: training</text>\
+             <text class=\"label\" x=\"24\" y=\"20\">{}; dashed: held-out{}</text>\
              {curves}{legend}</svg>\n",
             plot::COLORS,
             plot::STYLE,
             escape(&plot.title),
+            match self.draws_training() {
+                true => ", thin: training",
+                false => "",
+            },
         )
+    }
+
+    /// Whether plots have training curves: too many would hide each other, and there is no loss
+    /// in bits per byte for single steps.
+    fn draws_training(&self) -> bool {
+        self.all_comparable() && self.runs.len() <= NUM_COLORS
     }
 
     fn all_comparable(&self) -> bool {
@@ -237,9 +247,10 @@ impl HeadToHead {
         }
         let whole = self.plot("all", 0.0);
         let end = self.plot("end", 0.5);
-        let lines = match self.all_comparable() {
-            true => "Dashed with dots: held-out. Thin: training, smoothed.",
-            false => "Held-out, in bits per byte: these runs do not compare in nats.",
+        let lines = match (self.draws_training(), self.all_comparable()) {
+            (true, _) => "Dashed with dots: held-out. Thin: training, smoothed.",
+            (false, true) => "Held-out.",
+            (false, false) => "Held-out, in bits per byte: these runs do not compare in nats.",
         };
         format!(
             "<ul class=\"runs\">{legend}</ul><p class=\"sub\">{lines} The number at a line's end \
@@ -290,7 +301,7 @@ impl HeadToHead {
         plot.num_end_labels = self.runs.len();
         // The colour of a series is that of its run, held-out and training.
         plot.num_colors = self.runs.len().min(NUM_COLORS);
-        if comparable && self.runs.len() <= NUM_COLORS {
+        if self.draws_training() {
             for run in &self.runs {
                 let steps = run.timeline.accepted();
                 let points = steps.map(|step| (step.step as f64 * scale(run), step.loss));
@@ -313,13 +324,20 @@ impl HeadToHead {
 
     fn description(&self) -> String {
         let ends = self.entries.iter().enumerate().map(|(index, entry)| {
-            let loss = entry.held_out_loss.map_or("nothing".to_owned(), nats);
+            let loss = match self.all_comparable() {
+                true => entry.held_out_loss.map(nats),
+                false => entry
+                    .bits_per_byte
+                    .map(|bits| format!("{bits:.4} bits per byte")),
+            };
+            let loss = loss.unwrap_or("nothing".to_owned());
             format!("run {} ({}) ends at {loss}", index + 1, entry.name)
         });
-        format!(
-            "Held-out and training loss: {}.",
-            ends.collect::<Vec<_>>().join(", ")
-        )
+        let what = match self.draws_training() {
+            true => "Held-out and training loss",
+            false => "Held-out loss",
+        };
+        format!("{what}: {}.", ends.collect::<Vec<_>>().join(", "))
     }
 
     fn tables(&self) -> String {

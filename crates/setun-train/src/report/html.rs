@@ -62,10 +62,13 @@ pub(super) fn page(report: &Report) -> String {
 
 fn subtitle(report: &Report) -> String {
     let (run, model) = (&report.run, &report.run.model);
-    let kind = match model.group_size {
+    let mut kind = match model.group_size {
         Some(size) => format!("ternary, groups of {size}"),
         None => "dense".to_owned(),
     };
+    if let Some(experiment) = &model.experiment {
+        kind += &format!(", with {experiment}");
+    }
     let time = match (run.finished, run.seconds) {
         (Some(_), Some(seconds)) => duration(seconds as u64),
         // A run that was resumed may have rested in between.
@@ -159,7 +162,12 @@ fn file_card(run: &RunRecord) -> String {
             None => "Latents in a checkpoint",
         };
         let bits = compact(model.bits_per_weight);
-        let note = format!("computed, {bits} bits per parameter; no model file is recorded");
+        let note = match &model.experiment {
+            None => format!("computed, {bits} bits per parameter; no model file is recorded"),
+            Some(experiment) => {
+                format!("computed as if without {experiment}: no file can hold that")
+            }
+        };
         return card(name, bytes(model.packed_bytes), note);
     };
     let name = match file.path.starts_with("export") {

@@ -247,6 +247,7 @@ mod demo {
                 parameters: 3_412_480,
                 matrix_parameters: 3_407_872,
                 norm_parameters: 4_608,
+                experiment: None,
                 group_size: Some(128),
                 scale_rule: "mean".to_owned(),
                 numerics: "int8".to_owned(),

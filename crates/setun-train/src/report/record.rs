@@ -543,13 +543,16 @@ pub struct ModelFacts {
     pub config: serde_json::Value,
     /// All parameters.
     pub parameters: u64,
-    /// Parameters in matrices: those are ternary, unless the model is dense.
+    /// Parameters in matrices: those are ternary, unless the model is dense or an experiment.
     pub matrix_parameters: u64,
     /// Parameters in norms, kept in f32.
     pub norm_parameters: u64,
     /// Weights that share a scale; none for a dense model.
     pub group_size: Option<usize>,
-    /// Name of the scale rule; empty for a dense model.
+    /// The setting that makes the model neither dense nor what files call ternary.
+    #[serde(default)]
+    pub experiment: Option<String>,
+    /// Name of the scale rule; without meaning for a dense model.
     #[serde(default)]
     pub scale_rule: String,
     /// Name of the arithmetic mode.

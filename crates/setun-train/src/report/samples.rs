@@ -15,7 +15,7 @@ pub fn measure_sample<'a>(
     decoding: String,
     training: impl IntoIterator<Item = &'a str>,
 ) -> Sample {
-    let (match_chars, match_text) = longest_verbatim_match_in(&text, training);
+    let (match_chars, match_text) = longest_verbatim_match(&text, training);
     let words: Vec<&str> = text.split_whitespace().collect();
     let repetition_rate = repetition_rate(&words);
     Sample {
@@ -28,15 +28,9 @@ pub fn measure_sample<'a>(
     }
 }
 
-/// The longest piece of `sample` that occurs in `training_text`: its length in characters
-/// and its text (the earliest in the training text among equals). Linear in the length of
-/// both.
-pub fn longest_verbatim_match(sample: &str, training_text: &str) -> (usize, String) {
-    longest_verbatim_match_in(sample, [training_text])
-}
-
-/// [`longest_verbatim_match`] over several documents.
-pub fn longest_verbatim_match_in<'a>(
+/// The longest piece of `sample` that occurs in one of the documents: its length in characters
+/// and its text (the earliest in the documents among equals). Linear in the length of both.
+pub fn longest_verbatim_match<'a>(
     sample: &str,
     documents: impl IntoIterator<Item = &'a str>,
 ) -> (usize, String) {
@@ -291,7 +285,7 @@ mod tests {
         for seed in 0..300 {
             let sample = random_text(seed as usize % 25, seed + 1);
             let text = random_text(60, 1000 + seed);
-            let (chars, matched) = longest_verbatim_match(&sample, &text);
+            let (chars, matched) = longest_verbatim_match(&sample, [text.as_str()]);
             assert_eq!(chars, brute_force(&sample, &text), "{sample} in {text}");
             assert_eq!(matched.chars().count(), chars);
             assert!(sample.contains(&matched) && text.contains(&matched));
@@ -301,20 +295,20 @@ mod tests {
     #[test]
     fn matches_of_whole_characters() {
         // Both letters start with the byte 0xC3: a match of bytes would find one.
-        assert_eq!(longest_verbatim_match("é", "ã"), (0, String::new()));
-        let found = longest_verbatim_match("The blue whale sings.", "A blue whale swims.");
+        assert_eq!(longest_verbatim_match("é", ["ã"]), (0, String::new()));
+        let found = longest_verbatim_match("The blue whale sings.", ["A blue whale swims."]);
         assert_eq!(found, (13, " blue whale s".to_owned()));
-        assert_eq!(longest_verbatim_match("", "text"), (0, String::new()));
-        assert_eq!(longest_verbatim_match("text", ""), (0, String::new()));
+        assert_eq!(longest_verbatim_match("", ["text"]), (0, String::new()));
+        assert_eq!(longest_verbatim_match("text", [""]), (0, String::new()));
         assert_eq!(
-            longest_verbatim_match("aaaa", "aaaaaaaa"),
+            longest_verbatim_match("aaaa", ["aaaaaaaa"]),
             (4, "aaaa".to_owned())
         );
     }
 
     #[test]
     fn matches_do_not_cross_documents() {
-        let found = longest_verbatim_match_in("abcdef", ["xabc", "defx", "cde"]);
+        let found = longest_verbatim_match("abcdef", ["xabc", "defx", "cde"]);
         assert_eq!(found, (3, "abc".to_owned()));
     }
 
@@ -323,7 +317,7 @@ mod tests {
         // Quadratic work here would be 4e10 steps.
         let text = "ab".repeat(1_000_000);
         let sample = "ab".repeat(10_000) + "c";
-        assert_eq!(longest_verbatim_match(&sample, &text).0, 20_000);
+        assert_eq!(longest_verbatim_match(&sample, [text.as_str()]).0, 20_000);
     }
 
     #[test]

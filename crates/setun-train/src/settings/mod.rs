@@ -26,6 +26,7 @@ pub use schema::{
     ExportSettings, LogSettings, ModelSettings, RunSettings, SampleSettings, TokenizerSettings,
     TrainSettings,
 };
+pub(crate) use validate::allow_only;
 pub use value::{
     Choice, NumericsChoice, OptimizerKind, OptimizerState, ScaleRounding, ScheduleKind, Ste,
 };

@@ -292,7 +292,7 @@ settings! {
     }
     /// Held-out loss.
     eval: EvalSettings {
-        /// Steps between evaluations; 0 for only one at the end.
+        /// Steps between evaluations; 0 for only those before the first and after the last step.
         every: u64 = 50,
         /// Sequences processed at a time; 0 for the micro-batch of training.
         batch_size: usize = 0,
@@ -301,7 +301,8 @@ settings! {
     checkpoint: CheckpointSettings {
         /// Steps between checkpoints; 0 for only one at the end.
         every: u64 = 100,
-        /// Newest checkpoints that are kept; the best one is kept besides.
+        /// Newest checkpoints that are kept; the best one is kept besides, and the newest three
+        /// that lie `train.rewind_steps` apart, to which a run in trouble goes back.
         keep: usize = 2,
         /// Checkpoints of every so many steps are kept for ever; 0 for none.
         keep_every: u64 = 0,

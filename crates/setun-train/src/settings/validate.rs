@@ -68,15 +68,24 @@ pub(super) fn validate_shape(settings: &Settings) -> Checked {
 pub(super) fn validate_resumed(overrides: &[Override]) -> Checked {
     const SECTIONS: [&str; 5] = ["eval", "checkpoint", "sample", "export", "log"];
     const KEYS: [&str; 3] = ["run.threads", "train.recompute", "train.head_chunk"];
+    let wrong = |key: &str| format!("--{key} would change what the resumed run computes");
+    let remedy = "start a new run with --init RUN instead";
+    allow_only(overrides, (&SECTIONS, &KEYS), wrong, remedy)
+}
+
+/// Refuses overrides of anything but these sections and keys.
+pub(crate) fn allow_only(
+    overrides: &[Override],
+    (sections, keys): (&[&str], &[&str]),
+    wrong: impl Fn(&str) -> String,
+    remedy: &'static str,
+) -> Checked {
     for Override { key, .. } in overrides {
         let Some(known) = schema::find(key) else {
             continue; // reported with the nearest key when it is applied
         };
-        refuse_if(
-            !SECTIONS.contains(&known.section) && !KEYS.contains(&known.path),
-            || format!("--{key} would change what the resumed run computes"),
-            "start a new run with --init RUN instead",
-        )?;
+        let allowed = sections.contains(&known.section) || keys.contains(&known.path);
+        refuse_if(!allowed, || wrong(key), remedy)?;
     }
     Ok(())
 }

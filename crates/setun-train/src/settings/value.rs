@@ -133,7 +133,6 @@ impl SettingValue for String {
     }
 }
 
-/// A path; the empty string means none.
 impl SettingValue for Vec<String> {
     const PLACEHOLDER: &'static str = "NAMES";
     const IS_LIST: bool = true;
@@ -157,6 +156,7 @@ impl SettingValue for Vec<String> {
     }
 }
 
+/// A path; the empty string means none.
 impl SettingValue for Option<PathBuf> {
     const PLACEHOLDER: &'static str = "PATH";
 

@@ -57,6 +57,8 @@ pub struct PlannedCell {
     pub set: Vec<(String, String)>,
     /// Whether its model is ternary.
     pub ternary: bool,
+    /// [`Settings::experiment`]
+    pub experiment: Option<&'static str>,
     /// Index of the dense cell that it is compared with.
     pub twin: Option<usize>,
     /// One for each seed.
@@ -231,6 +233,12 @@ impl Sweep {
                     "== {name}, seed {} (run {number} of {num_runs})",
                     run.seed
                 ));
+                if run.taught_by_cell && teacher_is_missing(&run.settings) {
+                    let failure = format!("{name}, seed {}: its teacher has no end", run.seed);
+                    observer.message(&failure);
+                    failures.push(failure);
+                    continue;
+                }
                 match run.train(options, observer) {
                     Ok(RunEnd::Finished(_)) => {}
                     Ok(RunEnd::Stopped { .. }) => stopped = true,
@@ -419,6 +427,7 @@ impl Planner<'_> {
             name: name.to_owned(),
             set: set.iter().map(value).collect(),
             ternary: runs[0].settings.model.ternary,
+            experiment: runs[0].settings.experiment(),
             twin: None,
             runs,
         })

@@ -16,7 +16,8 @@ pub struct SweepTable {
     pub base: String,
     /// One row for each cell, in the order of the file; dense twins last.
     pub cells: Vec<CellRow>,
-    /// The best ternary cell against the best dense one, if there are both.
+    /// The best ternary cell against the best dense one, if there are both: of each kind, among
+    /// the cells that are finished for the same seeds, the most.
     pub best_pair: Option<BestPair>,
     /// Runs that ended with an error, in the order in which they were made.
     pub failures: Vec<String>,
@@ -31,6 +32,8 @@ pub struct CellRow {
     pub set: BTreeMap<String, String>,
     /// Whether its model is ternary.
     pub ternary: bool,
+    /// The setting that makes its model neither dense nor what files call ternary.
+    pub experiment: Option<&'static str>,
     /// Finished runs.
     pub num_runs: usize,
     /// Means over the finished runs; none without one.
@@ -102,6 +105,7 @@ impl SweepTable {
             name: cell.name.clone(),
             set: cell.set.iter().cloned().collect(),
             ternary: cell.ternary,
+            experiment: cell.experiment,
             num_runs: results[index].iter().flatten().count(),
             row: row(&sweep.seeds, &results[index]),
             against_base: (index != sweep.base)
@@ -257,12 +261,12 @@ fn difference(a: &Runs, b: &Runs) -> Option<Difference> {
 
 fn best_pair(cells: &[CellRow], results: &[Vec<Option<RunResults>>]) -> Option<BestPair> {
     let best = |ternary: bool| {
-        let kind = cells
-            .iter()
-            .enumerate()
-            .filter(|(_, c)| c.ternary == ternary);
-        let losses = kind.filter_map(|(i, cell)| Some((i, cell.row.as_ref()?.loss)));
-        losses.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(i, _)| i)
+        let is_kind = |cell: &CellRow| cell.ternary == ternary && cell.experiment.is_none();
+        let kind = cells.iter().enumerate().filter(|(_, cell)| is_kind(cell));
+        let rows: Vec<(usize, &Row)> = kind
+            .filter_map(|(i, cell)| Some((i, cell.row.as_ref()?)))
+            .collect();
+        best_row(&rows, |a, b| difference(&results[a], &results[b]).is_some())
     };
     let (ternary, dense) = (best(true)?, best(false)?);
     Some(BestPair {
@@ -270,6 +274,17 @@ fn best_pair(cells: &[CellRow], results: &[Vec<Option<RunResults>>]) -> Option<B
         dense: cells[dense].name.clone(),
         gap: difference(&results[ternary], &results[dense])?,
     })
+}
+
+/// The index with the least mean loss among those that are finished for the seeds of the one with
+/// the most runs, and compare with it: means over other seeds, or other held-out text, say nothing.
+fn best_row(rows: &[(usize, &Row)], compare: impl Fn(usize, usize) -> bool) -> Option<usize> {
+    let most = rows.iter().rev().max_by_key(|(_, row)| row.losses.len())?;
+    let alike = rows
+        .iter()
+        .filter(|(i, row)| row.losses.keys().eq(most.1.losses.keys()) && compare(*i, most.0));
+    let best = alike.min_by(|a, b| a.1.loss.total_cmp(&b.1.loss));
+    best.map(|(i, _)| *i)
 }
 
 fn mean(values: &[f64]) -> Option<f64> {
@@ -291,6 +306,28 @@ fn join(numbers: &[u64]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_best_row_has_the_most_seeds_and_the_same_text() {
+        let row = |losses: &[(u64, f64)]| Row {
+            loss: losses.iter().map(|l| l.1).sum::<f64>() / losses.len() as f64,
+            deviation: None,
+            best_loss: 0.0,
+            bits_per_byte: 0.0,
+            train_loss: 0.0,
+            zero_share: None,
+            num_tokens: 1,
+            tokens_per_second: 1.0,
+            losses: losses.iter().copied().collect(),
+        };
+        let lucky = row(&[(2, 1.0)]);
+        let (a, b) = (row(&[(1, 3.0), (2, 1.5)]), row(&[(1, 2.5), (2, 1.5)]));
+        let other_text = row(&[(1, 0.5), (2, 0.5)]);
+        let rows = [(0, &lucky), (1, &a), (2, &b), (3, &other_text)];
+        assert_eq!(best_row(&rows, |i, j| (i == 3) == (j == 3)), Some(2));
+        assert_eq!(best_row(&rows[..1], |_, _| true), Some(0));
+        assert_eq!(best_row(&[], |_, _| true), None);
+    }
 
     #[test]
     fn differences_have_the_error_of_their_mean() {

@@ -22,7 +22,6 @@ mod room;
 /// `setun generate`
 pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult {
     check_beams(&args)?;
-    sampler_options(&args).validate()?;
     let prompts = prompts(&args)?;
     let start = Instant::now();
     let model = super::open(&args.model, args.checkpoint)?;
@@ -32,6 +31,9 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
     let requests = requests(&args, &prompts.texts, &model, encode)?;
     let options = room::engine_options(&args, &model, &requests, isa)?;
     let early = early.filter(|(guess, _)| room::holds(guess, &options));
+    if early.is_none() {
+        room::check_room(&args, &model, &options)?;
+    }
     let target = (&model, early.map(|(_, engine)| engine));
     let (mut engine, mut drafter) =
         drafts::engine_and_drafter(&args.draft, target, &tokenizer, options)?;
@@ -42,7 +44,7 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
     let start = Instant::now();
     let mut clock = || start.elapsed().as_secs_f64();
     let mut decoder = Decoder::new(drafter.as_deref_mut(), &mut clock);
-    let mut timer = Timer::new(&requests);
+    let mut timer = Timer::new(&requests, args.beams > 0);
     match (args.beams, args.prompts.is_some()) {
         (0, false) => {
             let prompt = (prompts.texts[0].as_str(), &requests[0]);
@@ -72,10 +74,13 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
     Ok(Outcome::Success)
 }
 
-/// Refuses what a beam search would ignore.
+/// Refuses what a beam search would ignore, and what is for beams only.
 fn check_beams(args: &GenerateArgs) -> Result<(), WrongUsage> {
     let error = if args.beams == 0 {
-        return Ok(());
+        match args.length_penalty {
+            None => return Ok(()),
+            Some(_) => "--length-penalty is for a beam search; add --beams or leave it out".into(),
+        }
     } else if args.draft != Drafting::None {
         "a beam search has no drafts; leave out --beams or --draft".to_owned()
     } else if args.logprobs.is_some() {
@@ -110,8 +115,13 @@ struct Prompts {
 /// The prompt, or the lines of the file.
 fn prompts(args: &GenerateArgs) -> Result<Prompts, Box<dyn Error>> {
     let Some(path) = &args.prompts else {
+        let text = args.prompt.clone().unwrap_or_default();
+        if text.is_empty() {
+            let problem = "--prompt is empty; give it at least a character".to_owned();
+            return Err(Box::new(WrongUsage(problem)));
+        }
         return Ok(Prompts {
-            texts: vec![args.prompt.clone().unwrap_or_default()],
+            texts: vec![text],
             lines: Vec::new(),
         });
     };
@@ -292,10 +302,10 @@ fn beams(
     timer: &mut Timer,
 ) -> Result<(), Box<dyn Error>> {
     let searched: Vec<BeamRequest> = requests.iter().map(beam_request).collect();
-    let options = BeamOptions {
-        length_penalty: LengthPenalty::Power(args.length_penalty),
-        ..BeamOptions::new(args.beams)
-    };
+    let mut options = BeamOptions::new(args.beams);
+    if let Some(exponent) = args.length_penalty {
+        options.length_penalty = LengthPenalty::Power(exponent);
+    }
     let all = engine.beam_search(&searched, options)?;
     for ((prompt, request), found) in texts.iter().zip(requests).zip(&all) {
         found.iter().for_each(|h| timer.add(h.tokens.len()));
@@ -328,8 +338,10 @@ fn beams(
     Ok(())
 }
 
-/// What `--stats` tells: the time to the first token is that of the prompts.
+/// What `--stats` tells: of one text, the time to the first token is that of the prompt.
 struct Timer {
+    num_requests: usize,
+    searches: bool,
     num_prompt: usize,
     num_new: usize,
     start: Instant,
@@ -337,8 +349,10 @@ struct Timer {
 }
 
 impl Timer {
-    fn new(requests: &[Request]) -> Self {
+    fn new(requests: &[Request], searches: bool) -> Self {
         Self {
+            num_requests: requests.len(),
+            searches,
             num_prompt: requests.iter().map(|r| r.prompt.len()).sum(),
             num_new: 0,
             start: Instant::now(),
@@ -357,11 +371,23 @@ impl Timer {
 
     fn tell(&self) {
         let all = self.start.elapsed().as_secs_f64();
-        let Some(first) = self.first.map(|f| f.as_secs_f64()) else {
-            let (n, rate) = (self.num_new, self.num_new as f64 / all);
-            console::tell(format_args!("{n} tokens of results, {rate:.1} tokens/s"));
+        let (num_prompt, num_new) = (self.num_prompt, self.num_new);
+        let rate = num_new as f64 / all;
+        if self.searches {
+            console::tell(format_args!(
+                "{num_new} tokens of results, {rate:.1} tokens/s"
+            ));
             return;
-        };
+        }
+        if self.num_requests > 1 {
+            console::tell(format_args!(
+                "{num_prompt} prompt tokens and {num_new} new tokens in {all:.2} s, {rate:.1} new \
+                 tokens/s"
+            ));
+            return;
+        }
+        // A text may end before it begins.
+        let first = self.first.map_or(all, |f| f.as_secs_f64());
         let later = self.num_new.saturating_sub(1) as f64;
         console::tell(format_args!(
             "{} prompt tokens, {:.1} tokens/s; {} new tokens, {:.1} tokens/s",
@@ -406,6 +432,11 @@ mod tests {
             );
             assert_eq!(check_beams(&args(&["--prompt", "a", flag])), Ok(()));
         }
+        let penalty = "--length-penalty=1";
+        let with =
+            |more: &[&str]| check_beams(&args(&[&["--prompt", "a", penalty], more].concat()));
+        assert_eq!(with(&["--beams=2"]), Ok(()));
+        assert!(with(&[]).unwrap_err().to_string().contains("add --beams"));
     }
 
     #[test]

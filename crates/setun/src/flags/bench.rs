@@ -1,8 +1,13 @@
 //! `setun bench`.
 
-use super::{draft_flag, json_flag, kv_flag, length, model_flag, number, path_flag, threads_flag};
+use super::{
+    draft_flag, json_flag, kv_flag, length, model_flag, number, path_flag, threads_flag, within,
+};
 use crate::args::{Decoding, Shape};
 use clap::{Arg, Command};
+
+/// Largest number of anything: products of a few of them still are sizes.
+const MOST: usize = 1 << 20;
 
 const HELP: &str = "\
 Each figure stands beside the machine's own limit, measured in the same run on as many
@@ -33,14 +38,14 @@ pub(super) fn bench() -> Command {
             benchmark("attention", "Attention forward and backward, causal, bf16").args([
                 list("seq", "Tokens of the sequence", "1024,4096"),
                 list("head-dim", "Width of a head", "64,128"),
-                length("heads", "Number of heads").default_value("8"),
+                bounded("heads", "Number of heads").default_value("8"),
             ]),
             benchmark(
                 "layer-norm",
                 "LayerNorm and RMSNorm, forward and backward, f32",
             )
             .args([
-                length("rows", "Number of rows").default_value("4096"),
+                bounded("rows", "Number of rows").default_value("4096"),
                 list("width", "Width of a row", "1024,4096"),
             ]),
             benchmark("train", "Whole training steps on random tokens").args([
@@ -62,7 +67,7 @@ fn speculate() -> Command {
         path_flag("text", "FILE")
             .required(true)
             .help("Text that the model has not seen; its passages are continued"),
-        length("tokens", "Tokens of a text").default_value("300"),
+        bounded("tokens", "Tokens of a text").default_value("300"),
     ])
 }
 
@@ -81,8 +86,11 @@ fn decoding(what: Decoding) -> Command {
     };
     let model = path_flag("model", "PATH")
         .help("A run, a checkpoint or an export [default: 0.6B shape, random weights]");
-    let tokens = |help| number("tokens", "N", help, "512");
-    let batch = |help| length("batch", help).default_value("1");
+    let tokens = |help| {
+        let tokens = number("tokens", "N", help, "512");
+        tokens.value_parser(|text: &str| within(text, 0, MOST))
+    };
+    let batch = |help| bounded("batch", help).default_value("1");
     let held = "Tokens in the cache before";
     command.arg(model).args(match what {
         Decoding::Decode => vec![tokens(held), batch("Sequences"), kv_flag()],
@@ -92,17 +100,22 @@ fn decoding(what: Decoding) -> Command {
         }
         Decoding::VerifyWidth => vec![tokens(held), kv_flag()],
         Decoding::SoftmaxTopk => {
-            let k = length("k", "Entries to keep").default_value("64");
+            let k = bounded("k", "Entries to keep").default_value("64");
             vec![batch("Rows of logits"), k]
         }
         Decoding::Kv => vec![kv_flag().help("Only bf16, f32 or int8 [default: all of them]")],
     })
 }
 
+/// A number of which products still have sizes.
+fn bounded(name: &'static str, help: &'static str) -> Arg {
+    length(name, help).value_parser(|text: &str| within(text, 1, MOST))
+}
+
 fn benchmark(name: &'static str, about: &'static str) -> Command {
     Command::new(name).about(about).args([
         threads_flag(),
-        length("repeat", "Measurements, of which the median counts").default_value("5"),
+        bounded("repeat", "Measurements, of which the median counts").default_value("5"),
         json_flag(),
     ])
 }
@@ -119,7 +132,7 @@ fn shape(help: &'static str) -> Arg {
 }
 
 fn list(name: &'static str, help: &'static str, default: &'static str) -> Arg {
-    length(name, help)
+    bounded(name, help)
         .value_name("N,...")
         .value_delimiter(',')
         .default_value(default)

@@ -9,10 +9,7 @@ use setun_backend::philox::Philox;
 use setun_backend::topk::softmax_topk;
 use setun_backend::{CACHE_BLOCK, CacheKind, CacheShape};
 use setun_formats::config::{Qwen3Config, RopeConfig};
-use setun_infer::{
-    Chunk, CostModel, Engine, EngineOptions, Sequence, Wanted, exact_cache, load_parameters,
-    spec_of,
-};
+use setun_infer::{Chunk, CostModel, Engine, EngineOptions, Sequence, Wanted, exact_cache};
 use setun_io::OpenModel;
 use setun_model::{ModelSpec, Scheme};
 use setun_ternary::{Numerics, PackedMatrix, ScaleRule, packed_row_bytes};
@@ -28,7 +25,7 @@ pub(super) fn run(bench: &Bench, args: &DecodingArgs) -> Figures {
         Decoding::Prefill => prefill(bench, args),
         Decoding::VerifyWidth => verify_width(bench, args),
         Decoding::SoftmaxTopk => topk(bench, args),
-        Decoding::Kv => Ok(Vec::new()),
+        Decoding::Kv => unreachable!("a formula, printed before"),
     }
 }
 
@@ -85,10 +82,7 @@ fn engine(
     };
     if let Some(path) = &args.model {
         let model = OpenModel::open(path)?;
-        let mut engine = Engine::reserve(spec_of(&model, None)?, options);
-        let (parameters, backend) = engine.parts();
-        load_parameters(&model, parameters, backend)?;
-        return Ok(engine);
+        return Ok(Engine::load(&model, options)?);
     }
     let scheme = Some(Scheme {
         group_size: 128,
@@ -311,10 +305,7 @@ fn topk(bench: &Bench, args: &DecodingArgs) -> Figures {
         seconds,
         work: (4 * rows * vocab_size) as f64,
         unit: Unit::Bytes,
-        limit: Some(Limit {
-            name: "read bandwidth",
-            rate: machine::bandwidth(bench).rate(),
-        }),
+        limit: Some(machine::memory_limit(bench)),
         facts: Vec::new(),
     }])
 }

@@ -1,7 +1,8 @@
 //! Decoding with drafts against decoding without, in turns, on three kinds of text.
 
 use super::{Bench, Figure, Unit};
-use crate::args::SpeculateArgs;
+use crate::WrongUsage;
+use crate::args::{Drafting, SpeculateArgs};
 use crate::commands::generate::drafts::engine_and_drafter;
 use crate::commands::{open, tokenizer_of};
 use setun_formats::Tokenizer;
@@ -60,10 +61,23 @@ impl Kind {
 /// For each kind: the time of a text with drafts, and against the texts without right
 /// before and behind it the median ratio. Each turn has another passage.
 pub(super) fn run(bench: &Bench, args: &SpeculateArgs) -> Result<Vec<Figure>, Box<dyn Error>> {
+    if args.draft == Drafting::None {
+        let problem = "--draft none has nothing to measure; name a drafter".to_owned();
+        return Err(Box::new(WrongUsage(problem)));
+    }
     let model = open(&args.model, None)?;
+    let longest = model.config().max_position_embeddings;
+    if REPEATED * PASSAGE >= longest {
+        let problem = format!(
+            "{} has {longest} positions, too few for passages of {} tokens",
+            args.model.display(),
+            REPEATED * PASSAGE
+        );
+        return Err(problem.into());
+    }
     let tokenizer = tokenizer_of(&model)?;
     let context = (REPEATED * PASSAGE).saturating_add(args.tokens);
-    let context = context.min(model.config().max_position_embeddings);
+    let context = context.min(longest);
     let options = EngineOptions {
         cache_tokens: Some(2 * context + 64),
         ..EngineOptions::new(context, bench.threads, bench.isa)
@@ -72,8 +86,7 @@ pub(super) fn run(bench: &Bench, args: &SpeculateArgs) -> Result<Vec<Figure>, Bo
     let step = all.len() / (bench.repeat + 1);
     let (mut engine, mut drafter) =
         engine_and_drafter(&args.draft, (&model, None), &tokenizer, options)?;
-    let drafter = drafter.as_deref_mut();
-    let drafter = drafter.ok_or("--draft none has nothing to measure; name a drafter")?;
+    let drafter = drafter.as_deref_mut().ok_or("no drafter")?;
     let mut plain = Engine::load(&model, options)?;
     let start = Instant::now();
     let mut figures = Vec::new();

@@ -6,6 +6,7 @@ use setun_backend::{CACHE_BLOCK, CacheShape, Isa};
 use setun_infer::{EngineError, EngineOptions, Request, exact_cache, spec_of};
 use setun_io::OpenModel;
 use setun_train::machine;
+use std::error::Error;
 
 /// Most sequences that are decoded together.
 const MAX_SEQUENCES: usize = 64;
@@ -97,6 +98,31 @@ pub(super) fn engine_options(
         max_rows,
         ..options
     })
+}
+
+/// Refuses a cache that the memory has no room for: the system would end the program instead,
+/// without a word.
+///
+/// # Errors
+/// Both sizes, and the flags that make the cache smaller.
+pub(super) fn check_room(
+    args: &GenerateArgs,
+    model: &OpenModel,
+    options: &EngineOptions,
+) -> Result<(), Box<dyn Error>> {
+    let blocks = cache_tokens(options).div_ceil(CACHE_BLOCK);
+    let needed = blocks.saturating_mul(block_bytes(args, model)?) as u64;
+    match machine::free_bytes() {
+        Some(free) if needed > free => {
+            let [needed, free] = [needed, free].map(|bytes| bytes as f64 / f64::from(1 << 30));
+            let problem = format!(
+                "keys and values of such long texts take {needed:.1} GiB, and {free:.1} GiB of \
+                 memory are free; lower --max-tokens or --beams, or set --kv int8"
+            );
+            Err(problem.into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Rows of the largest step: all prompts, or a token of each sequence. Memory for more would
