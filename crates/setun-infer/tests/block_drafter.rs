@@ -7,8 +7,8 @@ use model::{Model, Numbers};
 use setun_backend::{Isa, ROOT};
 use setun_formats::Qwen3Config;
 use setun_infer::{
-    BlockGuesses, Budget, Chunk, Engine, EngineOptions, Request, SamplerOptions, Sequence,
-    Speculator, StopRules, TreeSize, Wanted,
+    BlockGuesses, Budget, Chunk, Engine, EngineError, EngineOptions, KvError, Request,
+    SamplerOptions, Sequence, Speculator, StopRules, TreeSize, Wanted,
 };
 use setun_model::{DrafterSpec, ModelSpec};
 use setun_ternary::{Numerics, PackedMatrix, groups_per_row};
@@ -141,6 +141,48 @@ fn step(engine: &mut Engine, sequence: Sequence, tokens: &[u32], parents: Option
         logits: Wanted::Nothing,
     };
     engine.step(&[chunk], &mut |_, _, _| {}).unwrap();
+}
+
+#[test]
+fn a_block_fits_into_steps_of_fewer_rows() {
+    let mut numbers = Numbers::new(50);
+    let model = target(&mut numbers, Numerics::Int8);
+    let text = numbers.tokens(20, model.spec.config.vocab_size);
+    let all = [1, 3, 64].map(|max_rows| {
+        let mut engine = with_drafter(&model, &mut Numbers::new(51), options(max_rows));
+        let sequence = engine.start(&[]);
+        step(&mut engine, sequence, &text, None);
+        guesses(&mut engine, sequence, text[0])
+    });
+    assert_eq!([&all[0], &all[1]], [&all[2], &all[2]]);
+}
+
+#[test]
+fn a_tree_stays_until_it_is_committed_or_a_block_is_guessed() {
+    let mut numbers = Numbers::new(60);
+    let model = target(&mut numbers, Numerics::Int8);
+    let mut engine = with_drafter(&model, &mut numbers, options(16));
+    let text = numbers.tokens(20, model.spec.config.vocab_size);
+    let sequence = engine.start(&[]);
+    step(&mut engine, sequence, &text[..16], None);
+    let refused = |engine: &mut Engine, path: &[usize]| match engine.commit(sequence, path) {
+        Err(EngineError::Kv(error)) => error,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refused(&mut engine, &[0]), KvError::NoTree);
+    let tree = |engine: &mut Engine| step(engine, sequence, &text[..3], Some(&[ROOT, 0, ROOT]));
+    tree(&mut engine);
+    assert_eq!(refused(&mut engine, &[0, 2]), KvError::Path { row: 2 });
+    engine.commit(sequence, &[0, 1]).unwrap();
+    assert_eq!(engine.len(sequence).unwrap(), 18);
+    tree(&mut engine);
+    guesses(&mut engine, sequence, text[0]);
+    assert_eq!(refused(&mut engine, &[0]), KvError::NoTree);
+    // And nothing is broken.
+    step(&mut engine, sequence, &text, None);
+    assert_eq!(engine.len(sequence).unwrap(), 38);
+    engine.free(sequence).unwrap();
+    assert_eq!(refused(&mut engine, &[0]), KvError::Unknown);
 }
 
 #[test]

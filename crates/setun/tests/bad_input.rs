@@ -163,7 +163,7 @@ fn recipes_that_cannot_be_read() {
 fn wrong_usage() {
     let beams = ["generate", "--model", "m", "--prompt", "a", "--beams", "2"];
     let drafted_beams = [&beams[..], &["--draft", "ngram"]].concat();
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 11] = [
         (&drafted_beams, "leave out --beams or --draft"),
         (&["trane"], "'train'"),
         (&["verify"], "<PATH>"),
@@ -185,6 +185,39 @@ fn wrong_usage() {
             "0 or more",
         ),
         (&["convert", "m", "out", "--to", "q4_k"], "gguf-q2_0"),
+        (
+            &["generate", "--model", "m", "--prompt", ""],
+            "--prompt is empty",
+        ),
+        (
+            &[
+                "generate",
+                "--model",
+                "m",
+                "--prompt",
+                "a",
+                "--length-penalty",
+                "1",
+            ],
+            "add --beams",
+        ),
+        (
+            &[
+                "bench",
+                "speculate",
+                "--model",
+                "m",
+                "--text",
+                "t",
+                "--draft",
+                "none",
+            ],
+            "nothing to measure",
+        ),
+        (
+            &["bench", "peak", "--repeat", "18446744073709551615"],
+            "from 1 to",
+        ),
     ];
     for (args, words) in cases {
         setun(args).refused(2, &[words]);

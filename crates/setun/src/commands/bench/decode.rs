@@ -82,6 +82,13 @@ fn engine(
     };
     if let Some(path) = &args.model {
         let model = OpenModel::open(path)?;
+        let longest = model.config().max_position_embeddings;
+        if positions > longest {
+            let path = path.display();
+            let problem =
+                format!("{path} has {longest} positions, not {positions}; lower --tokens");
+            return Err(problem.into());
+        }
         return Ok(Engine::load(&model, options)?);
     }
     let scheme = Some(Scheme {
