@@ -13,16 +13,14 @@ pub use decode::DecodeStream;
 
 use crate::config::json::cut;
 use check::{check_bytes, check_file, check_model};
-use serde::Deserialize;
 use std::sync::OnceLock;
 use thiserror::Error;
-use tokenizers::models::bpe::BPE;
+use tokenizers::AddedToken;
 use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::split::SplitPattern;
 use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::tokenizer::SplitDelimiterBehavior;
-use tokenizers::{AddedToken, DecoderWrapper};
 
 /// Special token that ends a document.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
@@ -136,31 +134,6 @@ pub enum TokenizerError {
     EndOfTextInText,
 }
 
-/// A `tokenizer.json` without its model, in the types of the `tokenizers` crate.
-#[derive(Deserialize)]
-struct Parts {
-    version: Option<String>,
-    normalizer: Option<NormalizerWrapper>,
-    pre_tokenizer: Option<PreTokenizerWrapper>,
-    decoder: Option<DecoderWrapper>,
-    #[serde(default)]
-    added_tokens: Vec<AddedToken>,
-}
-
-impl Parts {
-    fn assemble(self, model: BPE) -> tokenizers::Result<tokenizers::Tokenizer> {
-        if let Some(version) = self.version.filter(|version| version != "1.0") {
-            return Err(format!("unknown version {version:?} of the format").into());
-        }
-        let mut tokenizer = tokenizers::Tokenizer::new(model);
-        tokenizer.with_normalizer(self.normalizer)?;
-        tokenizer.with_pre_tokenizer(self.pre_tokenizer);
-        tokenizer.with_decoder(self.decoder);
-        tokenizer.add_tokens(self.added_tokens)?;
-        Ok(tokenizer)
-    }
-}
-
 /// Smallest vocabulary: every byte, and [`END_OF_TEXT`].
 pub const MIN_VOCAB_SIZE: usize = 257;
 
@@ -199,24 +172,8 @@ impl Tokenizer {
         }
         let malformed = |e: &dyn std::fmt::Display| TokenizerError::Malformed(cut(&e.to_string()));
         let text = std::str::from_utf8(json).map_err(|e| malformed(&e))?;
-        let (added_tokens, model) = check_file(text)?;
-        let parts: Parts = serde_json::from_str(text).map_err(|e| malformed(&e))?;
-        let inner = parts.assemble(model.into_model()?);
-        let inner = inner.map_err(|e| malformed(&e))?;
+        let inner = check_file(text)?.into_tokenizer()?;
         check_model(&inner)?;
-        for token in added_tokens {
-            match inner.token_to_id(&token.content) {
-                Some(expected) if expected != token.id => {
-                    let (content, found) = (token.content, token.id);
-                    return Err(TokenizerError::MisplacedToken {
-                        content,
-                        found,
-                        expected,
-                    });
-                }
-                _ => {}
-            }
-        }
         Self::new(inner, text.to_owned())
     }
 

@@ -7,7 +7,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use setun_formats::tensors::{Dtype, MAX_HEADER_BYTES, check_header};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -184,12 +184,20 @@ impl TensorFile {
     }
 
     fn read(&self, range: Range<usize>) -> Result<Vec<u8>, IoError> {
-        let mut bytes = vec![0; range.len()];
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        // Not zeros that are read over: that takes as long as reading.
+        let mut bytes = Vec::with_capacity(range.len());
         file.seek(SeekFrom::Start(self.payload_start + range.start as u64))
-            .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(|e| IoError::file("read", &self.path, e))?;
-        Ok(bytes)
+            .and_then(|_| {
+                (&mut *file)
+                    .take(range.len() as u64)
+                    .read_to_end(&mut bytes)
+            })
+            .and_then(|found| match found == range.len() {
+                true => Ok(bytes),
+                false => Err(io::ErrorKind::UnexpectedEof.into()),
+            })
+            .map_err(|e| IoError::file("read", &self.path, e))
     }
 }
 

@@ -10,30 +10,34 @@ use super::{MAX_VOCAB_SIZE, TokenizerError};
 use crate::config::json::{cut, refuse_repeated_keys_but};
 use serde::de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
-use tokenizers::DecoderWrapper;
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::{BPE, BpeBuilder, Vocab as Vocabulary};
+use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, DecoderWrapper};
 
 /// An added token, whose id the `tokenizers` crate assigns anew.
 #[derive(Deserialize)]
-pub(super) struct NumberedToken {
-    pub(super) id: u32,
-    pub(super) content: String,
+struct NumberedToken {
+    id: u32,
+    #[serde(flatten)]
+    token: AddedToken,
 }
 
-/// Checks the text of a whole `tokenizer.json`; returns its added tokens and its model.
+/// Checks the text of a whole `tokenizer.json`; returns it in parts.
 ///
 /// # Errors
 /// What is not JSON, repeats a key or has no BPE model; ids that are used twice, leave a
 /// hole or are too large; added tokens that are empty or repeated.
-pub(super) fn check_file(text: &str) -> Result<(Vec<NumberedToken>, BpeFile<'_>), TokenizerError> {
+pub(super) fn check_file(text: &str) -> Result<TokenFile<'_>, TokenizerError> {
     let malformed = |e: serde_json::Error| TokenizerError::Malformed(cut(&e.to_string()));
-    refuse_repeated_keys_but(text.as_bytes(), &["model", "vocab"]).map_err(malformed)?;
+    let large: [&[&str]; 2] = [&["model", "vocab"], &["model", "merges"]];
+    refuse_repeated_keys_but(text.as_bytes(), &large).map_err(malformed)?;
     let file = serde_json::from_str::<TokenFile<'_>>(text).map_err(malformed);
     let kind = match &file {
         Ok(file) => file.model.kind.clone(),
@@ -58,12 +62,12 @@ pub(super) fn check_file(text: &str) -> Result<(Vec<NumberedToken>, BpeFile<'_>)
     {
         return unsupported("a prefix or suffix of model", quoted(affix), "null");
     }
-    check_parts(&file)?;
+    check_steps(&file)?;
     let vocab = &file.model.vocab.0;
     check_ids(vocab).map_err(|e| repeated(vocab).unwrap_or(e))?;
     check_spelling(&file.model.merges)?;
     check_added(&file.added_tokens)?;
-    Ok((file.added_tokens, file.model))
+    Ok(file)
 }
 
 #[derive(Deserialize)]
@@ -80,14 +84,62 @@ struct Kind {
 // Texts are borrowed from the file where they have no escapes, and a merge is no untagged enum,
 // because a large vocabulary is read each time that a program starts.
 #[derive(Deserialize)]
-struct TokenFile<'a> {
+pub(super) struct TokenFile<'a> {
+    version: Option<String>,
     #[serde(default)]
     added_tokens: Vec<NumberedToken>,
-    normalizer: Option<Part>,
-    pre_tokenizer: Option<Part>,
-    decoder: Option<Part>,
+    // Read twice: by the checks, and then by the crate, which panics over some.
+    #[serde(borrow)]
+    normalizer: Option<&'a RawValue>,
+    #[serde(borrow)]
+    pre_tokenizer: Option<&'a RawValue>,
+    #[serde(borrow)]
+    decoder: Option<&'a RawValue>,
     #[serde(borrow)]
     model: BpeFile<'a>,
+}
+
+impl TokenFile<'_> {
+    /// The tokenizer of the crate.
+    ///
+    /// # Errors
+    /// What the crate refuses; an added token whose id is not the one that it gets.
+    pub(super) fn into_tokenizer(self) -> Result<tokenizers::Tokenizer, TokenizerError> {
+        if let Some(version) = self.version.filter(|version| version != "1.0") {
+            let problem = format!("unknown version {:?} of the format", cut(&version));
+            return Err(TokenizerError::Malformed(problem));
+        }
+        let refused = |e: tokenizers::Error| TokenizerError::Malformed(cut(&e.to_string()));
+        let mut tokenizer = tokenizers::Tokenizer::new(self.model.into_model()?);
+        let normalizer: Option<NormalizerWrapper> = step(self.normalizer)?;
+        tokenizer.with_normalizer(normalizer).map_err(refused)?;
+        tokenizer.with_pre_tokenizer(step::<PreTokenizerWrapper>(self.pre_tokenizer)?);
+        tokenizer.with_decoder(step::<DecoderWrapper>(self.decoder)?);
+        let added = self.added_tokens.iter().map(|added| added.token.clone());
+        tokenizer.add_tokens(added).map_err(refused)?;
+        for NumberedToken { id: found, token } in self.added_tokens {
+            let content = token.content;
+            match tokenizer.token_to_id(&content) {
+                Some(expected) if expected != found => {
+                    return Err(TokenizerError::MisplacedToken {
+                        content,
+                        found,
+                        expected,
+                    });
+                }
+                _ => {}
+            }
+        }
+        Ok(tokenizer)
+    }
+}
+
+/// A step before or behind the model in the type that reads it.
+fn step<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>) -> Result<Option<T>, TokenizerError> {
+    let read = json
+        .map(|json| serde_json::from_str(json.get()))
+        .transpose();
+    read.map_err(|e| TokenizerError::Malformed(cut(&e.to_string())))
 }
 
 /// A step before or behind the model; serde_json bounds how deep they nest.
@@ -110,7 +162,7 @@ impl Part {
 
 /// The model of a `tokenizer.json`.
 #[derive(Deserialize)]
-pub(super) struct BpeFile<'a> {
+struct BpeFile<'a> {
     #[serde(rename = "type")]
     kind: Option<String>,
     #[serde(borrow)]
@@ -133,7 +185,7 @@ impl BpeFile<'_> {
     /// # Errors
     /// Merges of or into words that are no tokens, and what else the crate refuses, such as a
     /// `dropout` above 1.
-    pub(super) fn into_model(self) -> Result<BPE, TokenizerError> {
+    fn into_model(self) -> Result<BPE, TokenizerError> {
         let vocab = &self.vocab.0;
         let longest = vocab.iter().map(|(Word(token), _)| token.len()).max();
         let mut merges = Vec::with_capacity(self.merges.len());
@@ -270,16 +322,16 @@ impl<'de: 'a, 'a> Deserialize<'de> for Merge<'a> {
 
 /// Only what leaves text as it is, up to its Unicode normal form. Others lose text (lower
 /// case, stripping, removed delimiters), and some panic over bad tables.
-fn check_parts(file: &TokenFile<'_>) -> Result<(), TokenizerError> {
-    let mut rest: Vec<&Part> = file.normalizer.iter().collect();
+fn check_steps(file: &TokenFile<'_>) -> Result<(), TokenizerError> {
+    let mut rest: Vec<Part> = step(file.normalizer)?.into_iter().collect();
     while let Some(part) = rest.pop() {
         match part.kind() {
             "NFC" | "NFD" | "NFKC" | "NFKD" => {}
-            "Sequence" => rest.extend(&part.normalizers),
+            "Sequence" => rest.extend(part.normalizers),
             other => return unsupported("normalizer", quoted(other), "NFC"),
         }
     }
-    rest.extend(&file.pre_tokenizer);
+    rest.extend(step::<Part>(file.pre_tokenizer)?);
     while let Some(part) = rest.pop() {
         let removes = part.behavior.as_deref() == Some("Removed");
         match part.kind() {
@@ -288,11 +340,11 @@ fn check_parts(file: &TokenFile<'_>) -> Result<(), TokenizerError> {
                 return unsupported("pre_tokenizer", found, "the behavior \"Isolated\"");
             }
             "ByteLevel" | "Split" | "Punctuation" | "Digits" | "UnicodeScripts" => {}
-            "Sequence" => rest.extend(&part.pretokenizers),
+            "Sequence" => rest.extend(part.pretokenizers),
             other => return unsupported("pre_tokenizer", quoted(other), "Split and ByteLevel"),
         }
     }
-    match &file.decoder {
+    match step::<Part>(file.decoder)? {
         Some(part) if part.kind() != "ByteLevel" => {
             unsupported("decoder", quoted(part.kind()), "ByteLevel")
         }
@@ -371,13 +423,13 @@ fn check_merge(
 
 fn check_added(tokens: &[NumberedToken]) -> Result<(), TokenizerError> {
     let mut seen = BTreeMap::new();
-    for token in tokens {
+    for NumberedToken { id, token } in tokens {
         if token.content.is_empty() {
-            return Err(bad_token("", token.id, "but it is empty".to_owned()));
+            return Err(bad_token("", *id, "but it is empty".to_owned()));
         }
-        if let Some(first) = seen.insert(&token.content, token.id) {
+        if let Some(first) = seen.insert(&token.content, id) {
             let problem = format!("but it was added with id {first} before");
-            return Err(bad_token(&token.content, token.id, problem));
+            return Err(bad_token(&token.content, *id, problem));
         }
     }
     Ok(())

@@ -13,6 +13,7 @@ use setun_infer::{
 };
 use setun_io::OpenModel;
 use std::error::Error;
+use std::mem::ManuallyDrop;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,9 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
     let model = super::open(&args.model, args.checkpoint)?;
     let isa = super::isa(environment)?;
     let (early, tokenizer, tokenizing) = read_together(&args, &model, &prompts.texts, isa)?;
+    // The process ends with the text: to free each word of a vocabulary first takes longer than
+    // the first token.
+    let tokenizer = ManuallyDrop::new(tokenizer);
     let encode = |text: &str| tokenizer.encode_with_special(text);
     let requests = requests(&args, &prompts.texts, &model, encode)?;
     let options = room::engine_options(&args, &model, &requests, isa)?;
@@ -154,16 +158,16 @@ fn read_together(
         Drafting::Model(_) => None,
         Drafting::None | Drafting::Ngram => room::guess(args, model, texts, isa)?,
     };
+    let load = |options| Engine::load(model, options).map(|engine| (options, engine));
     std::thread::scope(|scope| {
-        let tokenizer = scope.spawn(|| {
-            let start = Instant::now();
-            let tokenizer = super::tokenizer_of(model).map_err(|e| e.to_string());
-            (tokenizer, start.elapsed())
-        });
-        let load = |options| Engine::load(model, options).map(|engine| (options, engine));
-        let early = guess.map(load).transpose();
-        let joined = tokenizer.join();
-        let (tokenizer, time) = joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // The tokenizer stays on this thread: it allocates hundreds of thousands of words, and
+        // glibc's heap of any other thread grows by a page at a time.
+        let early = scope.spawn(|| guess.map(load).transpose());
+        let start = Instant::now();
+        let tokenizer = super::tokenizer_of(model);
+        let time = start.elapsed();
+        let joined = early.join();
+        let early = joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let tokenizer = tokenizer?;
         Ok((early?, tokenizer, time))
     })
