@@ -340,7 +340,7 @@ impl Qwen3Config {
             "num_hidden_layers": self.num_hidden_layers,
             "num_key_value_heads": self.num_key_value_heads,
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_scaling": self.rope.yarn.as_ref().map(YarnConfig::to_value),
+            "rope_scaling": self.rope.yarn.as_ref().map(|yarn| yarn.to_value(self.max_position_embeddings)),
             "rope_theta": self.rope.rope_theta,
             "sliding_window": null,
             "tie_word_embeddings": self.tie_word_embeddings,
@@ -399,8 +399,10 @@ impl YarnConfig {
     }
 
     /// The object under `rope_scaling`. `truncate` is younger than the other keys, so it
-    /// appears only where it is not the default.
-    fn to_value(&self) -> Value {
+    /// appears only where it is not the default. Nor does the original length where it is
+    /// `max_positions`, its default: some versions of transformers take their quotient for
+    /// the factor as soon as it is there.
+    fn to_value(&self, max_positions: usize) -> Value {
         let mut map = Map::new();
         if let Some(factor) = self.attention_factor {
             map.insert("attention_factor".to_owned(), factor.into());
@@ -409,10 +411,10 @@ impl YarnConfig {
         map.insert("beta_slow".to_owned(), self.beta_slow.into());
         map.insert("factor".to_owned(), self.factor.into());
         let original = self.original_max_position_embeddings;
-        map.insert(
-            "original_max_position_embeddings".to_owned(),
-            original.into(),
-        );
+        if original != max_positions {
+            let key = "original_max_position_embeddings".to_owned();
+            map.insert(key, original.into());
+        }
         map.insert("rope_type".to_owned(), "yarn".into());
         if !self.truncate {
             map.insert("truncate".to_owned(), false.into());

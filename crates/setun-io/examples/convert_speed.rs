@@ -12,6 +12,7 @@ use setun_io::{
     convert, export_huggingface,
 };
 use setun_ternary::{Numerics, ScaleRule, project_group};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -158,7 +159,12 @@ fn report(
     for _ in 0..3 {
         projection.push(projection_seconds(num_weights));
         let start = Instant::now();
-        convert(&model, &out, &options, &mut |_, _| {})?;
+        convert(
+            &model,
+            &out,
+            &options,
+            &mut |_, _| ControlFlow::Continue(()),
+        )?;
         seconds.push(start.elapsed().as_secs_f64());
         match format.is_file() {
             true => std::fs::remove_file(&out)?,

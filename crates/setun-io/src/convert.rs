@@ -9,7 +9,7 @@ use crate::export::{
     DirectoryKind, ExportDtype, GgufWeights, MAX_SHARD_BYTES, ModelFiles, write_directory,
     write_gguf,
 };
-use crate::source::{Counted, Projected, Streamed, Widened};
+use crate::source::{Counted, Progress, Projected, Streamed, Widened};
 use crate::weights::BLOCK_WEIGHTS;
 use crate::{IoError, OpenModel, TensorSource};
 use setun_formats::config::{ParameterInfo, Qwen3Config};
@@ -184,7 +184,7 @@ pub struct ConvertSummary {
 }
 
 /// Writes `model` to `out`, which must not exist yet. `progress` is told the weights that
-/// are done and their total.
+/// are done and their total, and may end the work, which then leaves nothing behind.
 ///
 /// Weights whose values are ternary are recognised and pass without a projection, with
 /// their exact scales. Memory stays within a few blocks of rows and the scales of one
@@ -197,7 +197,7 @@ pub fn convert(
     model: &OpenModel,
     out: &Path,
     options: &ConvertOptions,
-    progress: &mut dyn FnMut(u64, u64),
+    progress: &mut Progress<'_>,
 ) -> Result<ConvertSummary, IoError> {
     let mut notes = Vec::new();
     let recognised = recognise(model, options, &mut notes)?;

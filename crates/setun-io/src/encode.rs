@@ -2,6 +2,7 @@
 //! written as they come, scales follow behind them.
 
 use crate::export::ExportDtype;
+use crate::hash::canonical_scales;
 use crate::layout::{bad_scale, negative_or_infinite};
 use crate::regroup::regroup;
 use crate::{IoError, Matrix, TensorSource, TernaryHasher};
@@ -310,10 +311,14 @@ impl<'a> Encoder<'a> {
                     false => negative_or_infinite(&matrix, first),
                 };
                 if let Some(problem) = problem {
-                    return Err(IoError::Refused(format!("{name} {problem}")));
+                    let remedy = match negative_or_infinite(&matrix, first) {
+                        None => "; GGUF's ternary types and mlx can hold it",
+                        Some(_) => "",
+                    };
+                    return Err(IoError::Refused(format!("{name} {problem}{remedy}")));
                 }
                 hasher.trits(&matrix.trits);
-                scales.extend_from_slice(&matrix.scales);
+                scales.extend(canonical_scales(&matrix));
                 each(first, matrix)
             })?;
         if num_rows != rows {

@@ -70,6 +70,9 @@ pub enum IoError {
     /// An output refused; [`IoError::file`] adds its name.
     #[error("cannot write: {0}")]
     Stream(#[source] io::Error),
+    /// The caller ended the work.
+    #[error("stopped; nothing was written")]
+    Stopped,
     /// A caller asked for something that cannot be written.
     #[error("{0}")]
     Refused(String),

@@ -56,6 +56,6 @@ pub use inspect::{InspectedFile, InspectedTensor, Inspection, inspect};
 pub use layout::SCALE_FACTOR;
 pub use manifest::{FileEntry, MANIFEST, Manifest, verify_manifest, verify_manifest_with};
 pub use open::{Matrix, ModelKind, OpenModel, Which};
-pub use source::{BlockSink, TensorSource};
+pub use source::{BlockSink, Progress, TensorSource};
 pub use tensor_file::TensorFile;
 pub use verify::{ModelReport, TensorReport, VerifyReport, verify};

@@ -8,6 +8,7 @@ use setun_formats::config::ParameterInfo;
 use setun_formats::packed::TernaryInfo;
 use setun_ternary::PackedMatrix;
 use std::cell::RefCell;
+use std::ops::ControlFlow;
 
 /// Takes the next rows of a matrix, which begin at the given row.
 pub type BlockSink<'a> = dyn FnMut(usize, Matrix) -> Result<(), IoError> + 'a;
@@ -187,6 +188,9 @@ impl TensorSource for Widened<'_> {
     }
 }
 
+/// Takes the weights that are done and their total, and says whether to go on.
+pub type Progress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
+
 /// Counts the weights that pass.
 pub(crate) struct Counted<'a, 'p> {
     pub(crate) source: &'a dyn TensorSource,
@@ -194,15 +198,18 @@ pub(crate) struct Counted<'a, 'p> {
     pub(crate) done: RefCell<u64>,
     /// Weights of the model.
     pub(crate) total: u64,
-    /// Is told both.
-    pub(crate) progress: RefCell<&'p mut dyn FnMut(u64, u64)>,
+    /// Is told both, and may end the work.
+    pub(crate) progress: RefCell<&'p mut Progress<'p>>,
 }
 
 impl Counted<'_, '_> {
-    fn count(&self, num_weights: u64) {
+    fn count(&self, num_weights: u64) -> Result<(), IoError> {
         let mut done = self.done.borrow_mut();
         *done += num_weights;
-        (self.progress.borrow_mut())(*done, self.total);
+        match (self.progress.borrow_mut())(*done, self.total) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(IoError::Stopped),
+        }
     }
 }
 
@@ -213,7 +220,7 @@ impl TensorSource for Counted<'_, '_> {
 
     fn norm(&self, name: &str) -> Result<Vec<f32>, IoError> {
         let norm = self.source.norm(name)?;
-        self.count(norm.len() as u64);
+        self.count(norm.len() as u64)?;
         Ok(norm)
     }
 
@@ -228,8 +235,7 @@ impl TensorSource for Counted<'_, '_> {
                 Matrix::Ternary(matrix) => matrix.rows as u64 * matrix.cols as u64,
             };
             each(first, matrix)?;
-            self.count(num_weights);
-            Ok(())
+            self.count(num_weights)
         })
     }
 }

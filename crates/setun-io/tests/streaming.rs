@@ -11,6 +11,7 @@ use setun_io::{
     export_huggingface,
 };
 use setun_ternary::{Numerics, ScaleRule};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 /// A vocabulary that makes the embedding by far the largest matrix.
@@ -97,7 +98,13 @@ fn memory_does_not_grow_with_the_matrix() {
         };
         let held = peak_bytes(|| {
             let model = OpenModel::open(&input).unwrap();
-            convert(&model, &out, &options, &mut |_, _| {}).unwrap();
+            convert(
+                &model,
+                &out,
+                &options,
+                &mut |_, _| ControlFlow::Continue(()),
+            )
+            .unwrap();
         });
         // Buffers of a writer and a reader, the scales of the embedding (three copies of
         // 160 kB), a few blocks of 64 kB; the matrix itself has 40 MB.

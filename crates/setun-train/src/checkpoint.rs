@@ -22,6 +22,13 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// The step with the best held-out loss until the checkpoint in `dir`, as far as it says.
+pub fn best_step(dir: &Path) -> Option<u64> {
+    let text = std::fs::read(dir.join("state.json")).ok()?;
+    let state: serde_json::Value = serde_json::from_slice(&text).ok()?;
+    state["best"][0].as_u64()
+}
+
 /// `state.json`: what is not derivable from settings and step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainState {

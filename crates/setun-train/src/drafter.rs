@@ -156,9 +156,12 @@ pub fn train_drafter(
     let header = header(&mut settings, &model)?;
     let settings = &settings;
     let prepared = prepare::prepare(settings, Some(&model), &parent, observer)?;
-    let texts = Texts::write(settings, &model, &prepared, options.isa, observer)?;
+    let texts = Texts::write(settings, &model, &prepared, options, observer)?;
     let mut trainer = DrafterTrainer::new(settings, &model, &header, options)?;
     trainer.train(&texts, options, observer)?;
+    if trainer.step == 0 {
+        return Err(stopped());
+    }
     let losses = trainer.evaluate(&texts.valid);
     let path = export_drafter(&parent, &header, &trainer.source()?)?;
     let steps = trainer.step;
@@ -174,6 +177,10 @@ pub fn train_drafter(
 }
 
 /// What the file of the drafter will say.
+fn stopped() -> TrainError {
+    TrainError::refused("stopped before the first step; there is no drafter".to_owned())
+}
+
 fn header(settings: &mut Settings, model: &OpenModel) -> Result<DrafterHeader, TrainError> {
     let (seq_len, c) = (settings.train.seq_len, model.config());
     settings.drafter.resolve(seq_len, c.num_hidden_layers);

@@ -21,6 +21,7 @@ use setun_io::{
     ConvertOptions, FileOps, Format, IoError, OpenModel, RealOps, VerifyReport, convert, verify,
     write_atomic, write_atomic_with,
 };
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 /// Bytes of training text that samples are compared with.
@@ -103,7 +104,9 @@ impl Finish {
                 allow_lossy: model.ternary().is_none(),
                 ..ConvertOptions::new(format)
             };
-            convert(model, &target, &options, &mut |_, _| {})?;
+            convert(model, &target, &options, &mut |_, _| {
+                ControlFlow::Continue(())
+            })?;
             files.push(self.model_file(&target)?);
         }
         if files.is_empty() {
@@ -125,7 +128,7 @@ impl Finish {
     }
 
     /// Continuations of the beginnings of held-out documents.
-    fn samples(&self, model: &OpenModel) -> Result<Vec<Sample>, TrainError> {
+    fn samples(&mut self, model: &OpenModel) -> Result<Vec<Sample>, TrainError> {
         let s = &self.settings.sample;
         let valid = self.evaluator.windows().tokens();
         let prompts = document_beginnings(valid, s.prompts, s.prompt_tokens)?;
@@ -147,7 +150,8 @@ impl Finish {
             end_tokens,
             max_tokens: s.max_tokens,
         };
-        let training = training_text(self.batches.tokens(), &self.tokenizer)?;
+        let (training, compared) = training_text(self.batches.tokens(), &self.tokenizer)?;
+        self.record.compared_bytes = compared;
         let decoding = format!(
             "temperature {}, top-k {}, top-p {}",
             s.temperature, s.top_k, s.top_p
@@ -219,8 +223,11 @@ fn spread(places: &[u64], count: usize) -> impl Iterator<Item = u64> {
     (0..count).map(move |i| places[i * places.len() / count])
 }
 
-/// The training documents as text again, up to a limit.
-fn training_text(tokens: &TokenSet, tokenizer: &Tokenizer) -> Result<Vec<String>, TrainError> {
+/// The training documents as text again, up to a limit, and their bytes if there is more.
+fn training_text(
+    tokens: &TokenSet,
+    tokenizer: &Tokenizer,
+) -> Result<(Vec<String>, Option<u64>), TrainError> {
     let starts = tokens.document_starts();
     let (mut texts, mut bytes) = (Vec::new(), 0);
     for (i, &start) in starts.iter().enumerate() {
@@ -230,11 +237,11 @@ fn training_text(tokens: &TokenSet, tokenizer: &Tokenizer) -> Result<Vec<String>
         let text = tokenizer.decode(&ids);
         bytes += text.len();
         texts.push(text);
-        if bytes >= COMPARED_BYTES {
-            break;
+        if bytes >= COMPARED_BYTES && i + 1 < starts.len() {
+            return Ok((texts, Some(bytes as u64)));
         }
     }
-    Ok(texts)
+    Ok((texts, None))
 }
 
 /// Builds the report and writes `report.json` and `report.html`.

@@ -3,8 +3,8 @@
 use crate::TrainError;
 use crate::checkpoint::DataIdentity;
 use crate::data::{
-    Baselines, Batches, ChatOptions, Corpus, DocumentOptions, EvalWindows, Overlap, Split,
-    TokenSet, expand_sources, load_documents_with,
+    Baselines, Batches, ChatOptions, Corpus, DataFormat, DocumentOptions, EvalWindows, Overlap,
+    Split, TokenSet, expand_sources, load_documents_with,
 };
 use crate::report::record::{Baseline, DataFacts, DuplicatePair, Duplicates};
 use crate::run::Observer;
@@ -207,7 +207,7 @@ fn from_text(
     observer: &mut dyn Observer,
 ) -> Result<Sides, TrainError> {
     let given = given_tokenizer(settings, init)?;
-    let chat = ChatOptions::new(settings.data.format, chat_template(init)?, given.as_ref());
+    let chat = chat_options(settings.data.format, init, given.as_ref())?;
     let (corpus, split, facts) = split_corpus(settings, &chat)?;
     let tokenizer = match given {
         Some(tokenizer) => tokenizer,
@@ -234,16 +234,25 @@ fn from_text(
     })
 }
 
-/// The chat template of the model that training starts from, or the built-in one.
-fn chat_template(init: Option<&OpenModel>) -> Result<ChatTemplate, TrainError> {
-    let Some(init) = init else {
-        return Ok(ChatTemplate::ChatMl);
+/// How conversations become text for `model`: with its chat template, or the built-in one.
+///
+/// # Errors
+/// A template that cannot be read or used.
+pub fn chat_options(
+    format: DataFormat,
+    model: Option<&OpenModel>,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<ChatOptions, TrainError> {
+    let own = model.map(OpenModel::chat_template).transpose()?.flatten();
+    let template = match (own, model) {
+        (Some(source), Some(model)) => {
+            let template = ChatTemplate::from_text(&source, ChatLimits::default());
+            template
+                .map_err(|e| TrainError::refused(format!("{}: {e}", model.directory().display())))?
+        }
+        _ => ChatTemplate::ChatMl,
     };
-    let Some(source) = init.chat_template()? else {
-        return Ok(ChatTemplate::ChatMl);
-    };
-    let template = ChatTemplate::from_text(&source, ChatLimits::default());
-    template.map_err(|e| TrainError::refused(format!("{}: {e}", init.directory().display())))
+    Ok(ChatOptions::new(format, template, tokenizer))
 }
 
 /// Documents, split before anything else, with what was found about them.

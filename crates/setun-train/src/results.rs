@@ -85,7 +85,7 @@ impl RunResults {
     }
 
     /// Whether a loss in nats per token means the same in both: equal held-out tokens of
-    /// equal tokenizers.
+    /// equal tokenizers, each with as much text before it.
     pub fn same_held_out(&self, other: &Self) -> bool {
         let (a, b) = (&self.record.data, &other.record.data);
         // Records of earlier versions do not name the tokenizer.
@@ -93,7 +93,17 @@ impl RunResults {
         a.valid_hash == b.valid_hash
             && a.valid_tokens == b.valid_tokens
             && a.vocab_size == b.vocab_size
+            && self.windows() == other.windows()
             && (!known || a.tokenizer_hash == b.tokenizer_hash)
+    }
+
+    /// The settings that say which tokens before it a held-out token sees.
+    fn windows(&self) -> [&serde_json::Value; 2] {
+        let settings = &self.record.settings;
+        [
+            &settings["train"]["seq_len"],
+            &settings["data"]["document_mask"],
+        ]
     }
 
     /// Last held-out loss over the best one: above 1 after overfitting.

@@ -12,8 +12,8 @@ use crate::models::{
 use crate::prepare::{self, Prepared};
 use crate::profile::{PROFILE_FILE, Profiled};
 use crate::report::record::{
-    EarlyStop, EvalRecord, MemoryFacts, MemoryRow, Metric, ModelFacts, ProjectionCost, RunRecord,
-    StepRecord, TernaryRecord,
+    EarlyStop, EvalRecord, MemoryFacts, MemoryRow, Metric, ModelFacts, RunRecord, StepRecord,
+    TernaryRecord,
 };
 use crate::settings::{SETTINGS_FILE, Settings};
 use crate::trainer::{Layout, StepOutcome, Trainer};
@@ -25,7 +25,7 @@ use setun_io::{
     FileOps, IoError, OpenModel, RealOps, RunLock, Which, checkpoints, newest_valid_checkpoint,
     write_atomic_with,
 };
-use setun_model::{Form, Parameters, is_embedding};
+use setun_model::{Parameters, is_embedding};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,6 +33,7 @@ use std::time::Instant;
 
 mod recovery;
 mod saving;
+mod start;
 
 use saving::PendingSave;
 
@@ -358,54 +359,6 @@ impl Session {
         self.write_record()?;
         // The end of the earlier session may have come between a checkpoint and this file.
         self.write_best(self.state.best)
-    }
-
-    /// Sets the first weights: random, or those of another model.
-    fn initialize(
-        &mut self,
-        init: Option<&OpenModel>,
-        observer: &mut dyn Observer,
-    ) -> Result<(), TrainError> {
-        let parameters = &self.trainer.model.parameters;
-        let m = &self.settings.model;
-        match init {
-            None => {
-                let layers = 2.0 * m.num_hidden_layers as f64;
-                let scale = if m.init_depth_scale {
-                    layers.sqrt().recip()
-                } else {
-                    1.0
-                };
-                let seed = self.settings.run.seed;
-                parameters.initialize(&mut self.trainer.backend, seed, m.init_std, scale)?;
-            }
-            Some(model) => load_parameters(model, parameters, &mut self.trainer.backend)?,
-        }
-        self.trainer.project()?;
-        // Random weights have no quality to lose.
-        let dense = init.is_some_and(|model| model.ternary().is_none());
-        if dense && self.settings.model.ternary {
-            self.measure_projection(observer)?;
-        }
-        Ok(())
-    }
-
-    /// Notes the held-out loss of the dense model and of its projection.
-    fn measure_projection(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
-        let trainer = &mut self.trainer;
-        trainer.model.parameters.set_form(Form::Latent);
-        let before = self.evaluator.run(&mut trainer.backend, &trainer.model)?;
-        trainer.model.parameters.set_form(Form::Ternary);
-        let after = self.evaluator.run(&mut trainer.backend, &trainer.model)?;
-        observer.message(&format!(
-            "held-out loss before projection {:.4}, after it {:.4} ({:.4} and {:.4} bits per byte)",
-            before.loss, after.loss, before.bits_per_byte, after.bits_per_byte
-        ));
-        self.record.projection = Some(ProjectionCost {
-            before: before.loss,
-            after: after.loss,
-        });
-        self.write_record()
     }
 
     /// Steps, evaluations and checkpoints; true if the user stopped it.
@@ -777,6 +730,7 @@ fn new_record(
         files: Vec::new(),
         results: None,
         samples: Vec::new(),
+        compared_bytes: None,
         early_stop: None,
         projection: None,
     }

@@ -10,7 +10,10 @@ use crate::{CommandResult, Outcome, WrongUsage};
 use setun_backend::Isa;
 use setun_formats::Tokenizer;
 use setun_io::{OpenModel, Which, write_atomic};
-use setun_train::data::{TokenSet, load_documents};
+use setun_train::data::{
+    ChatOptions, DataFormat, DocumentOptions, TokenSet, load_documents, load_documents_with,
+};
+use setun_train::prepare::chat_options;
 use setun_train::report::Report;
 use setun_train::run::{Observer, RunEnd, RunOptions};
 use setun_train::settings::Settings;
@@ -51,7 +54,7 @@ pub fn train(args: TrainArgs, environment: &Environment) -> CommandResult {
     if args.dry_run {
         return print_plan(settings);
     }
-    let stop = stop_on_signal()?;
+    let stop = stop_on_signal(AFTER_STEP)?;
     let options = RunOptions {
         resume: args.resume.as_deref(),
         profile: args.profile,
@@ -85,7 +88,7 @@ pub fn train(args: TrainArgs, environment: &Environment) -> CommandResult {
 /// `setun train --drafter-for`
 fn train_drafter(target: &Path, args: &TrainArgs, environment: &Environment) -> CommandResult {
     let settings = drafter::drafter_settings(target, &args.overrides)?;
-    let stop = stop_on_signal()?;
+    let stop = stop_on_signal(AFTER_STEP)?;
     let options = RunOptions::new(isa(environment)?, &stop);
     let mut console = Console::new();
     let trained = drafter::train_drafter(settings, target, &options, &mut console);
@@ -183,18 +186,19 @@ fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// A flag that the first interrupt sets; the second one ends the process at once, which
+/// The answer to the first interrupt of a training.
+const AFTER_STEP: &str = "stopping after this step; once more to stop at once";
+
+/// A flag that the first interrupt sets, which is answered; the second one ends the process at once, which
 /// loses no committed checkpoint.
-fn stop_on_signal() -> Result<Arc<AtomicBool>, Box<dyn Error>> {
+fn stop_on_signal(answer: &'static str) -> Result<Arc<AtomicBool>, Box<dyn Error>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
     ctrlc::set_handler(move || {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        console::tell(format_args!(
-            "stopping after this step; once more to stop at once"
-        ));
+        console::tell(format_args!("{answer}"));
     })?;
     Ok(stop)
 }
@@ -235,7 +239,8 @@ pub fn eval(args: EvalArgs, environment: &Environment) -> CommandResult {
         ));
     }
     let tokenizer = tokenizer_of(&model)?;
-    let tokens = read_tokens(&args.data, &args.documents, &tokenizer, None)?;
+    let chat = chat_options(DataFormat::Auto, Some(&model), Some(&tokenizer))?;
+    let tokens = read_tokens(&args.data, (&args.documents, &chat), &tokenizer, None)?;
     let options = evaluate::EvalOptions {
         seq_len,
         batch_size: args.batch_size,
@@ -298,13 +303,17 @@ fn settings_of(path: &Path) -> Option<Settings> {
 
 /// `setun tokenize`
 pub fn tokenize(args: TokenizeArgs, _: &Environment) -> CommandResult {
-    let tokenizer = match &args.tokenizer {
-        TokenizerSource::File(path) => tokenizer_file(path)?,
-        TokenizerSource::Model(path) => tokenizer_of(&OpenModel::open(path)?)?,
+    let (tokenizer, model) = match &args.tokenizer {
+        TokenizerSource::File(path) => (tokenizer_file(path)?, None),
+        TokenizerSource::Model(path) => {
+            let model = OpenModel::open(path)?;
+            (tokenizer_of(&model)?, Some(model))
+        }
     };
     let folder = args.output.parent().filter(|p| !p.as_os_str().is_empty());
     let spill = Some(folder.unwrap_or(Path::new(".")));
-    let tokens = read_tokens(&args.sources, &args.documents, &tokenizer, spill)?;
+    let chat = chat_options(DataFormat::Auto, model.as_ref(), Some(&tokenizer))?;
+    let tokens = read_tokens(&args.sources, (&args.documents, &chat), &tokenizer, spill)?;
     tokens.save(&args.output)?;
     say!(
         "{}: {} tokens from {} documents, {} bytes of text",
@@ -320,7 +329,7 @@ pub fn tokenize(args: TokenizeArgs, _: &Environment) -> CommandResult {
 /// without a name in `spill`.
 fn read_tokens(
     sources: &[PathBuf],
-    documents: &setun_train::data::DocumentOptions,
+    (documents, chat): (&DocumentOptions, &ChatOptions),
     tokenizer: &Tokenizer,
     spill: Option<&Path>,
 ) -> Result<TokenSet, Box<dyn Error>> {
@@ -335,7 +344,7 @@ fn read_tokens(
         .iter()
         .map(|p| p.to_string_lossy().into_owned())
         .collect();
-    let corpus = load_documents(&names, Path::new(""), documents)?;
+    let corpus = load_documents_with(&names, Path::new(""), documents, chat)?;
     let all: Vec<usize> = (0..corpus.documents.len()).collect();
     let console = RefCell::new(Console::new());
     let progress = |done, total| console.borrow_mut().progress("tokenizing", done, total, "");
@@ -390,7 +399,10 @@ pub fn tokenizer_show(args: TokenizerShowArgs, _: &Environment) -> CommandResult
 pub fn report(args: ReportArgs, _: &Environment) -> CommandResult {
     let report = finish::report_of_run(&args.run)?;
     print_summary(&args.run, &report)?;
-    Ok(Outcome::Success)
+    Ok(match &report.verification {
+        Some(table) if !table.passed() => Outcome::CheckFailed,
+        _ => Outcome::Success,
+    })
 }
 
 fn open(path: &Path, which: Option<CheckpointChoice>) -> Result<OpenModel, Box<dyn Error>> {

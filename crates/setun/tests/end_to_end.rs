@@ -269,6 +269,16 @@ fn training_from_an_export_starts_where_the_run_ended() {
         assert_eq!(evaluation(&next, 0)["loss"], ended["loss"], "{format}");
         assert_ne!(evaluation(&next, 1)["loss"], ended["loss"], "{format}");
     }
+    // A run has its latent weights, too; a step of next to nothing leaves them alone.
+    let next = scratch.join("again");
+    let mut flags = vec!["--init", run.to_str().unwrap(), "--train.lr", "1e-30"];
+    flags.extend(data);
+    flags.extend(["--train.steps", "1", "--train.warmup_steps", "0"]);
+    finish(&mut training(&next, &corpus, &flags)).ok();
+    assert_eq!(evaluation(&next, 0)["loss"], ended["loss"]);
+    let latents = |run: &Path, step| fs::read(checkpoint(run, step).join("latents.safetensors"));
+    let best = best["step"].as_u64().unwrap();
+    assert!(latents(&next, 1).unwrap() == latents(&run, best).unwrap());
 }
 
 #[test]

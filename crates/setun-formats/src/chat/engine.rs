@@ -8,6 +8,7 @@ use minijinja::machinery::{CodeGenerator, Instructions, eval, make_string_output
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Tuple, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
@@ -143,6 +144,19 @@ fn environment<'e>(meter: &Arc<Meter>, clock: Option<Clock>) -> Environment<'e> 
         m.replace(&text, &old, &new, None)
     });
     let m = Arc::clone(meter);
+    environment.add_filter(
+        "trim",
+        move |text: Cow<'_, str>, chars: Option<Cow<'_, str>>| {
+            let chars: Option<Vec<char>> = chars.map(|chars| chars.chars().collect());
+            m.read(text.len(), chars.as_ref().map_or(0, Vec::len))?;
+            let left = match &chars {
+                None => text.trim(),
+                Some(chars) => text.trim_matches(&chars[..]),
+            };
+            Ok::<String, Error>(left.to_owned())
+        },
+    );
+    let m = Arc::clone(meter);
     environment.add_filter("tojson", move |value: Value, options: Kwargs| {
         m.to_json(&value, &options)
     });
@@ -234,6 +248,13 @@ impl Meter {
         }
     }
 
+    /// Counts the reading of a text of `len` bytes, each of which is compared with
+    /// `compared` others.
+    fn read(&self, len: usize, compared: usize) -> Result<(), Error> {
+        // Reading is cheap beside an instruction.
+        self.spend(len.saturating_mul(1 + compared) / 16)
+    }
+
     /// `write` into a text that stays within the limit of a value.
     fn limited(
         &self,
@@ -292,8 +313,9 @@ impl Meter {
         room: &mut usize,
         stores: bool,
     ) -> Result<Option<Value>, Error> {
-        self.spend(1)?;
         let size = 1 + value.as_str().map_or(0, str::len);
+        self.spend(1)?;
+        self.read(size, 0)?;
         *room = room
             .checked_sub(size)
             .ok_or_else(|| self.stop(Stop::Output))?;
@@ -434,6 +456,12 @@ impl Meter {
         args: &[Value],
     ) -> Result<Value, Error> {
         let is_text = value.as_str().is_some();
+        let len = |value: &Value| value.as_str().map_or(0, str::len);
+        let compared = match method {
+            "strip" | "lstrip" | "rstrip" => args.first().map_or(0, len),
+            _ => 0,
+        };
+        self.read(len(value), compared)?;
         match (method, args) {
             ("join", [list]) if is_text => self.join(list, value),
             ("replace", [old, new]) if is_text => self.replace(value, old, new, None),

@@ -262,3 +262,24 @@ fn the_built_in_format_is_that_of_qwen3() {
         assert_eq!(text.as_ref(), Ok(&case.text), "{}", case.name);
     }
 }
+
+/// Each character of one text against each of the other, in a single instruction.
+#[test]
+fn long_sets_of_characters_cannot_hold_a_program_up() {
+    for trim in ["ns.a.strip(ns.b)", "ns.a.rstrip(ns.b)", "ns.a|trim(ns.b)"] {
+        let source = format!(
+            "{{% set ns = namespace(a='aaaaaaaa', b='bbbbbbb') %}}{{% for i in range(17) %}}\
+             {{% set ns.a = ns.a ~ ns.a %}}{{% set ns.b = ns.b ~ ns.b %}}{{% endfor %}}\
+             {{% set ns.b = ns.b ~ 'a' %}}{{{{ {trim} }}}}"
+        );
+        let template = ChatTemplate::from_text(&source, ChatLimits::default()).unwrap();
+        let result = template.render(&ChatRequest::default());
+        assert!(matches!(result, Err(ChatError::TooLarge { .. })), "{trim}");
+    }
+    let short = "{{ ' xyx '.strip() }}{{ 'xyx'.strip('x') }}{{ '-a-'|trim('-') }}{{ ' b '|trim }}";
+    let template = ChatTemplate::from_text(short, ChatLimits::default()).unwrap();
+    assert_eq!(
+        template.render(&ChatRequest::default()).as_deref(),
+        Ok("xyxyab")
+    );
+}

@@ -111,10 +111,11 @@ impl TokenFile<'_> {
         }
         let refused = |e: tokenizers::Error| TokenizerError::Malformed(cut(&e.to_string()));
         let mut tokenizer = tokenizers::Tokenizer::new(self.model.into_model()?);
-        let normalizer: Option<NormalizerWrapper> = step(self.normalizer)?;
+        let normalizer: Option<NormalizerWrapper> = step("normalizer", self.normalizer)?;
         tokenizer.with_normalizer(normalizer).map_err(refused)?;
-        tokenizer.with_pre_tokenizer(step::<PreTokenizerWrapper>(self.pre_tokenizer)?);
-        tokenizer.with_decoder(step::<DecoderWrapper>(self.decoder)?);
+        let before: Option<PreTokenizerWrapper> = step("pre_tokenizer", self.pre_tokenizer)?;
+        tokenizer.with_pre_tokenizer(before);
+        tokenizer.with_decoder(step::<DecoderWrapper>("decoder", self.decoder)?);
         let added = self.added_tokens.iter().map(|added| added.token.clone());
         tokenizer.add_tokens(added).map_err(refused)?;
         for NumberedToken { id: found, token } in self.added_tokens {
@@ -323,7 +324,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Merge<'a> {
 /// Only what leaves text as it is, up to its Unicode normal form. Others lose text (lower
 /// case, stripping, removed delimiters), and some panic over bad tables.
 fn check_steps(file: &TokenFile<'_>) -> Result<(), TokenizerError> {
-    let mut rest: Vec<Part> = step(file.normalizer)?.into_iter().collect();
+    let mut rest: Vec<Part> = step("normalizer", file.normalizer)?.into_iter().collect();
     while let Some(part) = rest.pop() {
         match part.kind() {
             "NFC" | "NFD" | "NFKC" | "NFKD" => {}
@@ -331,7 +332,7 @@ fn check_steps(file: &TokenFile<'_>) -> Result<(), TokenizerError> {
             other => return unsupported("normalizer", quoted(other), "NFC"),
         }
     }
-    rest.extend(step::<Part>(file.pre_tokenizer)?);
+    rest.extend(step::<Part>("pre_tokenizer", file.pre_tokenizer)?);
     while let Some(part) = rest.pop() {
         let removes = part.behavior.as_deref() == Some("Removed");
         match part.kind() {
@@ -344,7 +345,7 @@ fn check_steps(file: &TokenFile<'_>) -> Result<(), TokenizerError> {
             other => return unsupported("pre_tokenizer", quoted(other), "Split and ByteLevel"),
         }
     }
-    match step::<Part>(file.decoder)? {
+    match step::<Part>("decoder", file.decoder)? {
         Some(part) if part.kind() != "ByteLevel" => {
             unsupported("decoder", quoted(part.kind()), "ByteLevel")
         }

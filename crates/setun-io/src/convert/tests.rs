@@ -6,6 +6,7 @@ use crate::fixture::{Dense, EMBED, HEAD, Scratch, Tiny};
 use crate::{Matrix, ModelKind, export_huggingface, export_packed, inspect, verify};
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::ControlFlow;
 
 const TEXT: &str = "the quick dog jumps over the lazy fox";
 
@@ -20,7 +21,9 @@ fn to(scratch: &Scratch, name: &str, format: Format) -> PathBuf {
 }
 
 fn run(path: &Path, out: &Path, options: &ConvertOptions) -> Result<ConvertSummary, IoError> {
-    convert(&OpenModel::open(path)?, out, options, &mut |_, _| {})
+    convert(&OpenModel::open(path)?, out, options, &mut |_, _| {
+        ControlFlow::Continue(())
+    })
 }
 
 fn start(scratch: &Scratch, tiny: &Tiny) -> PathBuf {
@@ -508,6 +511,7 @@ fn blocks_of_rows_stay_small_and_the_result_does_not_depend_on_them() {
                 assert!(done > last && done <= total);
                 assert!(done - last <= (block_weights as u64).max(256));
                 (last, steps) = (done, steps + 1);
+                ControlFlow::Continue(())
             })
             .unwrap();
             assert_eq!(last, tiny.config().num_parameters());

@@ -6,6 +6,7 @@ use crate::{ConvertOptions, ExportDtype, Format, Matrix, OpenModel, convert, exp
 use serde_json::json;
 use setun_formats::tensors::{TensorInfo, write_header};
 use std::fs;
+use std::ops::ControlFlow;
 
 fn export(scratch: &Scratch, tiny: &Tiny) -> PathBuf {
     let (config, source) = (tiny.config(), Dense(tiny));
@@ -206,7 +207,13 @@ fn an_index_must_describe_its_shards() {
         max_shard_bytes: 200_000,
         ..ConvertOptions::new(Format::HuggingFace(ExportDtype::F32))
     };
-    convert(&model, &dir, &options, &mut |_, _| {}).unwrap();
+    convert(
+        &model,
+        &dir,
+        &options,
+        &mut |_, _| ControlFlow::Continue(()),
+    )
+    .unwrap();
     let path = dir.join("model.safetensors.index.json");
     let index: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     let with = |name: &str, file: Value| {
@@ -257,7 +264,13 @@ fn quantized_tensors_must_have_the_shapes_of_their_config() {
             ternarize: Some(*tiny.ternary()),
             ..ConvertOptions::new(format)
         };
-        convert(&model, &dir, &options, &mut |_, _| {}).unwrap();
+        convert(
+            &model,
+            &dir,
+            &options,
+            &mut |_, _| ControlFlow::Continue(()),
+        )
+        .unwrap();
         let file = dir.join("model.safetensors");
         let good = fs::read(&file).unwrap();
         rewrite(&file, |tensors| tensors.retain(|t| t.0.name != dropped));

@@ -267,19 +267,19 @@ fn parts() -> Vec<Exhibit> {
         exhibit(
             "bad-pattern",
             "a pattern that does not close",
-            &["line 1"],
+            &["pre_tokenizer"],
             with("/pre_tokenizer", pattern("(a")),
         ),
         exhibit(
             "pattern-bomb",
             "a pattern of 10^9 states",
-            &["line 1"],
+            &["pre_tokenizer"],
             with("/pre_tokenizer", pattern("((a{1000}){1000}){1000}")),
         ),
         exhibit(
             "decoder-number",
             "a way back without a name",
-            &["line 1"],
+            &["decoder", "line 1"],
             with("/decoder", json!({ "type": 7 })),
         ),
         exhibit(

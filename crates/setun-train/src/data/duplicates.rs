@@ -5,9 +5,10 @@
 //! Grams are compared as 64-bit hashes: with 10^6 held-out and 10^8 train grams, the
 //! chance of a single false match is about 5 in 10^6. Only the held-out grams are kept in
 //! memory; the train documents stream past. Documents with fewer than 13 words have no
-//! gram; exact copies among them are found by [`super::Split`].
+//! gram; exact copies among them are found by [`super::Split`]. Of a conversation only the
+//! answers count.
 
-use super::{Corpus, DataError, Split, mix64};
+use super::{Corpus, DataError, Split, Text, mix64};
 use std::iter;
 
 /// Words in a gram.
@@ -35,13 +36,13 @@ impl Overlap {
         let (mut hasher, mut reader) = (GramHasher::default(), corpus.reader());
         let mut grams = Vec::new();
         for &document in &split.valid {
-            hasher.for_each(&reader.read(document)?.text, |gram| grams.push(gram));
+            hasher.learned(&reader.read(document)?, |gram| grams.push(gram));
         }
         let mut known = GramTable::new(grams);
         let mut train_documents = Vec::new();
         for &document in &split.train {
             let mut num_shared = 0usize;
-            hasher.for_each(&reader.read(document)?.text, |gram| {
+            hasher.learned(&reader.read(document)?, |gram| {
                 num_shared += usize::from(known.mark(gram));
             });
             if num_shared > 0 {
@@ -50,7 +51,7 @@ impl Overlap {
         }
         let share = |&document: &usize| {
             let (mut num_grams, mut num_seen) = (0usize, 0usize);
-            hasher.for_each(&reader.read(document)?.text, |gram| {
+            hasher.learned(&reader.read(document)?, |gram| {
                 num_grams += 1;
                 num_seen += usize::from(known.is_marked(gram));
             });
@@ -112,10 +113,10 @@ impl Overlap {
         let (mut hasher, mut reader) = (GramHasher::default(), corpus.reader());
         let mut held_out = Vec::new();
         for &document in documents {
-            held_out.push(hasher.distinct(&reader.read(document)?.text));
+            held_out.push(hasher.distinct(&reader.read(document)?));
         }
         for &document in &self.train_documents {
-            let known = hasher.distinct(&reader.read(document)?.text);
+            let known = hasher.distinct(&reader.read(document)?);
             for (grams, nearest) in held_out.iter().zip(&mut nearest) {
                 let is_known = |gram: &&u64| known.binary_search(gram).is_ok();
                 let num_known = grams.iter().filter(is_known).count();
@@ -156,10 +157,23 @@ impl GramHasher {
         }
     }
 
-    /// The different grams of `text`, ascending.
-    fn distinct(&mut self, text: &str) -> Vec<u64> {
+    /// As [`GramHasher::for_each`], for what is learned of `text`: of a conversation each
+    /// answer. What its template writes, and a system prompt, is the same in all.
+    fn learned(&mut self, text: &Text, mut visit: impl FnMut(u64)) {
+        match &text.conversation {
+            None => self.for_each(&text.text, visit),
+            Some(conversation) => {
+                for target in &conversation.targets {
+                    self.for_each(&text.text[target.clone()], &mut visit);
+                }
+            }
+        }
+    }
+
+    /// The different grams of what is learned of `text`, ascending.
+    fn distinct(&mut self, text: &Text) -> Vec<u64> {
         let mut grams = Vec::new();
-        self.for_each(text, |gram| grams.push(gram));
+        self.learned(text, |gram| grams.push(gram));
         grams.sort_unstable();
         grams.dedup();
         grams

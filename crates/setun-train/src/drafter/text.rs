@@ -3,11 +3,11 @@
 use crate::TrainError;
 use crate::data::Permutation;
 use crate::prepare::Prepared;
-use crate::run::Observer;
+use crate::run::{Observer, RunOptions};
 use crate::settings::Settings;
-use setun_backend::Isa;
 use setun_infer::{Engine, EngineOptions, Request, SamplerOptions, StopRules};
 use setun_io::OpenModel;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Texts that the target writes at a time.
 const TOGETHER: usize = 32;
@@ -46,23 +46,24 @@ impl Texts {
     /// Held-out texts are greedy.
     ///
     /// # Errors
-    /// Tokens that cannot be read; a target that cannot run.
+    /// Tokens that cannot be read; a target that cannot run; an interrupt.
     pub fn write(
         settings: &Settings,
         model: &OpenModel,
         prepared: &Prepared,
-        isa: Isa,
+        run: &RunOptions<'_>,
         observer: &mut dyn Observer,
     ) -> Result<Self, TrainError> {
         let (s, seq_len) = (&settings.drafter, settings.train.seq_len);
         let threads = crate::machine::threads(settings.run.threads);
         let options = EngineOptions {
             cache_tokens: Some(TOGETHER * (seq_len + 16)),
-            ..EngineOptions::new(seq_len, threads, isa)
+            ..EngineOptions::new(seq_len, threads, run.isa)
         };
         let mut writer = Writer {
             engine: Engine::load(model, options)?,
             settings,
+            stop: run.stop,
             observer,
         };
         let train = first_windows(s.windows, seq_len, |batch, inputs, targets| {
@@ -121,6 +122,7 @@ fn first_windows(
 struct Writer<'a> {
     engine: Engine,
     settings: &'a Settings,
+    stop: &'a AtomicBool,
     observer: &'a mut dyn Observer,
 }
 
@@ -138,6 +140,9 @@ impl Writer<'_> {
         let total = (windows.len() / len) as u64;
         let mut tokens = Vec::with_capacity(windows.len());
         for group in windows.chunks(TOGETHER * len) {
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(super::stopped());
+            }
             let number = (tokens.len() / len) as u64;
             let requests: Vec<Request> = (number..)
                 .zip(group.chunks(len))

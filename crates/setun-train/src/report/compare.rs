@@ -221,7 +221,8 @@ impl HeadToHead {
             }
             let data = &run.record.data;
             notes.push(format!(
-                "Run {} was judged on other held-out tokens than run 1, or with another tokenizer \
+                "Run {} was judged on other held-out tokens than run 1, in other windows \
+                 (train.seq_len, data.document_mask) or with another tokenizer \
                  ({} tokens of {} bytes against {} of {}): not comparable (n/c) in nats, bits per byte \
                  only, and those only if the text is the same.",
                 index + 1,

@@ -270,6 +270,7 @@ mod demo {
             files: vec![file("export/hf", 6_830_112), file("export/packed", 925_696)],
             results: None,
             samples: samples(),
+            compared_bytes: None,
             early_stop: None,
             projection: None,
         }

@@ -501,14 +501,18 @@ fn samples(notes: &mut Notes, record: &RunRecord) {
         .iter()
         .filter(|sample| sample.match_chars > COPIED_CHARS)
         .count();
+    let first = record.compared_bytes.map_or(String::new(), |bytes| {
+        format!("first {} MiB of the ", bytes >> 20)
+    });
     if copied > 0 {
         notes.warning(format!(
-            "{copied} of {count} samples copy more than {COPIED_CHARS} characters of the training \
-             text, the longest {longest}."
+            "{copied} of {count} samples copy more than {COPIED_CHARS} characters of the \
+             {first}training text, the longest {longest}."
         ));
     } else {
         notes.good(format!(
-            "No sample copies more than {longest} characters in a row from the training text."
+            "No sample copies more than {longest} characters in a row from the {first}training \
+             text."
         ));
     }
     let repetitive = record

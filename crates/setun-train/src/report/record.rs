@@ -399,6 +399,9 @@ pub struct RunRecord {
     /// Continuations of held-out prompts.
     #[serde(default)]
     pub samples: Vec<Sample>,
+    /// Bytes of training text that the samples were compared with; none if it was all.
+    #[serde(default)]
+    pub compared_bytes: Option<u64>,
     /// Why the run ended before its last planned step, if it did.
     #[serde(default)]
     pub early_stop: Option<EarlyStop>,

@@ -214,9 +214,13 @@ impl Session {
     fn retire(&self, step: u64, best: Option<(u64, f64)>) -> Result<(), TrainError> {
         // What a run in trouble goes back to.
         let all = checkpoints(&self.run)?;
-        let anchors = all.iter().map(|c| c.0).filter(|&c| self.is_anchor(c));
-        let best = best.map(|(step, _)| step);
-        let protected: Vec<u64> = best.into_iter().chain(anchors.take(NUM_ANCHORS)).collect();
+        let anchors = all.iter().filter(|c| self.is_anchor(c.0));
+        let mut protected: Vec<u64> = best.into_iter().map(|(step, _)| step).collect();
+        for (anchor, dir) in anchors.take(NUM_ANCHORS) {
+            // With what was best then, which is the best again after going back.
+            protected.extend(checkpoint::best_step(dir));
+            protected.push(*anchor);
+        }
         let retention = Retention {
             keep_last: self.settings.checkpoint.keep.max(1),
             keep_every: self.settings.checkpoint.keep_every,

@@ -6,6 +6,8 @@ use crate::environment::Environment;
 use crate::{CommandResult, Outcome};
 use setun_io::{ConvertOptions, ConvertSummary, convert as convert_model};
 use setun_train::run::Observer;
+use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
 
 /// Weights between two updates of the progress bar.
 const PROGRESS_WEIGHTS: u64 = 1 << 22;
@@ -19,12 +21,17 @@ pub fn convert(args: ConvertArgs, _: &Environment) -> CommandResult {
         max_shard_bytes: args.shard_bytes as u64,
         ..ConvertOptions::new(args.format)
     };
+    let stop = super::stop_on_signal("stopping; once more to stop at once")?;
     let mut console = Console::new();
     let mut shown = 0;
     let summary = convert_model(&model, &args.output, &options, &mut |done, total| {
         if done == total || done - shown >= PROGRESS_WEIGHTS {
             shown = done;
             console.progress("converting", done, total, "weights");
+        }
+        match stop.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         }
     })?;
     drop(console);

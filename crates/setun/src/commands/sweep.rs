@@ -1,6 +1,6 @@
 //! `setun sweep` and `setun compare`.
 
-use super::{isa, stop_on_signal, unwrap_settings};
+use super::{AFTER_STEP, isa, stop_on_signal, unwrap_settings};
 use crate::args::{CompareArgs, SweepArgs};
 use crate::console::{self, Console};
 use crate::environment::Environment;
@@ -9,7 +9,7 @@ use setun_io::write_atomic;
 use setun_train::report::compare::HeadToHead;
 use setun_train::results::RunResults;
 use setun_train::run::RunOptions;
-use setun_train::sweep::Sweep;
+use setun_train::sweep::{Sweep, SweepTable};
 use std::error::Error;
 
 /// `setun sweep`
@@ -20,11 +20,12 @@ pub fn sweep(args: SweepArgs, environment: &Environment) -> CommandResult {
         return Ok(Outcome::Success);
     }
     if args.table {
-        say!("{}", sweep.summarize()?.to_markdown());
-        return Ok(Outcome::Success);
+        let table = sweep.summarize()?;
+        say!("{}", table.to_markdown());
+        return Ok(outcome(&table));
     }
     let isa = isa(environment)?;
-    let stop = stop_on_signal()?;
+    let stop = stop_on_signal(AFTER_STEP)?;
     let mut console = Console::new();
     let end = sweep
         .run(&RunOptions::new(isa, &stop), &mut console)
@@ -35,10 +36,14 @@ pub fn sweep(args: SweepArgs, environment: &Environment) -> CommandResult {
     if end.stopped {
         say!("stopped; the same command goes on");
     }
-    Ok(match end.table.failures.is_empty() {
+    Ok(outcome(&end.table))
+}
+
+fn outcome(table: &SweepTable) -> Outcome {
+    match table.failures.is_empty() {
         true => Outcome::Success,
         false => Outcome::CheckFailed,
-    })
+    }
 }
 
 fn print_plan(sweep: &Sweep) -> Result<(), Box<dyn Error>> {
