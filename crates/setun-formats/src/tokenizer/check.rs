@@ -135,12 +135,15 @@ impl TokenFile<'_> {
     }
 }
 
-/// A step before or behind the model in the type that reads it.
-fn step<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>) -> Result<Option<T>, TokenizerError> {
+/// The step called `name` before or behind the model in the type that reads it.
+fn step<'a, T: Deserialize<'a>>(
+    name: &str,
+    json: Option<&'a RawValue>,
+) -> Result<Option<T>, TokenizerError> {
     let read = json
         .map(|json| serde_json::from_str(json.get()))
         .transpose();
-    read.map_err(|e| TokenizerError::Malformed(cut(&e.to_string())))
+    read.map_err(|e| TokenizerError::Malformed(cut(&format!("{name}: {e}"))))
 }
 
 /// A step before or behind the model; serde_json bounds how deep they nest.
