@@ -192,7 +192,7 @@ pub struct CachedAttention<'a, R> {
     pub out: Buf<R>,
     /// Keys and values.
     pub cache: CacheBuf,
-    /// Sequences.
+    /// Sequences: in ascending order, no row in two.
     pub segments: &'a [CachedSegment<'a>],
     /// Query heads.
     pub num_heads: usize,

@@ -27,7 +27,7 @@ pub struct LayerNormShape {
     pub seq: usize,
     /// Values of a token.
     pub width: usize,
-    /// Added to the variance; positive, so that a constant row has an answer.
+    /// Added to the variance; positive as an f32, so that a constant row has an answer.
     pub eps: f64,
 }
 
@@ -48,7 +48,7 @@ pub enum LayerNormError {
         width: usize,
     },
     /// No number to add to the variance.
-    #[error("layer norm: eps is {0}, but must be positive and finite")]
+    #[error("layer norm: eps is {0}, but must be finite, and positive as an f32")]
     Eps(f64),
     /// A slice has the wrong length.
     #[error("layer norm: {name} has {len} values, but {layout} needs {expected}")]
@@ -72,7 +72,7 @@ impl LayerNormShape {
             width,
             eps,
         } = self;
-        if !(eps > 0.0 && eps.is_finite()) {
+        if !(eps as f32 > 0.0 && eps.is_finite()) {
             return Err(LayerNormError::Eps(eps));
         }
         let rows = batch.checked_mul(seq);

@@ -174,7 +174,7 @@ pub struct Attention<'a, R> {
     pub out: Buf<R>,
     /// `[q rows, num_heads]`: log of the sum of the exponentials, kept for backward.
     pub lse: Buf<R>,
-    /// Who attends to whom.
+    /// Who attends to whom: in ascending order, no row in two.
     pub segments: &'a [Segment],
     /// In place of the causal order.
     pub blocks: Option<DraftBlocks<'a>>,

@@ -196,6 +196,9 @@ pub(crate) fn run(
     kept: &mut Kept,
 ) {
     debug_assert!(rows <= MAX_ROWS || matches!(source, Source::Logits(_)));
+    if rows == 0 {
+        return *kept = Kept::default();
+    }
     let tiles = vocab_size.div_ceil(TILE);
     let none = TileSum { max: 0.0, sum: 0.0 };
     let mut sums = vec![none; tiles * rows];
@@ -450,6 +453,9 @@ mod tests {
             softmax_topk(&pool, Isa::Reference, shape, &[1.0, 2.0], k, (p, ids))
         };
         assert_eq!(call((1, 1, 2), 2), Ok(()));
+        let no_rows = (&mut [][..], &mut [][..]);
+        let none = softmax_topk(&Pool::new(2), Isa::Reference, (0, 1, 1025), &[], 1, no_rows);
+        assert_eq!(none, Ok(()));
         assert!(matches!(call((1, 1, 2), 0), Err(TopKError::Empty { .. })));
         assert!(matches!(
             call((1, 1, 3), 2),

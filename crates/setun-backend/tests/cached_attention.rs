@@ -102,3 +102,34 @@ fn every_machine_gives_the_same_bits() {
         }
     }
 }
+
+/// More query heads share a key head than a task takes.
+#[test]
+fn a_group_of_heads_may_be_wider_than_a_tile() {
+    let case = |num_heads: usize, sizes: [f32; 3]| Case {
+        num_heads,
+        num_kv_heads: 2,
+        head_dim: 256,
+        past: 70,
+        q_len: 2,
+        sizes,
+    };
+    for num_heads in [130, 256, 280] {
+        // Queries of zero see all keys alike, so the heads of a group have one result.
+        let out = attend(&case(num_heads, [0.0, 1.0, 1.0]), (Isa::Reference, 1));
+        for row in out.chunks_exact(256 * num_heads) {
+            let heads: Vec<&[u32]> = row.chunks_exact(256).collect();
+            let (first, second) = heads.split_at(num_heads / 2);
+            assert!(first.iter().all(|head| *head == first[0]));
+            assert!(second.iter().all(|head| *head == second[0]));
+            assert!(first[0] != second[0] && first[0].iter().any(|&bits| bits << 1 != 0));
+        }
+        let expected = attend(&case(num_heads, [1.0; 3]), (Isa::Reference, 1));
+        for machine in machines() {
+            assert!(
+                attend(&case(num_heads, [1.0; 3]), machine) == expected,
+                "{machine:?}"
+            );
+        }
+    }
+}

@@ -95,8 +95,8 @@ impl Active {
 
 impl Engine {
     /// Continues `request`: the same seed, request and options give the same tokens,
-    /// whatever else the engine computes. `on_token` sees each token as it comes, and may end
-    /// the text with it.
+    /// whatever else the engine computes. `on_token` sees each token as it comes, but for one
+    /// of the end tokens of [`StopRules`], and may end the text with it.
     ///
     /// # Errors
     /// What [`step`](Engine::step) and the sampler refuse.

@@ -196,6 +196,9 @@ impl KvTables {
     ///
     /// # Errors
     /// [`KvError::Unknown`]
+    ///
+    /// # Panics
+    /// If position `p` was not reserved.
     pub fn slot(&self, sequence: Sequence, p: usize) -> Result<u32, KvError> {
         let block = self.table(sequence)?.blocks[p / CACHE_BLOCK];
         Ok(block * CACHE_BLOCK as u32 + (p % CACHE_BLOCK) as u32)
@@ -274,6 +277,9 @@ impl KvTables {
     ///
     /// # Errors
     /// [`KvError::Unknown`]
+    ///
+    /// # Panics
+    /// If their positions were not reserved.
     pub fn advance(&mut self, sequence: Sequence, tokens: &[u32]) -> Result<(), KvError> {
         let mut table = self.tables.remove(&sequence).ok_or(KvError::Unknown)?;
         table.tokens.extend_from_slice(tokens);
@@ -289,6 +295,9 @@ impl KvTables {
     /// # Errors
     /// [`KvError::Path`] unless each row is a child of the one before it, the first one of
     /// the past; [`KvError::Unknown`].
+    ///
+    /// # Panics
+    /// If there are fewer tokens than parents, or their positions were not reserved.
     pub fn commit(
         &mut self,
         sequence: Sequence,

@@ -90,6 +90,15 @@ impl CostModel {
         }
     }
 
+    /// As [`predict`](Self::predict), and the longest time seen, or none, while no number of rows
+    /// counts: a guess has no unit that could be held against seconds.
+    fn predict_seconds(&self, rows: usize) -> f64 {
+        if self.times.values().any(Times::count) {
+            return self.predict(rows);
+        }
+        self.times.values().map(|t| t.median).fold(0.0, f64::max)
+    }
+
     fn guess(rows: f64) -> f64 {
         1.0 + PRIOR_SLOPE * (rows - 1.0)
     }
@@ -141,7 +150,8 @@ const LOSS: f64 = 0.02;
 /// Most drafts that wait for the text to go on.
 const MOST_WAITING: usize = 16;
 
-/// Most plain steps until a draft is tried again.
+/// Most plain steps until a draft is tried again, unless it is known to cost so much that more
+/// are needed.
 const LONGEST_PAUSE: f64 = 256.0;
 
 /// Chooses trees that promise the most tokens a second, no tree included.
@@ -268,10 +278,7 @@ impl Planner {
     /// it; all where drafting costs nothing, since nodes can be left out later.
     fn best_depth(&self, most: usize) -> usize {
         let plain = self.cost.predict(1);
-        let drafting = |depth| match self.draft_cost.times.is_empty() {
-            true => 0.0,
-            false => self.draft_cost.predict(depth),
-        };
+        let drafting = |depth| self.draft_cost.predict_seconds(depth);
         if drafting(most) < 0.01 * plain {
             return most;
         }
@@ -348,13 +355,26 @@ impl Planner {
         }
         let depth = cycle.depth.max(1);
         self.draft_cost.observe(depth, cycle.draft_seconds);
+        self.pause = self.pause_after(cycle.tokens.len(), cycle.rows, depth);
+    }
+
+    /// Plain steps until the next draft, behind a cycle of `rows` rows and a draft of `depth`
+    /// from which `tokens` tokens came. Costs are medians, so that a disturbed draft silences
+    /// no drafter for long.
+    fn pause_after(&mut self, tokens: usize, rows: usize, depth: usize) -> usize {
         let plain = self.cost.predict(1);
-        let spent = self.cost.predict(cycle.rows) + cycle.draft_seconds.max(0.0);
-        let saved = cycle.tokens.len() as f64 - spent / plain;
+        let drafting = self.draft_cost.predict_seconds(depth) / plain;
+        let is_sure = self.draft_cost.is_measured(depth);
+        let saved = tokens as f64 - self.cost.predict(rows) / plain - drafting;
         if saved.is_finite() {
-            self.saved += (saved.clamp(-8.0, 8.0) - self.saved) / 8.0;
+            let least = if is_sure { f64::NEG_INFINITY } else { -8.0 };
+            self.saved += (saved.clamp(least, 8.0) - self.saved) / 8.0;
         }
-        self.pause = (-self.saved / LOSS).clamp(0.0, LONGEST_PAUSE) as usize;
+        let longest = match is_sure {
+            true => LONGEST_PAUSE.max(drafting / LOSS),
+            false => LONGEST_PAUSE,
+        };
+        (-self.saved / LOSS).clamp(0.0, longest) as usize
     }
 
     /// Compares drafts with the text as far as that goes. Of a draft that was not verified
@@ -526,16 +546,16 @@ mod tests {
         assert!(time < 0.25, "{time} of the plain time");
     }
 
-    /// A drafter that takes as long as the target and is never right is asked now and then.
-    #[test]
-    fn a_slow_drafter_that_is_wrong_is_asked_seldom() {
+    /// Number of drafts and seconds lost in `steps` steps of a millisecond with a drafter that
+    /// takes `seconds(depth)` and is never right.
+    fn wrong_drafts(steps: usize, seconds: impl Fn(usize) -> f64) -> (usize, f64) {
         let (mut planner, _) = planner(0.1);
         let draft = Draft::guesses(DraftTree::chain(&[1, 2, 3]));
         let (mut asked, mut lost) = (0, 0.0);
-        for _ in 0..2000 {
+        for _ in 0..steps {
             let budget = planner.budget(all());
             let draft = (!budget.is_empty()).then_some(&draft);
-            let seconds = 1e-3 * budget.depth as f64;
+            let seconds = seconds(budget.depth);
             let choose = |d| planner.choose(d, seconds);
             let kept = draft.map_or(0, |d| choose(d).iter().filter(|&&c| c).count());
             if draft.is_some() {
@@ -551,11 +571,37 @@ mod tests {
                 tokens: &[9],
             });
         }
-        assert!(asked > 5, "{asked}");
+        (asked, lost)
+    }
+
+    #[test]
+    fn a_slow_drafter_that_is_wrong_is_asked_seldom() {
+        // As slow as the target, for each token.
+        let (asked, lost) = wrong_drafts(2000, |depth| 1e-3 * depth as f64);
+        assert!(asked > 5 && lost < 0.05 * 2.0, "{lost} s in {asked} drafts");
+        // It reads first what came since it was asked: thirty steps and more each time.
+        let (asked, lost) = wrong_drafts(20_000, |_| 30e-3);
         assert!(
-            lost < 0.05 * 2.0,
-            "{lost} of 2 seconds lost in {asked} drafts"
+            asked > 5 && lost < 0.05 * 20.0,
+            "{lost} s in {asked} drafts"
         );
+    }
+
+    #[test]
+    fn a_drafter_that_costs_nothing_is_asked_for_all_from_the_start() {
+        let (mut planner, _) = planner(0.5);
+        let draft = Draft::guesses(DraftTree::chain(&(0..40).collect::<Vec<u32>>()));
+        for depth in 0..3 {
+            assert_eq!(planner.budget(all()).depth, 32, "after {depth} drafts");
+            planner.observe(Cycle {
+                draft: Some(&draft),
+                depth: 32 - depth,
+                draft_seconds: 1e-6,
+                rows: 1,
+                step_seconds: 1e-3,
+                tokens: &[0, 1],
+            });
+        }
     }
 
     /// Time of a text with prompt lookup against plain decoding, where a step of `n` rows

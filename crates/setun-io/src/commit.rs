@@ -169,10 +169,33 @@ impl Drop for DirWriter {
     }
 }
 
+/// Where a file called `path` is written by a rename: behind symbolic links, so that they stay.
+///
+/// # Errors
+/// Something of that name that is no file, such as a device, which the rename would remove.
+pub fn output_path(path: &Path) -> Result<PathBuf, IoError> {
+    let refused = |what: &str| {
+        let place = path.display();
+        IoError::Refused(format!("{place} is {what}: name a file to write"))
+    };
+    match fs::metadata(path) {
+        Ok(found) if found.is_file() => {
+            fs::canonicalize(path).map_err(|e| IoError::file("find", path, e))
+        }
+        Ok(found) if found.is_dir() => Err(refused("a directory")),
+        Ok(_) => Err(refused("no regular file")),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && path.is_symlink() => {
+            Err(refused("a link to what is not there"))
+        }
+        // Writing says what is wrong with the place.
+        Err(_) => Ok(path.to_owned()),
+    }
+}
+
 /// Replaces the file `path` by `bytes`: readers see the old contents or the new ones.
 ///
 /// # Errors
-/// A refusing operating system; the old file then stays as it was.
+/// What [`output_path`] refuses; a refusing operating system. The old file then stays as it was.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), IoError> {
     write_atomic_with(&RealOps, path, bytes)
 }
@@ -182,6 +205,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), IoError> {
 /// # Errors
 /// As [`write_atomic`].
 pub fn write_atomic_with(ops: &dyn FileOps, path: &Path, bytes: &[u8]) -> Result<(), IoError> {
+    let path = &*output_path(path)?;
     let name = path.file_name().and_then(|name| name.to_str());
     let name =
         name.ok_or_else(|| IoError::Refused(format!("{} has no file name", path.display())))?;
@@ -553,6 +577,34 @@ mod tests {
         assert!(failed.unwrap_err().to_string().contains("the source broke"));
         assert!(names(&scratch.join("new")).is_empty());
         assert_eq!(fs::read(scratch.join("model.gguf")).unwrap(), b"weights");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_stay_and_what_is_no_file_is_refused() {
+        let scratch = Scratch::new("commit-link");
+        let (file, link) = (scratch.join("file"), scratch.join("link"));
+        fs::write(&file, b"old").unwrap();
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        write_atomic(&link, b"new").unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(fs::read(&file).unwrap(), b"new");
+        let socket = scratch.join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let dangling = scratch.join("dangling");
+        std::os::unix::fs::symlink("nothing", &dangling).unwrap();
+        for (path, problem) in [
+            (&socket, "no regular file"),
+            (&dangling, "a link to what is not there"),
+            (&scratch.path().to_owned(), "a directory"),
+        ] {
+            let error = write_atomic(path, b"x").unwrap_err().to_string();
+            assert!(error.contains(problem), "{error}");
+        }
+        assert_eq!(
+            names(scratch.path()),
+            ["dangling", "file", "link", "socket"]
+        );
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::export::{
 };
 use crate::source::{Counted, Progress, Projected, Streamed, Widened};
 use crate::weights::BLOCK_WEIGHTS;
-use crate::{IoError, OpenModel, TensorSource};
+use crate::{IoError, MANIFEST, ModelKind, OpenModel, TensorSource, verify_manifest};
 use setun_formats::config::{ParameterInfo, Qwen3Config};
 use setun_formats::packed::TernaryInfo;
 use setun_ternary::blocks::{BlockType, fits};
@@ -19,6 +19,8 @@ use setun_ternary::{Numerics, ScaleRule};
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
+/// The group size that is never too large: it is the default.
+const USUAL_GROUP_SIZE: usize = 128;
 /// Group sizes that MLX has kernels for, in order of preference.
 const MLX_SIZES: [usize; 3] = [128, 64, 32];
 /// Group sizes that servers run compressed-tensors with, in order of preference.
@@ -125,8 +127,8 @@ impl Format {
             None => Ok(()),
             Some((name, _)) => Err(IoError::Refused(format!(
                 "{name}: groups of {group_size} weights do not fit into blocks of {size} ({}), \
-                 which have one scale; train with group_size = {size}, or write a type with \
-                 smaller blocks (gguf-q2_0 has 64)",
+                 which have one scale; train (or convert --ternarize) with a group size of {size}, or write a \
+                 type with smaller blocks (gguf-q2_0 has 64)",
                 self.name(),
                 size = block.block_weights()
             ))),
@@ -191,7 +193,8 @@ pub struct ConvertSummary {
 /// matrix.
 ///
 /// # Errors
-/// A dense model for a format of trits; rows that the format cannot divide; a loss that is
+/// Files that are not those of the manifest beside them; a dense model for a format of trits; groups
+/// that are longer than every row; rows that the format cannot divide; a loss that is
 /// not allowed; what reading and writing return. Nothing half-written stays.
 pub fn convert(
     model: &OpenModel,
@@ -199,6 +202,11 @@ pub fn convert(
     options: &ConvertOptions,
     progress: &mut Progress<'_>,
 ) -> Result<ConvertSummary, IoError> {
+    // Opening has looked at a checkpoint already, and what lies beside a GGUF file is not its own.
+    let is_listed = !matches!(model.kind(), ModelKind::Checkpoint | ModelKind::Gguf);
+    if is_listed && model.directory().join(MANIFEST).exists() {
+        verify_manifest(model.directory())?;
+    }
     let mut notes = Vec::new();
     let recognised = recognise(model, options, &mut notes)?;
     let mut ternary = recognised.or(options.ternarize);
@@ -212,6 +220,7 @@ pub fn convert(
     let projected;
     let mut source: &dyn TensorSource = &streamed;
     if let (None, Some(ternary)) = (recognised, options.ternarize) {
+        check_group_size(config, ternary.group_size)?;
         projected = Projected { source, ternary };
         source = &projected;
     }
@@ -246,6 +255,19 @@ pub fn convert(
         ternary,
         notes,
     })
+}
+
+/// Refuses groups that only padding would fill.
+fn check_group_size(config: &Qwen3Config, group_size: usize) -> Result<(), IoError> {
+    let widest = matrices(config).into_iter().map(|(_, cols)| cols).max();
+    let most = widest.unwrap_or(0).max(USUAL_GROUP_SIZE);
+    if group_size <= most {
+        return Ok(());
+    }
+    Err(IoError::Refused(format!(
+        "groups of {group_size} weights are longer than every row of this model: make them at most \
+         {most}"
+    )))
 }
 
 /// The ternary format of the model, recorded or found in its values.
@@ -378,9 +400,13 @@ fn check_blocks(
         .find(|(_, cols)| block.row_bytes(*cols).is_none())
     {
         return Err(IoError::Refused(format!(
-            "{name}: blocks of {weights} weights ({}) do not divide rows of {cols}; write a \
-             type with smaller blocks (gguf-q2_0 has 64), packed, hf or gguf-bf16",
-            block.name()
+            "{name}: blocks of {weights} weights ({}) do not divide rows of {cols}; write \
+             {smaller}packed, hf or gguf-bf16",
+            block.name(),
+            smaller = match weights > 64 {
+                true => "a type with smaller blocks (gguf-q2_0 has 64), ",
+                false => "",
+            }
         )));
     }
     let lossless = matrices

@@ -310,7 +310,7 @@ pub(crate) fn write_directory(
     }
     write_text(&mut dir, CONFIG, &kind.config_json(config)?)?;
     let is_packed = matches!(kind, DirectoryKind::Packed);
-    if !is_packed {
+    if !is_packed || model.generation.is_some() {
         let generation = generation_config(model.generation, config, end_of_text);
         write_text(&mut dir, GENERATION, &generation.to_json())?;
     }

@@ -51,7 +51,8 @@ pub(crate) enum Located {
     Gguf(PathBuf),
 }
 
-pub(crate) fn is_run(path: &Path) -> bool {
+/// Whether `path` is a run directory with a place for checkpoints.
+pub fn is_run(path: &Path) -> bool {
     path.join(CHECKPOINTS).is_dir()
 }
 
@@ -99,6 +100,12 @@ pub(crate) fn locate(path: &Path) -> Result<Located, IoError> {
         return Err(not_a_model(
             "its weights are pickled (pytorch_model.bin); save them as safetensors with \
              transformers (save_pretrained) first",
+        ));
+    }
+    if path.join("settings.toml").is_file() && path.join("run.json").is_file() {
+        return Err(not_a_model(
+            "the run has no checkpoint yet; wait for its first one, or go on with setun train \
+             --resume",
         ));
     }
     Err(not_a_model(

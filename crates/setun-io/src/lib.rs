@@ -42,7 +42,7 @@ pub use checkpoints::{
     Retention, RunLock, checkpoint_name, checkpoints, newest_valid_checkpoint,
     parse_checkpoint_name, remove_checkpoint, retire,
 };
-pub use commit::{DirWriter, write_atomic, write_atomic_with};
+pub use commit::{DirWriter, output_path, write_atomic, write_atomic_with};
 pub use convert::{ConvertOptions, ConvertSummary, Format, convert};
 pub use drafter::{DRAFTER_DIRECTORY, OpenDrafter, export_drafter, find_drafter};
 pub use error::IoError;
@@ -53,9 +53,9 @@ pub use faults::{Fault, FaultyOps};
 pub use file_ops::{FileOps, OutputFile, RealOps};
 pub use hash::TernaryHasher;
 pub use inspect::{InspectedFile, InspectedTensor, Inspection, inspect};
-pub use layout::SCALE_FACTOR;
+pub use layout::{SCALE_FACTOR, is_run};
 pub use manifest::{FileEntry, MANIFEST, Manifest, verify_manifest, verify_manifest_with};
 pub use open::{Matrix, ModelKind, OpenModel, Which};
 pub use source::{BlockSink, Progress, TensorSource};
 pub use tensor_file::TensorFile;
-pub use verify::{ModelReport, TensorReport, VerifyReport, verify};
+pub use verify::{MIN_GROUP_SIZE, ModelReport, TensorReport, VerifyReport, verify};

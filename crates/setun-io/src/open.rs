@@ -105,7 +105,12 @@ impl OpenModel {
             }
         }
         let (dir, step, skipped) = newest_valid_checkpoint(path)?;
-        notes.extend(skipped);
+        let others = skipped.into_iter().filter(|note| !notes.contains(note));
+        let others: Vec<String> = others.collect();
+        notes.extend(others);
+        if !notes.is_empty() {
+            notes.push(format!("the checkpoint of step {step} is used instead"));
+        }
         open_checkpoint(&dir, Some(step), notes)
     }
 

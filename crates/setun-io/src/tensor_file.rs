@@ -41,7 +41,7 @@ impl TensorFile {
         file.read_exact(&mut length).map_err(read_error)?;
         let header_bytes = u64::from_le_bytes(length);
         if header_bytes > MAX_HEADER_BYTES as u64 {
-            let problem = format!("not a safetensors file: its header has {header_bytes} bytes");
+            let problem = "not a safetensors file (nor GGUF): name a model file, or its directory";
             return Err(IoError::invalid(path, problem));
         }
         let payload_start = 8 + header_bytes;

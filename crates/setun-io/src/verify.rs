@@ -32,7 +32,7 @@ use std::path::{Path, PathBuf};
 
 /// Below this, a group holds so few weights that any float matrix comes close to being
 /// ternary "by groups": each weight nearly has a scale of its own.
-const MIN_GROUP_SIZE: usize = 8;
+pub const MIN_GROUP_SIZE: usize = 8;
 
 /// Directory of the exports in a run directory.
 const EXPORTS: &str = "export";
@@ -60,7 +60,7 @@ fn verify_run(run: &Path, report: &mut VerifyReport) -> Result<(), IoError> {
     let mut all = checkpoints(run)?.into_iter();
     let newest = all.next();
     let exports = run.join(EXPORTS);
-    let exported = entry_names(&exports)?;
+    let mut exported = entry_names(&exports)?;
     if newest.is_none() && exported.is_empty() {
         let skipped = Vec::new();
         let run = run.to_owned();
@@ -68,6 +68,9 @@ fn verify_run(run: &Path, report: &mut VerifyReport) -> Result<(), IoError> {
     }
     if let Some((_, path)) = newest {
         verify_model(&path, report)?;
+        if report.is_dense {
+            exported.clear();
+        }
     }
     for (step, path) in all {
         if let Err(error) = verify_checkpoint(step, &path) {
@@ -118,7 +121,10 @@ fn verify_model(path: &Path, report: &mut VerifyReport) -> Result<(), IoError> {
     };
     // A GGUF file stands alone: a manifest beside it is of something else.
     let manifest = match located {
-        Located::Gguf(_) => None,
+        Located::Gguf(_) => {
+            report.note(format!("{}: a GGUF file has no hashes", path.display()));
+            None
+        }
         _ => check_manifest(&dir, matches!(located, Located::Checkpoint(_)), report),
     };
     let checked = match &located {
@@ -168,14 +174,12 @@ fn check_checkpoint(
     if !packed.exists() {
         let promised =
             manifest.is_some_and(|manifest| manifest.extra.get("ternary_hash").is_some());
-        return Err(if promised {
-            IoError::damaged(&packed, "the file is missing")
-        } else {
-            IoError::invalid(
-                dir,
-                "not a ternary model: the checkpoint has no packed weights",
-            )
-        });
+        if promised {
+            return Err(IoError::damaged(&packed, "the file is missing"));
+        }
+        report.is_dense = true;
+        let problem = "not a ternary model: it was trained dense (model.ternary = false)";
+        return Err(IoError::invalid(dir, problem));
     }
     let latents = TensorFile::open(&dir.join(LATENTS))?;
     if let Err(error) = check_latents(&latents, &config) {

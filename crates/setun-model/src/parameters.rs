@@ -396,6 +396,9 @@ impl<R: Real> Parameters<R> {
     /// # Errors
     /// An unknown name, weights that do not stay packed, another width or group size, bytes that
     /// are no trits.
+    ///
+    /// # Panics
+    /// If `first_row` is no such multiple, or the rows end behind the matrix.
     pub fn set_packed_rows<B: Backend<Real = R>>(
         &self,
         b: &mut B,

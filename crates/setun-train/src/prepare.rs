@@ -4,7 +4,7 @@ use crate::TrainError;
 use crate::checkpoint::DataIdentity;
 use crate::data::{
     Baselines, Batches, ChatOptions, Corpus, DataFormat, DocumentOptions, EvalWindows, Overlap,
-    Split, TokenSet, expand_sources, load_documents_with,
+    Split, TokenSet, expand_sources, load_documents_with, tokens::FIXED_ORDER,
 };
 use crate::report::record::{Baseline, DataFacts, DuplicatePair, Duplicates};
 use crate::run::Observer;
@@ -216,16 +216,15 @@ fn from_text(
             corpus.train_tokenizer(&split.train, settings.tokenizer.vocab_size)?
         }
     };
-    let seed = settings.run.seed;
     let observer = RefCell::new(observer);
-    let encode = |side: &[usize], what: &str| {
+    let encode = |side: &[usize], what: &str, seed: u64| {
         let progress = |done: u64, total: u64| {
             observer.borrow_mut().progress(what, done, total, "");
         };
         TokenSet::encode(&corpus, side, &tokenizer, seed, Some(spill), &progress)
     };
-    let train = encode(&split.train, "tokenizing training text")?;
-    let valid = encode(&split.valid, "tokenizing held-out text")?;
+    let train = encode(&split.train, "tokenizing training text", settings.run.seed)?;
+    let valid = encode(&split.valid, "tokenizing held-out text", FIXED_ORDER)?;
     Ok(Sides {
         tokenizer,
         train,

@@ -123,11 +123,10 @@ impl RunResults {
         self.timeline.ternary.last().map(|look| look.zero_share)
     }
 
-    /// Measured memory in bytes, or the plan's where the system did not tell it.
-    pub fn memory_bytes(&self) -> u64 {
-        let memory = &self.record.memory;
-        let planned = memory.plan.iter().map(|row| row.bytes).sum();
-        memory.peak_bytes.unwrap_or(planned)
+    /// Peak of resident memory in bytes; none where the system did not tell it, or the run has
+    /// not come to an end.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        self.record.memory.peak_bytes
     }
 }
 

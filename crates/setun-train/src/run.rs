@@ -102,6 +102,9 @@ pub fn train(
     let lock = options.resume.map(|_| RunLock::acquire(&run)).transpose()?;
     // Stopped before its first checkpoint, a run begins anew.
     let resumed = options.resume.is_some() && !checkpoints(&run)?.is_empty();
+    if resumed {
+        start::check_unchanged(&run, &settings)?;
+    }
     if options.resume.is_some() && !resumed {
         observer.message("there is no checkpoint yet: the run begins anew");
     }
@@ -677,6 +680,12 @@ fn due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
 }
 
+/// The settings as `run.json` has them.
+fn settings_json(settings: &Settings) -> serde_json::Value {
+    let table = toml::from_str::<toml::Table>(&settings.to_toml()).ok();
+    serde_json::to_value(table).unwrap_or_default()
+}
+
 fn new_record(
     settings: &Settings,
     config: &Qwen3Config,
@@ -699,11 +708,9 @@ fn new_record(
             packed_size(p, ternary.then_some(group).filter(|_| !dense))
         })
         .sum();
-    let toml = settings.to_toml();
-    let settings_json = toml::from_str::<toml::Table>(&toml).ok();
     RunRecord {
         name: settings.run.name.clone(),
-        settings: serde_json::to_value(settings_json).unwrap_or_default(),
+        settings: settings_json(settings),
         seed: settings.run.seed,
         code_version: machine::code_version(),
         machine: machine::describe(isa, threads),

@@ -9,9 +9,10 @@ use crate::environment::Environment;
 use crate::{CommandResult, Outcome, WrongUsage};
 use setun_backend::Isa;
 use setun_formats::Tokenizer;
-use setun_io::{OpenModel, Which, write_atomic};
+use setun_io::{OpenModel, Which, is_run, write_atomic};
 use setun_train::data::{
     ChatOptions, DataFormat, DocumentOptions, TokenSet, load_documents, load_documents_with,
+    tokens::FIXED_ORDER,
 };
 use setun_train::prepare::chat_options;
 use setun_train::report::Report;
@@ -69,7 +70,7 @@ pub fn train(args: TrainArgs, environment: &Environment) -> CommandResult {
                 "stopped after step {step}; go on with: setun train --resume {}",
                 run.display()
             );
-            Ok(Outcome::Success)
+            Ok(Outcome::Stopped)
         }
         RunEnd::Finished(finished) => {
             print_summary(&finished.run, &finished.report)?;
@@ -215,9 +216,15 @@ pub fn verify(args: VerifyArgs, _: &Environment) -> CommandResult {
     }
     let path = report.path.display();
     let first = report.failures.first().map_or("no model is there", |f| f);
+    let remedy = match report.is_dense {
+        true => "there is nothing ternary to verify",
+        false => {
+            "take the files from a copy or convert them again, a run goes on from an undamaged \
+             checkpoint with setun train --resume"
+        }
+    };
     console::tell(format_args!(
-        "error: {path} is not verified ({} failures): {first}; take the files from a copy or \
-         convert them again, a run goes on from an undamaged checkpoint with setun train --resume",
+        "error: {path} is not verified ({} failures): {first}; {remedy}",
         report.failures.len()
     ));
     Ok(Outcome::CheckFailed)
@@ -348,9 +355,13 @@ fn read_tokens(
     let all: Vec<usize> = (0..corpus.documents.len()).collect();
     let console = RefCell::new(Console::new());
     let progress = |done, total| console.borrow_mut().progress("tokenizing", done, total, "");
-    // Seed 0: the order of documents matters to training only.
     Ok(TokenSet::encode(
-        &corpus, &all, tokenizer, 0, spill, &progress,
+        &corpus,
+        &all,
+        tokenizer,
+        FIXED_ORDER,
+        spill,
+        &progress,
     )?)
 }
 
@@ -380,11 +391,9 @@ pub fn tokenizer_show(args: TokenizerShowArgs, _: &Environment) -> CommandResult
         true => tokenizer_file(&args.file)?,
         false => tokenizer_of(&OpenModel::open(&args.file)?)?,
     };
-    say!(
-        "{} entries, end of text: {:?}",
-        tokenizer.vocab_size(),
-        tokenizer.end_of_text()
-    );
+    let end = tokenizer.end_of_text();
+    let end = end.map_or("none".to_owned(), |id| id.to_string());
+    say!("{} entries, end of text: {end}", tokenizer.vocab_size());
     if let Some(text) = &args.text {
         let ids = tokenizer.encode_with_special(text)?;
         for id in &ids {
@@ -406,6 +415,10 @@ pub fn report(args: ReportArgs, _: &Environment) -> CommandResult {
 }
 
 fn open(path: &Path, which: Option<CheckpointChoice>) -> Result<OpenModel, Box<dyn Error>> {
+    if which.is_some() && !is_run(path) {
+        let problem = "--checkpoint chooses among those of a run, and this is none";
+        return Err(WrongUsage(format!("{}: {problem}", path.display())).into());
+    }
     let model = match which {
         None => OpenModel::open(path),
         Some(CheckpointChoice::Best) => OpenModel::open_with(path, Which::Best),

@@ -32,7 +32,7 @@ Examples:
   setun inspect model.gguf
 
 `setun COMMAND --help` explains a command.
-Exit codes: 0 success, 1 a check or the work failed, 2 wrong usage.
+Exit codes: 0 success, 1 a check or the work failed, 2 wrong usage, 130 stopped on request.
 The environment variable SETUN_ISA chooses the instruction set, for tests.";
 
 /// The whole command line.

@@ -1,7 +1,7 @@
 //! The command line: reads arguments and the environment, calls the library, prints.
 //!
 //! Exit codes: 0 for success, 1 for a failed check or a failure on the way, 2 for
-//! wrong usage (arguments, settings or environment).
+//! wrong usage (arguments, settings or environment), 130 for work that was asked to stop.
 #![forbid(unsafe_code)]
 
 mod args;
@@ -25,6 +25,8 @@ pub enum Outcome {
     Success,
     /// It ran to its end and found that a check does not hold; it has printed which.
     CheckFailed,
+    /// It was asked to stop, and did, with something left to do.
+    Stopped,
 }
 
 /// What a command returns.
@@ -55,6 +57,8 @@ fn main() -> ExitCode {
     match run(command, &Environment::of_process()) {
         Ok(Outcome::Success) => ExitCode::SUCCESS,
         Ok(Outcome::CheckFailed) => ExitCode::FAILURE,
+        // As a shell has it for what an interrupt ended.
+        Ok(Outcome::Stopped) => exit_code(130),
         Err(error) => {
             console::tell(format_args!("error: {}", with_sources(error.as_ref())));
             let usage = error.is::<SettingsError>() || error.is::<WrongUsage>();

@@ -30,7 +30,7 @@ fn exact(scratch: &Scratch, name: &str, flags: &[&str]) -> Vec<Value> {
         7,
         Signal::Interrupt,
     )
-    .ok();
+    .stopped();
     finish(resuming(&parts).args(["--run.threads", "2"])).ok();
     assert_eq!(params_hash(&whole, 20), params_hash(&parts, 20), "{name}");
     assert_eq!(evaluation(&whole, 20), evaluation(&parts, 20), "{name}");

@@ -67,7 +67,7 @@ fn an_interrupted_run_ends_like_a_straight_one() {
     for step in [1, 7, 12] {
         let run = scratch.join(&format!("from-{step}"));
         let mut first = training(&run, &corpus, &SETTINGS);
-        let output = interrupt(&mut first, &run, step, Signal::Interrupt).ok();
+        let output = interrupt(&mut first, &run, step, Signal::Interrupt).stopped();
         let stopped = stopped_after(&output.stdout);
         assert!((step..STEPS).contains(&stopped), "{output:?}");
         assert!(
@@ -93,7 +93,7 @@ fn interruptions_and_crashes_add_up_to_the_same_run() {
     let mut first = training(&run, &corpus, &SETTINGS);
     let output = interrupt(&mut first, &run, 6, Signal::Kill);
     assert_eq!(output.code, None);
-    let second = interrupt(&mut resuming(&run), &run, 9, Signal::Interrupt).ok();
+    let second = interrupt(&mut resuming(&run), &run, 9, Signal::Interrupt).stopped();
     assert!(stopped_after(&second.stdout) < STEPS);
     let third = interrupt(&mut resuming(&run), &run, 12, Signal::Kill);
     assert_eq!(third.code, None);
@@ -114,7 +114,7 @@ fn moments_of_bf16_survive_an_interruption() {
     let expected = straight(&scratch, &corpus, &flags);
     let run = scratch.join("run");
     let mut first = training(&run, &corpus, &SETTINGS);
-    interrupt(first.args(flags), &run, 7, Signal::Interrupt).ok();
+    interrupt(first.args(flags), &run, 7, Signal::Interrupt).stopped();
     finish(&mut resuming(&run)).ok();
     assert_same_run(&run, &expected, STEPS);
 }
@@ -138,8 +138,8 @@ fn what_spans_several_steps_survives_an_interruption() {
     let [straight, run] = ["straight", "run"].map(|name| scratch.join(name));
     finish(&mut training(&straight, &corpus, &flags)).ok();
     let mut first = training(&run, &corpus, &flags);
-    interrupt(&mut first, &run, 24, Signal::Interrupt).ok();
-    interrupt(&mut resuming(&run), &run, 68, Signal::Interrupt).ok();
+    interrupt(&mut first, &run, 24, Signal::Interrupt).stopped();
+    interrupt(&mut resuming(&run), &run, 68, Signal::Interrupt).stopped();
     finish(&mut resuming(&run)).ok();
     assert_same_run(&run, &straight, 150);
 }
@@ -153,7 +153,7 @@ fn a_stop_waits_for_the_evaluation() {
     let [straight, run] = ["straight", "run"].map(|name| scratch.join(name));
     finish(&mut training(&straight, &corpus, &flags)).ok();
     let mut first = training(&run, &corpus, &flags);
-    interrupt(&mut first, &run, 2, Signal::Interrupt).ok();
+    interrupt(&mut first, &run, 2, Signal::Interrupt).stopped();
     finish(&mut resuming(&run)).ok();
     assert_same_run(&run, &straight, 8);
 }
@@ -204,7 +204,7 @@ fn threads_and_instruction_sets_change_no_bit() {
     let mixed = scratch.join("mixed");
     let mut first = training(&mixed, &corpus, &slow);
     let first = first.env("SETUN_ISA", "reference");
-    interrupt(first, &mixed, 5, Signal::Interrupt).ok();
+    interrupt(first, &mixed, 5, Signal::Interrupt).stopped();
     finish(resuming(&mixed).args(["--run.threads", "2"])).ok();
     assert_same_run(&mixed, &expected, STEPS);
     let reference = scratch.join("reference");
@@ -287,6 +287,22 @@ fn settings_that_change_the_run_are_refused() {
     refused.refused(2, &["--train.lr would change", "--init"]);
     let with_recipe = finish(resuming(&run).arg(recipe()));
     with_recipe.refused(2, &["--resume", "cannot be used with"]);
+    // Nor may the file be changed.
+    edit(&run.join("settings.toml"), |bytes| {
+        let text = String::from_utf8(bytes.clone()).unwrap();
+        let longer = text.replace("\nsteps = 20\n", "\nsteps = 30\n");
+        assert_ne!(longer, text);
+        *bytes = longer.into_bytes();
+    });
+    let changed = finish(&mut resuming(&run));
+    changed.refused(
+        1,
+        &[
+            "settings.toml: train.steps is 30",
+            "began with 20",
+            "--init",
+        ],
+    );
     let nowhere = scratch.join("nowhere");
     let place = nowhere.join("settings.toml");
     finish(&mut resuming(&nowhere)).refused(2, &[place.to_str().unwrap()]);
@@ -372,7 +388,7 @@ fn a_run_that_cannot_save_stops_and_loses_nothing() {
     let expected = straight(&scratch, &corpus, &[]);
     let run = scratch.join("run");
     let mut first = training(&run, &corpus, &SETTINGS);
-    interrupt(&mut first, &run, 5, Signal::Interrupt).ok();
+    interrupt(&mut first, &run, 5, Signal::Interrupt).stopped();
     let before = files(&run.join("checkpoints"));
     // Half a kB each: metrics and records fit, weights do not.
     let script = "trap '' XFSZ; ulimit -f 200; exec \"$0\" train --resume \"$1\"";

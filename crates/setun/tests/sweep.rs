@@ -153,7 +153,7 @@ fn an_interrupted_cell_ends_with_the_same_bits() {
 
     let run = scratch.join("out/lr-0.004/seed-1");
     let line = || command(["sweep", spec.to_str().unwrap(), flags[0], flags[1]]);
-    let stopped = interrupt(&mut line(), &run, 7, Signal::Interrupt).ok();
+    let stopped = interrupt(&mut line(), &run, 7, Signal::Interrupt).stopped();
     assert!(stopped.stdout.contains("the same command goes on"));
     assert!(!run.join("report.json").exists());
     interrupt(&mut line(), &run, 20, Signal::Kill);

@@ -67,7 +67,8 @@ pub fn end(mut child: Child, since: Instant) -> Result<Ended, Box<dyn Error>> {
     let waited = since.elapsed();
     let output = child.wait_with_output()?;
     Ok(Ended {
-        success: output.status.success(),
+        // Stopped on request is 130.
+        success: output.status.success() || output.status.code() == Some(130),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         waited,

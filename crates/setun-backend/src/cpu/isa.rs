@@ -1,17 +1,24 @@
 //! Instruction sets: which one this machine has, and kernels compiled for each.
 
 /// Instruction set that kernels run on. All give the same bits.
+///
+/// Other crates cannot make one of those that a machine may lack, but by
+/// [`Isa::available`], which looks: kernels rely on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
     /// Plain code in plain order: the definition.
     Reference,
     /// x86-64 with AVX2 and FMA.
+    #[non_exhaustive]
     Avx2,
     /// [`Self::Avx2`], and AVX-512 with byte dots (F, BW, DQ, VL, VNNI).
+    #[non_exhaustive]
     Avx512,
     /// [`Self::Avx512`], and matrix tiles of bf16 and int8.
+    #[non_exhaustive]
     Amx,
     /// AArch64, whose baseline has NEON and FMA.
+    #[non_exhaustive]
     Neon,
 }
 

@@ -20,12 +20,31 @@ type Body<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
 /// The threads.
 ///
-/// Only one thread at a time runs jobs, so a pool is not `Sync`: it runs one job, and a task
-/// cannot start another one.
+/// Only one thread at a time runs jobs, so a pool is not `Sync`, and a task that starts another
+/// job on the pool that runs it panics.
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    not_sync: PhantomData<Cell<()>>,
+    is_running: Cell<bool>,
+}
+
+/// Says that a job runs for as long as it lives.
+struct Running<'a>(&'a Cell<bool>);
+
+impl<'a> Running<'a> {
+    fn start(is_running: &'a Cell<bool>) -> Self {
+        assert!(
+            !is_running.replace(true),
+            "a task cannot start a job on its own pool"
+        );
+        Self(is_running)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.set(false);
+    }
 }
 
 struct Shared {
@@ -89,7 +108,7 @@ impl Pool {
         Self {
             shared,
             workers,
-            not_sync: PhantomData,
+            is_running: Cell::new(false),
         }
     }
 
@@ -102,19 +121,20 @@ impl Pool {
     /// tasks that run at the same time.
     ///
     /// # Panics
-    /// If a task panics.
+    /// If a task panics, or runs a job on this pool.
     pub fn run(&self, tasks: usize, body: &Body<'_>) {
         if self.workers.is_empty() || tasks <= 1 {
             (0..tasks).for_each(|task| body(task, 0));
             return;
         }
+        let running = Running::start(&self.is_running);
         let shared = &*self.shared;
         let body: *const Body<'_> = body;
         // SAFETY: only the lifetime changes. `finish` below waits until no worker uses
         // the closure any more, also when this thread's own tasks panic.
         let body = unsafe { std::mem::transmute::<*const Body<'_>, *const Body<'static>>(body) };
         let job = Job { body, tasks };
-        // SAFETY: the last job is finished, so no worker reads.
+        // SAFETY: the last job is finished (`running` has looked), so no worker reads.
         unsafe { *shared.job.get() = Some(job) };
         shared.next_task.store(0, Ordering::Relaxed);
         shared.busy.store(self.workers.len(), Ordering::Relaxed);
@@ -122,6 +142,7 @@ impl Pool {
         shared.rouse();
         shared.drain(job, 0);
         shared.finish();
+        drop(running);
         if shared.panicked.swap(false, Ordering::Relaxed) {
             panic!("a task of the thread pool panicked");
         }

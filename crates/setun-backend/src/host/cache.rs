@@ -9,6 +9,7 @@ use crate::kernels::cache::{CacheView, CachedView, cached_block, quantize_head};
 use crate::memory::Lease;
 use crate::ops::AttnBuf;
 use crate::real::Real;
+use std::ops::Range;
 
 /// Where the numbers of one slot lie.
 #[derive(Clone, Copy)]
@@ -218,7 +219,8 @@ fn view<'a, R, S>(
     }
 }
 
-/// Tasks are a segment, a block of its rows and a key head.
+/// Tasks are a segment, a block of its rows and a key head, whose query heads are split
+/// where they are more than a tile.
 fn attend<R: Real, S: Store<R>>(
     pool: &Pool,
     view: CachedView<'_, S>,
@@ -226,32 +228,40 @@ fn attend<R: Real, S: Store<R>>(
     out: RowsMut<'_, R>,
     scratch: &RowsMut<'_, R>,
 ) {
-    let (heads, kv_heads) = (view.num_heads, view.num_kv_heads);
-    let step = (TILE / (heads / kv_heads)).max(1);
+    assert_disjoint(segments.iter().map(|s| (s.q_start, s.q_len)));
+    let heads = view.num_heads;
+    let group = heads / view.num_kv_heads;
+    let step = (TILE / group).max(1);
+    let runs = group.div_ceil(TILE);
+    let parts = view.num_kv_heads * runs;
     let blocks = segments
         .iter()
         .map(|s| s.q_len.div_ceil(step))
         .sum::<usize>();
-    pool.run(blocks * kv_heads, &|task, worker| {
-        let (segment, start) = block_of(segments, step, task / kv_heads);
+    pool.run(blocks * parts, &|task, worker| {
+        let (segment, start) = block_of(segments, step, task / parts);
+        let (kv_head, run) = (task % parts / runs, task % runs);
+        let first = kv_head * group + run * TILE;
+        let of_task = first..(first + TILE).min((kv_head + 1) * group);
         let rows = (start, segment.q_len.min(start + step));
         let mut put = |row: usize, head: usize, values: &[R]| {
             let at = (segment.q_start + row) * heads + head;
-            // SAFETY: row `at` of this head belongs to this task alone.
+            // SAFETY: row `at` of this head belongs to this task alone: segments share none.
             unsafe { out.part(at..at + 1) }.copy_from_slice(values);
         };
         // SAFETY: a worker runs one task at a time, and a task asks once.
         let scratch = unsafe { scratch.part(worker..worker + 1) };
-        cached_task(
-            view.isa,
-            view,
-            segment,
-            task % kv_heads,
-            rows,
-            &mut put,
-            scratch,
-        );
+        cached_task(view.isa, view, segment, of_task, rows, &mut put, scratch);
     });
+}
+
+/// Panics unless each run of rows, `(start, len)`, begins behind the one before it.
+pub(super) fn assert_disjoint(runs: impl Iterator<Item = (usize, usize)>) {
+    let mut end = 0;
+    for (start, len) in runs {
+        assert!(start >= end, "segments must ascend and share no row");
+        end = start + len;
+    }
 }
 
 /// The segment that holds block `index` of `step` rows, and the block's first row.
@@ -278,7 +288,7 @@ multiversion! {
     fn cached_task[R: Real, S: Store<R>][R, S](
         view: CachedView<'_, S>,
         segment: &CachedSegment<'_>,
-        kv_head: usize,
+        heads: Range<usize>,
         rows: (usize, usize),
         put: &mut PutHead<'_, R>,
         scratch: &mut [R],

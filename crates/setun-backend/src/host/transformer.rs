@@ -1,5 +1,6 @@
 //! The operations of [`Host`]: leases, a split over threads, a kernel.
 
+use super::cache::assert_disjoint;
 use super::scratch::Scratch;
 use super::*;
 use crate::cache::{CacheBuf, CacheStore, CachedAttention};
@@ -657,6 +658,7 @@ fn attention_forward<R: Real, S: Store<R>>(
     (out, lse): (RowsMut<'_, R>, RowsMut<'_, R>),
     scratch: &Scratch<'_, R>,
 ) {
+    assert_disjoint(segments.iter().map(|s| (s.q_start, s.q_len)));
     let heads = view.num_heads;
     pool.run(pieces(segments, |s| s.q_len) * heads, &|task, worker| {
         let (segment, start) = piece(segments, task / heads, |s| s.q_len);
@@ -664,7 +666,7 @@ fn attention_forward<R: Real, S: Store<R>>(
         let rows = (start, segment.q_len.min(start + TILE));
         let mut put = |row: usize, values: &[R], log_sum: R| {
             let at = (segment.q_start + row) * heads + head;
-            // SAFETY: row `at` of this head belongs to this task alone.
+            // SAFETY: row `at` of this head belongs to this task alone: segments share none.
             unsafe {
                 out.part(at..at + 1).copy_from_slice(values);
                 lse.part(at..at + 1)[0] = log_sum;
@@ -689,6 +691,8 @@ fn attention_gradients<R: Real, S: Store<R>>(
     grads: Gradients<'_, R>,
     scratch: &Scratch<'_, R>,
 ) {
+    assert_disjoint(segments.iter().map(|s| (s.q_start, s.q_len)));
+    assert_disjoint(segments.iter().map(|s| (s.kv_start, s.kv_len)));
     let heads = view.num_heads;
     let grads = &grads;
     pool.run(pieces(segments, |s| s.q_len) * heads, &|task, worker| {
@@ -697,7 +701,7 @@ fn attention_gradients<R: Real, S: Store<R>>(
         let rows = (start, segment.q_len.min(start + TILE));
         let mut put = |row: usize, values: &[R]| {
             let at = (segment.q_start + row) * heads + head;
-            // SAFETY: row `at` of this head belongs to this task alone.
+            // SAFETY: row `at` of this head belongs to this task alone: segments share none.
             unsafe { grads.dq.part(at..at + 1) }.copy_from_slice(values);
         };
         dq_task(
@@ -719,7 +723,7 @@ fn attention_gradients<R: Real, S: Store<R>>(
             let key_head = task % kv_heads;
             let mut put = |position: usize, dk: &[R], dv: &[R]| {
                 let at = (segment.kv_start + position) * kv_heads + key_head;
-                // SAFETY: key `at` of this head belongs to this task alone.
+                // SAFETY: key `at` of this head belongs to this task alone, likewise.
                 unsafe {
                     grads.dk.part(at..at + 1).copy_from_slice(dk);
                     grads.dv.part(at..at + 1).copy_from_slice(dv);

@@ -102,7 +102,7 @@ impl<S> CachedView<'_, S> {
                 tile.keys[d * self.tile + lanes..(d + 1) * self.tile].fill(R::ZERO);
             }
         }
-        if let CacheView::Int8(..) = self.cache {
+        if !matches!(self.cache, CacheView::Bf16(..)) {
             tile.min_key = R::min_exponent(tile.keys);
             tile.min_value = R::min_exponent(&tile.values[..n * e]);
         }
@@ -239,20 +239,21 @@ struct Sums<'a, R> {
     q: &'a mut [R],
 }
 
-/// Attention of the query heads of `kv_head` in rows `rows` of `segment`; `put(row, head,
-/// values)`. `scratch` has [`scratch_len`](super::attention::scratch_len) values; a block
-/// has at most `tile` pairs of a row and a head.
+/// Attention of the query heads `heads`, which share a key head, in rows `rows` of `segment`;
+/// `put(row, head, values)`. `scratch` has [`scratch_len`](super::attention::scratch_len)
+/// values; a block has at most `tile` pairs of a row and a head.
 #[inline(always)]
 pub fn cached_block<R: Real, S: Store<R>>(
     view: CachedView<'_, S>,
     segment: &CachedSegment<'_>,
-    kv_head: usize,
+    heads: Range<usize>,
     rows: (usize, usize),
     mut put: impl FnMut(usize, usize, &[R]),
     scratch: &mut [R],
 ) {
     let (e, tile) = (view.head_dim, view.tile);
-    let group = view.num_heads / view.num_kv_heads;
+    let kv_head = heads.start / (view.num_heads / view.num_kv_heads);
+    let group = heads.len();
     let pairs = (rows.1 - rows.0) * group;
     let (keys, scratch) = scratch.split_at_mut(e * tile);
     let (values, scratch) = scratch.split_at_mut(e * tile);
@@ -265,7 +266,7 @@ pub fn cached_block<R: Real, S: Store<R>>(
     max.fill(R::NEG_INFINITY);
     sum.fill(R::ZERO);
     for (i, q) in (rows.0..rows.1).zip(q.chunks_mut(group * e)) {
-        let at = (segment.q_start + i) * view.num_heads + kv_head * group;
+        let at = (segment.q_start + i) * view.num_heads + heads.start;
         load_row(view.q, at * e, q);
     }
     let mut sums = Sums {
@@ -321,7 +322,7 @@ pub fn cached_block<R: Real, S: Store<R>>(
             R::ONE / sum
         };
         acc.iter_mut().for_each(|x| *x = *x * factor);
-        put(rows.0 + pair / group, kv_head * group + pair % group, acc);
+        put(rows.0 + pair / group, heads.start + pair % group, acc);
     }
 }
 

@@ -382,6 +382,20 @@ fn shards_hold_every_tensor_once_and_read_as_one() {
 }
 
 #[test]
+fn a_damaged_model_is_not_converted() {
+    let scratch = Scratch::new("convert-damaged");
+    let packed = start(&scratch, &Tiny::even(true, 128));
+    let file = packed.join("packed.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&file, bytes).unwrap();
+    let mlx = to(&scratch, "mlx", Format::Mlx);
+    let error = run(&packed, &mlx, &ConvertOptions::new(Format::Mlx)).unwrap_err();
+    assert!(matches!(error, IoError::Damaged { .. }), "{error}");
+    assert!(!mlx.exists());
+}
+
+#[test]
 fn the_chat_template_and_sampling_settings_travel() {
     let scratch = Scratch::new("convert-template");
     let tiny = Tiny::even(true, 128);
@@ -404,8 +418,7 @@ fn the_chat_template_and_sampling_settings_travel() {
         let model = OpenModel::open(&out).unwrap();
         assert_eq!(model.chat_template().unwrap().as_deref(), Some(template));
         assert_eq!(model.config().eos_token_ids, [279, 5], "{}", format.name());
-        let is_directory = !format.is_file() && format != Format::Packed;
-        if is_directory {
+        if !format.is_file() {
             let generation = model.generation_config().unwrap().unwrap();
             assert_eq!(
                 (generation.temperature, generation.top_k),

@@ -127,6 +127,10 @@ fn a_run_opens_its_best_its_newest_or_any_checkpoint() {
     let model = OpenModel::open(run).unwrap();
     assert_eq!(model.step(), Some(30));
     assert!(model.notes()[0].contains("config.json"));
+    assert_eq!(
+        model.notes()[1..],
+        ["the checkpoint of step 30 is used instead"]
+    );
 }
 
 #[test]

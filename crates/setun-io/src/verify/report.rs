@@ -19,6 +19,8 @@ pub struct VerifyReport {
     /// Everything that is wrong, each with its file and place; the first offending
     /// weight of each tensor.
     pub failures: Vec<String>,
+    /// Whether it is a run, or a checkpoint, of a model that was not trained to be ternary.
+    pub is_dense: bool,
 }
 
 /// One model of a [`VerifyReport`].
@@ -78,6 +80,7 @@ impl VerifyReport {
             models: Vec::new(),
             notes: Vec::new(),
             failures: Vec::new(),
+            is_dense: false,
         }
     }
 

@@ -219,7 +219,8 @@ fn a_dense_model_is_not_a_ternary_model() {
     let tiny = Tiny::new(false, 16);
     let checkpoint = tiny.save(scratch.path(), 1, true);
     fails(&checkpoint, &["not a ternary model"]);
-    fails(scratch.path(), &["not a ternary model"]);
+    let run = fails(scratch.path(), &["not a ternary model"]);
+    assert!(run.is_dense && run.failures.len() == 1, "{run}");
     let (parent, config, dtype) = (scratch.path(), tiny.config(), ExportDtype::Bf16);
     let source = Dense(&tiny);
     let hf = export_huggingface(parent, "hf", config, None, dtype, None, &source).unwrap();

@@ -217,7 +217,10 @@ fn expand_glob(source: &str, base: &Path) -> Result<Vec<PathBuf>, DataError> {
     }
     if files.is_empty() {
         return Err(DataError::NoFiles {
-            place: format!("glob {source:?} in {}", base.display()),
+            place: match base.as_os_str().is_empty() {
+                true => format!("glob {source:?}"),
+                false => format!("glob {source:?} in {}", base.display()),
+            },
             expected: "file",
         });
     }
@@ -276,6 +279,10 @@ struct Line<'a> {
 
 impl Lines {
     fn open(path: &Path) -> Result<Self, DataError> {
+        if path.extension().is_some_and(|e| e == "tokens") {
+            let path = path.to_path_buf();
+            return Err(DataError::TokensBesideText { path });
+        }
         let io = |why| DataError::io("read", path)(why);
         let file = File::open(path).map_err(io)?;
         let metadata = file.metadata().map_err(io)?;
@@ -713,7 +720,8 @@ mod tests {
 
     #[test]
     fn bad_sources_are_named_with_a_remedy() {
-        let files: [(&str, &[u8]); 4] = [
+        let files: [(&str, &[u8]); 5] = [
+            ("ids.tokens", b"SETUNTOK\xff"),
             ("blank.txt", b" \n\n"),
             ("zero.txt", b""),
             ("latin.txt", b"caf\xe9"),
@@ -723,6 +731,10 @@ mod tests {
         let cases = [
             ("gone.txt", "gone.txt: correct the path"),
             ("gone/*.txt", "holds no file"),
+            (
+                "ids.tokens",
+                "ids.tokens holds tokens, and text is read here",
+            ),
             ("none", "holds no .txt or .jsonl file"),
             ("a[", "bad glob \"a[\""),
             ("blank.txt", "blank.txt has no text: remove it"),

@@ -98,6 +98,15 @@ pub enum DataError {
         /// First byte that does not fit.
         offset: u64,
     },
+    /// A place that no file can be written to.
+    #[error(transparent)]
+    Output(#[from] setun_io::IoError),
+    /// A token file where text is read.
+    #[error("{} holds tokens, and text is read here: name token files only, one for each side, or text only", path.display())]
+    TokensBesideText {
+        /// The file.
+        path: PathBuf,
+    },
     /// A pipe or a device, of which nothing could be read again.
     #[error("{} is no ordinary file, and documents are read more than once: save its text in a file", path.display())]
     NotAFile {

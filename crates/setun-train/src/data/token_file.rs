@@ -105,12 +105,23 @@ impl TokenFile {
     }
 
     pub(super) fn save(tokens: &TokenSet, path: &Path) -> Result<(), DataError> {
+        let path = &*setun_io::output_path(path)?;
         let name = path.file_name().ok_or_else(|| {
             let reason = "is no file name; name the token file to write".to_owned();
             bad_file(path, reason)
         })?;
         let name = format!(".tmp-{}-{}", name.to_string_lossy(), std::process::id());
         let temporary = path.with_file_name(name);
+        let parent = path
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty());
+        if let Some(parent) = parent.filter(|parent| !parent.is_dir()) {
+            let reason = format!(
+                "cannot be written: {} is no directory; make it",
+                parent.display()
+            );
+            return Err(bad_file(path, reason));
+        }
         let written = write_all(tokens, &temporary)
             .and_then(|()| fs::rename(&temporary, path).map_err(DataError::io("write", path)))
             .and_then(|()| sync_parent(path));

@@ -34,6 +34,10 @@ const CHUNK_BYTES: u64 = 1 << 18;
 /// not: they wait in memory.
 const CHUNKS_AHEAD: usize = 8;
 
+/// Seed of the order of documents that are evaluated or kept: one order for all, so that a
+/// loss does not depend on a run's seed.
+pub const FIXED_ORDER: u64 = 0;
+
 /// The order of documents uses this epoch, which no order of windows reaches.
 const DOCUMENT_ORDER_EPOCH: u64 = u64::MAX;
 

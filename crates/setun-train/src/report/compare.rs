@@ -46,7 +46,7 @@ pub struct HeadToHead {
 /// A run as the table has it. Losses in nats per token.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Entry {
-    /// Name of the run.
+    /// Name of the run, or where it is if others are called the same.
     pub name: String,
     /// Where it is, as it was named.
     pub path: String,
@@ -85,8 +85,8 @@ pub struct Entry {
     pub held_out_over_train: Option<f64>,
     /// Median of training.
     pub tokens_per_second: f64,
-    /// Memory of the training, measured or else planned.
-    pub memory_bytes: u64,
+    /// Peak of resident memory of the training, where it was measured.
+    pub memory_bytes: Option<u64>,
     /// Size of the smallest file with the model's weights that was written; where none is
     /// recorded, as computed from the shape.
     pub file_bytes: u64,
@@ -95,7 +95,14 @@ pub struct Entry {
 impl HeadToHead {
     /// Puts `runs` side by side.
     pub fn new(runs: Vec<RunResults>) -> Self {
-        let entries = runs.iter().map(|run| entry(run, &runs[0])).collect();
+        let mut entries: Vec<Entry> = runs.iter().map(|run| entry(run, &runs[0])).collect();
+        let names: Vec<String> = entries.iter().map(|entry| entry.name.clone()).collect();
+        for entry in &mut entries {
+            // One recipe, several runs: where they are tells them apart.
+            if names.iter().filter(|name| **name == entry.name).count() > 1 {
+                entry.name.clone_from(&entry.path);
+            }
+        }
         Self { runs, entries }
     }
 
@@ -208,7 +215,7 @@ impl HeadToHead {
     /// What a reader of the table must know.
     fn notes(&self) -> Vec<String> {
         let mut notes = vec![
-            "Losses in nats per token; held-out after the last step; train: mean of the last \
+            "Losses in nats per token; held-out: the last that was measured; train: mean of the last \
              steps that were logged. last/best and held-out/train are ratios of losses: above 1 in \
              the first, the run went on past its best. file: the smallest that was written, or as \
              computed."
@@ -398,7 +405,7 @@ impl Entry {
             or_dash(self.last_over_best, fourth),
             or_dash(self.held_out_over_train, fourth),
             compact(self.tokens_per_second),
-            bytes(self.memory_bytes),
+            self.memory_bytes.map_or("-".to_owned(), bytes),
             bytes(self.file_bytes),
         ]
     }

@@ -1,12 +1,42 @@
-//! The first weights of a run.
+//! How a run starts: its first weights, or what it goes on from.
 
 use super::{Observer, Session};
 use crate::TrainError;
 use crate::report::record::ProjectionCost;
+use crate::settings::{SETTINGS_FILE, Settings};
+use serde_json::Value;
 use setun_infer::load_parameters;
 use setun_io::{Matrix, OpenModel};
 use setun_model::Form;
 use setun_ternary::PackedMatrix;
+use std::path::Path;
+
+/// Refuses to go on with other settings than a run began with, which `run.json` knows: those of the
+/// model and of training, but for what changes no result.
+pub(super) fn check_unchanged(run: &Path, settings: &Settings) -> Result<(), TrainError> {
+    // Without a record there is nothing to hold them against.
+    let record = std::fs::read(run.join("run.json")).unwrap_or_default();
+    let record: Value = serde_json::from_slice(&record).unwrap_or_default();
+    let now = super::settings_json(settings);
+    for section in ["model", "train"] {
+        let keys = now[section].as_object().into_iter().flatten();
+        for (key, value) in
+            keys.filter(|(key, _)| !["recompute", "head_chunk"].contains(&key.as_str()))
+        {
+            let before = &record["settings"][section][key];
+            if !before.is_null() && before != value {
+                let file = run.join(SETTINGS_FILE);
+                return Err(TrainError::refused(format!(
+                    "{}: {section}.{key} is {value}, but the run began with {before}; put that back, or \
+                     start a new run with --init {}",
+                    file.display(),
+                    run.display()
+                )));
+            }
+        }
+    }
+    Ok(())
+}
 
 impl Session {
     /// Sets the first weights: random, or those of another model.

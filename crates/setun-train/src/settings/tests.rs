@@ -158,7 +158,7 @@ fn wrong_types_are_refused_with_line_and_expectation() {
     let message = recipe_refusal("[train]\n\nsteps = \"many\"\n");
     assert_eq!(
         message,
-        "dir/r.toml:3: train.steps must be a whole number, 0 or more, not \"many\" (string)"
+        "dir/r.toml:3: train.steps must be a whole number from 0 to 9223372036854775807, not \"many\" (string)"
     );
     let message = recipe_refusal("[data]\ntrain = [1]\n");
     assert!(message.contains("must be a list of paths"), "{message}");

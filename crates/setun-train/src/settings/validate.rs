@@ -5,6 +5,7 @@ use super::{
     SplitOn, Ste, schema,
 };
 use setun_backend::kernels::project::MAX_GROUP;
+use setun_io::MIN_GROUP_SIZE;
 use setun_ternary::{Numerics, ScaleRule};
 
 type Checked = Result<(), SettingsError>;
@@ -144,7 +145,16 @@ fn validate_data(settings: &Settings) -> Checked {
 
 fn validate_number_format(settings: &Settings) -> Checked {
     let model = &settings.model;
-    at_least_one("model.group_size", model.group_size)?;
+    refuse_if(
+        model.group_size < MIN_GROUP_SIZE,
+        || {
+            let size = model.group_size;
+            format!(
+                "model.group_size = {size} is too small: with so few weights to a scale nearly any are ternary"
+            )
+        },
+        "make it at least 8; 128 is usual",
+    )?;
     refuse_if(
         model.group_size > MAX_GROUP,
         || format!("model.group_size = {} is too large", model.group_size),

@@ -20,7 +20,7 @@ pub trait SettingValue: Sized {
     /// Whether the bare flag, without a value, means true.
     const IS_SWITCH: bool = false;
 
-    /// What a recipe may hold here, for error messages: "a whole number, 0 or more".
+    /// What a recipe may hold here, for error messages: "true or false".
     fn expected() -> String;
 
     /// The allowed names when there is a closed list of them.
@@ -70,7 +70,7 @@ macro_rules! whole_number {
             const PLACEHOLDER: &'static str = "N";
 
             fn expected() -> String {
-                "a whole number, 0 or more".to_owned()
+                "a whole number from 0 to 9223372036854775807".to_owned()
             }
 
             fn from_toml(value: &Value, _base: &Path) -> Option<Self> {

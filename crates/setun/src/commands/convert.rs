@@ -6,6 +6,7 @@ use crate::environment::Environment;
 use crate::{CommandResult, Outcome};
 use setun_io::{ConvertOptions, ConvertSummary, convert as convert_model};
 use setun_train::run::Observer;
+use std::error::Error;
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
 
@@ -42,8 +43,11 @@ pub fn convert(args: ConvertArgs, _: &Environment) -> CommandResult {
     Ok(Outcome::Success)
 }
 
-fn print_summary(summary: &ConvertSummary) -> std::io::Result<()> {
-    let bits = 8.0 * summary.num_bytes as f64 / summary.num_weights.max(1) as f64;
+fn print_summary(summary: &ConvertSummary) -> Result<(), Box<dyn Error>> {
+    let bits = match setun_io::inspect(&summary.path)?.bits_per_weight() {
+        Some(bits) => format!("{bits:.3} bits per weight"),
+        None => "no weights".to_owned(),
+    };
     let kind = match &summary.ternary {
         None => "float weights".to_owned(),
         Some(ternary) => format!(
@@ -53,10 +57,10 @@ fn print_summary(summary: &ConvertSummary) -> std::io::Result<()> {
         ),
     };
     say!(
-        "{}: {} weights, {} bytes, {bits:.3} bits per weight, {kind}",
+        "{}: {} weights, {bits}, {} bytes in all, {kind}",
         summary.path.display(),
         summary.num_weights,
-        summary.num_bytes
+        summary.num_bytes,
     );
     Ok(())
 }

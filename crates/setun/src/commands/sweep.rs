@@ -35,6 +35,7 @@ pub fn sweep(args: SweepArgs, environment: &Environment) -> CommandResult {
     say!("table: {}", sweep.output.join("sweep.md").display());
     if end.stopped {
         say!("stopped; the same command goes on");
+        return Ok(Outcome::Stopped);
     }
     Ok(outcome(&end.table))
 }

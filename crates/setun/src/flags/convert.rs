@@ -4,6 +4,7 @@ use super::{checkpoint_flag, json_flag, one_or_more, path_argument, switch};
 use clap::{Arg, Command};
 use setun_formats::packed::MAX_GROUP_SIZE;
 use setun_io::Format;
+use setun_io::MIN_GROUP_SIZE;
 use setun_ternary::{Numerics, ScaleRule};
 
 const HELP: &str = "\
@@ -84,7 +85,10 @@ pub(super) fn convert() -> Command {
                 .value_name("N")
                 .value_parser(one_or_more)
                 .default_value("5000000000")
-                .help("Bytes of weights in one file of a directory; a tensor is never cut"),
+                .help(
+                    "Bytes of weights in one file of a directory, where its format has several \
+                     (hf, mlx, compressed-tensors); a tensor is never cut",
+                ),
             checkpoint_flag(),
         ])
         .after_help(HELP)
@@ -116,7 +120,9 @@ fn format(text: &str) -> Result<Format, String> {
 
 fn group_size(text: &str) -> Result<usize, String> {
     match text.parse() {
-        Ok(size) if (1..=MAX_GROUP_SIZE).contains(&size) => Ok(size),
-        _ => Err(format!("it is a whole number from 1 to {MAX_GROUP_SIZE}")),
+        Ok(size) if (MIN_GROUP_SIZE..=MAX_GROUP_SIZE).contains(&size) => Ok(size),
+        _ => Err(format!(
+            "it is a whole number from {MIN_GROUP_SIZE} to {MAX_GROUP_SIZE}"
+        )),
     }
 }

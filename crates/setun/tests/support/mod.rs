@@ -93,6 +93,14 @@ impl Output {
         self
     }
 
+    /// Insists that it was asked to stop, and did.
+    #[track_caller]
+    pub fn stopped(self) -> Self {
+        assert_eq!(self.code, Some(130), "{self:#?}");
+        assert!(!self.stderr.contains("error:"), "{self:#?}");
+        self
+    }
+
     /// Insists on exit code `code` and one error line that contains all of `words`.
     #[track_caller]
     pub fn refused(self, code: i32, words: &[&str]) -> Self {
