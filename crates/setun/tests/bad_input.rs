@@ -421,7 +421,7 @@ fn a_dense_model_is_not_ternary() {
     finish(&mut dense).ok();
     assert!(!run.join("export/packed").exists());
     let embedding = format!("{EMBEDDING} row 0 column 0: ");
-    verify(&run).not_verified(&["not a ternary model", "nothing ternary to verify"]);
+    verify(&run).not_verified(&["not a ternary model", "trained dense"]);
     let export = verify(&run.join("export/hf"));
     export.not_verified(&["not a ternary model", &embedding, "is not ternary"]);
     let (model, out) = (run.to_str().unwrap(), scratch.join("out"));
