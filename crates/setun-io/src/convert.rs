@@ -127,7 +127,7 @@ impl Format {
             None => Ok(()),
             Some((name, _)) => Err(IoError::Refused(format!(
                 "{name}: groups of {group_size} weights do not fit into blocks of {size} ({}), \
-                 which have one scale; train (or convert --ternarize) with a group size of {size}, or write a \
+                 which have one scale; train with group_size = {size} (convert with --group-size {size}), or write a \
                  type with smaller blocks (gguf-q2_0 has 64)",
                 self.name(),
                 size = block.block_weights()

@@ -227,7 +227,7 @@ fn impossible_models_are_refused() {
             "train.seq_len = 128",
         ),
         (&[("model.rope_theta", "0")], "must be above 0"),
-        (&[("model.group_size", "0")], ZERO),
+        (&[("model.group_size", "7")], "make it at least 8"),
         (&[("model.init_std", "-1")], "is below 0"),
         (
             &[DENSE, ("model.numerics", "int8")],
