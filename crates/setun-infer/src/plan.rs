@@ -367,7 +367,8 @@ impl Planner {
         let is_sure = self.draft_cost.is_measured(depth);
         let saved = tokens as f64 - self.cost.predict(rows) / plain - drafting;
         if saved.is_finite() {
-            let least = if is_sure { f64::NEG_INFINITY } else { -8.0 };
+            // A draft may cost more than this, verifying one may not: times of steps are noisy.
+            let least = if is_sure { -8.0 - drafting } else { -8.0 };
             self.saved += (saved.clamp(least, 8.0) - self.saved) / 8.0;
         }
         let longest = match is_sure {
