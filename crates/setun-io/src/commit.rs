@@ -187,8 +187,12 @@ pub fn output_path(path: &Path) -> Result<PathBuf, IoError> {
         Err(e) if e.kind() == io::ErrorKind::NotFound && path.is_symlink() => {
             Err(refused("a link to what is not there"))
         }
-        // Writing says what is wrong with the place.
-        Err(_) => Ok(path.to_owned()),
+        Err(_) => match path.parent() {
+            Some(parent) if !(parent.as_os_str().is_empty() || parent.is_dir()) => {
+                Err(refused("in a directory that is not there"))
+            }
+            _ => Ok(path.to_owned()),
+        },
     }
 }
 
@@ -597,6 +601,7 @@ mod tests {
             (&socket, "no regular file"),
             (&dangling, "a link to what is not there"),
             (&scratch.path().to_owned(), "a directory"),
+            (&scratch.join("no/file"), "in a directory that is not there"),
         ] {
             let error = write_atomic(path, b"x").unwrap_err().to_string();
             assert!(error.contains(problem), "{error}");

@@ -127,8 +127,8 @@ impl Format {
             None => Ok(()),
             Some((name, _)) => Err(IoError::Refused(format!(
                 "{name}: groups of {group_size} weights do not fit into blocks of {size} ({}), \
-                 which have one scale; train with group_size = {size} (convert with --group-size {size}), or write a \
-                 type with smaller blocks (gguf-q2_0 has 64)",
+                 which have one scale; train with group_size = {size} (convert with --group-size \
+                 {size}), or write a type with smaller blocks (gguf-q2_0 has 64)",
                 self.name(),
                 size = block.block_weights()
             ))),

@@ -9,7 +9,7 @@ use crate::environment::Environment;
 use crate::{CommandResult, Outcome, WrongUsage};
 use setun_backend::Isa;
 use setun_formats::Tokenizer;
-use setun_io::{OpenModel, Which, is_run, write_atomic};
+use setun_io::{OpenModel, Which, is_run, output_path, write_atomic};
 use setun_train::data::{
     ChatOptions, DataFormat, DocumentOptions, TokenSet, load_documents, load_documents_with,
     tokens::FIXED_ORDER,
@@ -232,6 +232,9 @@ pub fn verify(args: VerifyArgs, _: &Environment) -> CommandResult {
 
 /// `setun eval`
 pub fn eval(args: EvalArgs, environment: &Environment) -> CommandResult {
+    if let Some(logits) = &args.logits {
+        output_path(logits)?;
+    }
     let model = open(&args.model, args.checkpoint)?;
     let of_run = settings_of(&args.model);
     let seq_len = eval_seq_len(
@@ -310,6 +313,8 @@ fn settings_of(path: &Path) -> Option<Settings> {
 
 /// `setun tokenize`
 pub fn tokenize(args: TokenizeArgs, _: &Environment) -> CommandResult {
+    // Before the work, and again by the one that writes.
+    output_path(&args.output)?;
     let (tokenizer, model) = match &args.tokenizer {
         TokenizerSource::File(path) => (tokenizer_file(path)?, None),
         TokenizerSource::Model(path) => {

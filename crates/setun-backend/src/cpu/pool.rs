@@ -365,6 +365,22 @@ mod tests {
     }
 
     #[test]
+    #[should_panic(expected = "a task of the thread pool panicked")]
+    fn a_task_cannot_start_a_job_on_its_own_pool() {
+        thread_local!(static POOL: Pool = Pool::new(2));
+        // Each of the two threads takes one task; on the other one the pool is another.
+        let both = std::sync::Barrier::new(2);
+        POOL.with(|pool| {
+            pool.run(2, &|_, worker| {
+                both.wait();
+                if worker == 0 {
+                    POOL.with(|same| same.run(2, &|_, _| {}));
+                }
+            });
+        });
+    }
+
+    #[test]
     fn rows_are_split_without_overlap() {
         let pool = Pool::new(3);
         let mut a = vec![0u32; 7 * 3];

@@ -196,6 +196,10 @@ fn tensors_of_others_are_refused_by_what_they_are() {
     refused(&dir, &["model.safetensors", "U32"]);
 }
 
+fn write(model: &OpenModel, dir: &Path, options: &ConvertOptions) {
+    convert(model, dir, options, &mut |_, _| ControlFlow::Continue(())).unwrap();
+}
+
 #[test]
 fn an_index_must_describe_its_shards() {
     let scratch = Scratch::new("hf-index");
@@ -207,13 +211,7 @@ fn an_index_must_describe_its_shards() {
         max_shard_bytes: 200_000,
         ..ConvertOptions::new(Format::HuggingFace(ExportDtype::F32))
     };
-    convert(
-        &model,
-        &dir,
-        &options,
-        &mut |_, _| ControlFlow::Continue(()),
-    )
-    .unwrap();
+    write(&model, &dir, &options);
     let path = dir.join("model.safetensors.index.json");
     let index: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     let with = |name: &str, file: Value| {
@@ -264,13 +262,7 @@ fn quantized_tensors_must_have_the_shapes_of_their_config() {
             ternarize: Some(*tiny.ternary()),
             ..ConvertOptions::new(format)
         };
-        convert(
-            &model,
-            &dir,
-            &options,
-            &mut |_, _| ControlFlow::Continue(()),
-        )
-        .unwrap();
+        write(&model, &dir, &options);
         let file = dir.join("model.safetensors");
         let good = fs::read(&file).unwrap();
         rewrite(&file, |tensors| tensors.retain(|t| t.0.name != dropped));

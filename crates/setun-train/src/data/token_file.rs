@@ -112,16 +112,6 @@ impl TokenFile {
         })?;
         let name = format!(".tmp-{}-{}", name.to_string_lossy(), std::process::id());
         let temporary = path.with_file_name(name);
-        let parent = path
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty());
-        if let Some(parent) = parent.filter(|parent| !parent.is_dir()) {
-            let reason = format!(
-                "cannot be written: {} is no directory; make it",
-                parent.display()
-            );
-            return Err(bad_file(path, reason));
-        }
         let written = write_all(tokens, &temporary)
             .and_then(|()| fs::rename(&temporary, path).map_err(DataError::io("write", path)))
             .and_then(|()| sync_parent(path));

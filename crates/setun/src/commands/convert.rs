@@ -4,7 +4,7 @@ use crate::args::{ConvertArgs, InspectArgs};
 use crate::console::{self, Console};
 use crate::environment::Environment;
 use crate::{CommandResult, Outcome};
-use setun_io::{ConvertOptions, ConvertSummary, convert as convert_model};
+use setun_io::{ConvertOptions, ConvertSummary, IoError, convert as convert_model};
 use setun_train::run::Observer;
 use std::error::Error;
 use std::ops::ControlFlow;
@@ -25,7 +25,7 @@ pub fn convert(args: ConvertArgs, _: &Environment) -> CommandResult {
     let stop = super::stop_on_signal("stopping; once more to stop at once")?;
     let mut console = Console::new();
     let mut shown = 0;
-    let summary = convert_model(&model, &args.output, &options, &mut |done, total| {
+    let converted = convert_model(&model, &args.output, &options, &mut |done, total| {
         if done == total || done - shown >= PROGRESS_WEIGHTS {
             shown = done;
             console.progress("converting", done, total, "weights");
@@ -34,8 +34,15 @@ pub fn convert(args: ConvertArgs, _: &Environment) -> CommandResult {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         }
-    })?;
+    });
     drop(console);
+    let summary = match converted {
+        Err(stopped @ IoError::Stopped) => {
+            console::tell(format_args!("{stopped}"));
+            return Ok(Outcome::Stopped);
+        }
+        converted => converted?,
+    };
     for note in &summary.notes {
         console::tell(format_args!("note: {note}"));
     }
