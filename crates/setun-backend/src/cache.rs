@@ -161,6 +161,19 @@ impl CachedSegment<'_> {
         self.blocks[p / CACHE_BLOCK] as usize * CACHE_BLOCK + p % CACHE_BLOCK
     }
 
+    /// With a tree that is a chain as a chain: the same bits, sooner.
+    #[must_use]
+    pub fn simplified(self) -> Self {
+        let is_chain = |parents: &&[u32]| {
+            let before = std::iter::once(ROOT).chain(0..);
+            parents.iter().zip(before).all(|(&p, before)| p == before)
+        };
+        Self {
+            parents: self.parents.filter(|p| !is_chain(p)),
+            ..self
+        }
+    }
+
     /// The parent of row `i`, if that is a row of the segment.
     pub fn parent(&self, i: usize) -> Option<usize> {
         match self.parents {

@@ -1,27 +1,61 @@
 //! AVX2: products with packed ternary weights, decoded in registers.
 
 use super::packed::{
-    MANY_GROUP, MR, PANEL, PackedInputs, PackedShape, PanelScratch, SCALE_BYTES, WORD_BYTES,
+    Blocks, MANY_GROUP, MR, PANEL, PackedInputs, PackedShape, PanelScratch, SCALE_BYTES, WORD_BYTES,
 };
 use std::arch::x86_64::*;
 
 /// Outputs in a vector.
 const LANES: usize = 8;
-/// Words whose sums fit into an i16. A byte product is at most `8 * 127` where the code
-/// keeps its place two bits up; two are added by `maddubs`, and a word adds two of those:
-/// `4 * 8 * 127 * 8 = 32512`.
-const WORDS_OF_A_PART: usize = 8;
+/// Most rows that meet the codes in registers. More of them share codes that were made bytes.
+const MOST_DIRECT: usize = 16;
+/// Words whose sums fit into an i16. A byte product is at most `2 * 127`, two are added by
+/// `maddubs`, and a word adds four of those: `16 * 4 * 2 * 254 = 32512`.
+const WORDS_OF_A_PART: usize = 16;
+/// As [`WORDS_OF_A_PART`], where codes keep their place two bits up: products are four times
+/// as large, and a sum takes half of a word.
+const WORDS_OF_A_SHIFTED_PART: usize = 8;
 
 /// Bytes that codes are asked for ahead of their use.
 const AHEAD: usize = 4096;
 
-/// The panel's outputs times `M` rows, `NV` vectors of outputs at a time.
-///
-/// Codes 0 and 2 of each byte's nibbles come as they are; codes 1 and 3 stay two bits up,
-/// in sums of their own that are shifted down once per part: exact, since each is a
-/// multiple of four.
+/// Whether so many rows meet the codes in registers.
+pub(super) fn is_direct(shape: PackedShape, rows: usize) -> bool {
+    rows <= MOST_DIRECT || shape.group_size > MANY_GROUP
+}
+
+/// The panel's outputs times all rows, which lie in blocks of [`MR`] with up to seven in the
+/// last one where [`is_direct`] says so.
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn multiply<const M: usize, const NV: usize>(
+pub(super) fn multiply_rows(
+    shape: PackedShape,
+    panel: &[u8],
+    blocks: Blocks,
+    x: PackedInputs<'_>,
+    scratch: &mut PanelScratch,
+) {
+    if !is_direct(shape, blocks.rows()) {
+        return multiply_many(shape, panel, blocks.rows(), x, scratch);
+    }
+    for (first, m) in blocks.iter() {
+        let (x, y) = (x.block(shape, first, m), &mut scratch.y[first..]);
+        // As many vectors of outputs as leave room for their sums in 16 registers.
+        match m {
+            1 => multiply::<1, 4>(shape, panel, x, y),
+            2 => multiply::<2, 4>(shape, panel, x, y),
+            3 => multiply::<3, 2>(shape, panel, x, y),
+            4 => multiply::<4, 2>(shape, panel, x, y),
+            5 => multiply::<5, 1>(shape, panel, x, y),
+            6 => multiply::<6, 1>(shape, panel, x, y),
+            7 => multiply::<7, 1>(shape, panel, x, y),
+            m => unreachable!("{m} rows in a block"),
+        }
+    }
+}
+
+/// The panel's outputs times `M` rows, `NV` vectors of outputs at a time.
+#[target_feature(enable = "avx2,fma")]
+fn multiply<const M: usize, const NV: usize>(
     shape: PackedShape,
     panel: &[u8],
     x: PackedInputs<'_>,
@@ -36,9 +70,15 @@ pub(super) fn multiply<const M: usize, const NV: usize>(
         let (mut group, mut q) = (panel, x.q);
         for g in 0..groups {
             let words = shape.words_of(g);
+            let codes = &group[SCALE_BYTES..];
             // SAFETY: the assertions above hold for all groups together, and each step
             // moves both slices on by what its group has.
-            let dots = unsafe { group_dots::<M, NV>(&group[SCALE_BYTES..], v0, words, q) };
+            let dots = unsafe {
+                match M {
+                    1 => group_dots_shifted::<M, NV>(codes, v0, words, q),
+                    _ => group_dots::<M, NV>(codes, v0, words, q),
+                }
+            };
             for v in 0..NV {
                 let scale = scales(&group[2 * LANES * (v0 + v)..]);
                 for m in 0..M {
@@ -61,11 +101,60 @@ pub(super) fn multiply<const M: usize, const NV: usize>(
     }
 }
 
+/// `sum + maddubs(code, x)` in 16 bits. In assembly because the compiler, which may add
+/// integers in any order, adds the products of several steps first and runs out of registers.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_products(sum: __m256i, code: __m256i, x: __m256i) -> __m256i {
+    let mut sum = sum;
+    // SAFETY: two instructions on registers, of AVX2, which the caller has.
+    unsafe {
+        std::arch::asm!(
+            "vpmaddubsw {pairs}, {code}, {x}",
+            "vpaddw {sum}, {sum}, {pairs}",
+            sum = inout(ymm_reg) sum,
+            code = in(ymm_reg) code,
+            x = in(ymm_reg) x,
+            pairs = out(ymm_reg) _,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sum
+}
+
+/// The words of `NV` vectors of outputs, and the values that they meet.
+///
+/// # Safety
+/// `codes` holds `w + 1` times [`WORD_BYTES`] bytes, `q` `w + 1` times `16 M` values, and
+/// `v0 + NV` vectors of outputs are at most [`PANEL`].
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn word_of<const M: usize, const NV: usize>(
+    codes: &[u8],
+    v0: usize,
+    w: usize,
+    q: &[i8],
+) -> ([__m256i; NV], *const i32) {
+    if v0 == 0 {
+        let ahead = codes.as_ptr().wrapping_add(w * WORD_BYTES + AHEAD);
+        prefetch(ahead);
+        prefetch(ahead.wrapping_add(WORD_BYTES / 2));
+    }
+    let mut words = [_mm256_setzero_si256(); NV];
+    // SAFETY: the caller's promise; loads need no alignment.
+    unsafe {
+        let from = codes.as_ptr().add(w * WORD_BYTES + 4 * LANES * v0);
+        for (v, word) in words.iter_mut().enumerate() {
+            *word = _mm256_loadu_si256(from.cast::<__m256i>().add(v));
+        }
+        (words, q.as_ptr().add(w * 16 * M).cast())
+    }
+}
+
 /// Exact dots of one group's codes with the values.
 ///
 /// # Safety
-/// `codes` holds `words` times [`WORD_BYTES`] bytes, `q` `words` times `16 M` values, and
-/// `v0 + NV` vectors of outputs are at most [`PANEL`].
+/// As [`word_of`], for all of `words` words.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn group_dots<const M: usize, const NV: usize>(
@@ -76,45 +165,83 @@ unsafe fn group_dots<const M: usize, const NV: usize>(
 ) -> [[__m256i; NV]; M] {
     debug_assert!(codes.len() >= words * WORD_BYTES && q.len() >= words * 16 * M);
     let (ones, zero) = (_mm256_set1_epi16(1), _mm256_setzero_si256());
-    let (low_mask, high_mask) = (_mm256_set1_epi8(0b11), _mm256_set1_epi8(0b1100));
+    let mask = _mm256_set1_epi8(0b11);
     let mut dots = [[zero; NV]; M];
     for start in (0..words).step_by(WORDS_OF_A_PART) {
-        let (mut low, mut high) = ([[zero; NV]; M], [[zero; NV]; M]);
+        let mut sums = [[zero; NV]; M];
         for w in start..words.min(start + WORDS_OF_A_PART) {
-            // SAFETY: the caller's promise, for word `w`; loads need no alignment.
-            let (words, q) = unsafe {
-                let words = codes.as_ptr().add(w * WORD_BYTES + 4 * LANES * v0);
-                (
-                    words.cast::<__m256i>(),
-                    q.as_ptr().add(w * 16 * M).cast::<i32>(),
-                )
-            };
-            if v0 == 0 {
-                let ahead = codes.as_ptr().wrapping_add(w * WORD_BYTES + AHEAD);
-                prefetch(ahead);
-                prefetch(ahead.wrapping_add(WORD_BYTES / 2));
-            }
-            for v in 0..NV {
-                // SAFETY: as above.
-                let word = unsafe { _mm256_loadu_si256(words.add(v)) };
-                let upper = _mm256_srli_epi16::<4>(word);
-                let c0 = _mm256_and_si256(word, low_mask);
-                let c1 = _mm256_and_si256(word, high_mask);
-                let c2 = _mm256_and_si256(upper, low_mask);
-                let c3 = _mm256_and_si256(upper, high_mask);
+            // SAFETY: the caller's promise, for word `w`.
+            let (words, q) = unsafe { word_of::<M, NV>(codes, v0, w, q) };
+            let mut step = |shift: usize, words: [__m256i; NV]| {
                 for m in 0..M {
                     // SAFETY: as above: four values for each shift and row.
-                    let x = |shift: usize| unsafe {
-                        _mm256_set1_epi32(q.add(shift * M + m).read_unaligned())
-                    };
-                    let products = _mm256_maddubs_epi16(c0, x(0));
-                    low[m][v] = _mm256_add_epi16(low[m][v], products);
-                    let products = _mm256_maddubs_epi16(c1, x(1));
-                    high[m][v] = _mm256_add_epi16(high[m][v], products);
-                    let products = _mm256_maddubs_epi16(c2, x(2));
-                    low[m][v] = _mm256_add_epi16(low[m][v], products);
-                    let products = _mm256_maddubs_epi16(c3, x(3));
-                    high[m][v] = _mm256_add_epi16(high[m][v], products);
+                    let x = unsafe { q.add(shift * M + m).read_unaligned() };
+                    let x = _mm256_set1_epi32(x);
+                    for v in 0..NV {
+                        let code = _mm256_and_si256(words[v], mask);
+                        sums[m][v] = add_products(sums[m][v], code, x);
+                    }
+                }
+            };
+            step(0, words);
+            step(1, shifted::<2, NV>(words));
+            step(2, shifted::<4, NV>(words));
+            step(3, shifted::<6, NV>(words));
+        }
+        for (dot, sum) in dots.as_flattened_mut().iter_mut().zip(sums.as_flattened()) {
+            *dot = _mm256_add_epi32(*dot, _mm256_madd_epi16(*sum, ones));
+        }
+    }
+    dots
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn shifted<const BITS: i32, const NV: usize>(mut words: [__m256i; NV]) -> [__m256i; NV] {
+    for word in &mut words {
+        *word = _mm256_srli_epi16::<BITS>(*word);
+    }
+    words
+}
+
+/// [`group_dots`] for so few rows that it matters how codes are taken from their words.
+///
+/// Codes 0 and 2 of each byte's nibbles come as they are; codes 1 and 3 stay two bits up,
+/// in sums of their own that are shifted down once per part: exact, since each is a
+/// multiple of four.
+///
+/// # Safety
+/// As [`group_dots`].
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn group_dots_shifted<const M: usize, const NV: usize>(
+    codes: &[u8],
+    v0: usize,
+    words: usize,
+    q: &[i8],
+) -> [[__m256i; NV]; M] {
+    debug_assert!(codes.len() >= words * WORD_BYTES && q.len() >= words * 16 * M);
+    let (ones, zero) = (_mm256_set1_epi16(1), _mm256_setzero_si256());
+    let (low_mask, high_mask) = (_mm256_set1_epi8(0b11), _mm256_set1_epi8(0b1100));
+    let mut dots = [[zero; NV]; M];
+    for start in (0..words).step_by(WORDS_OF_A_SHIFTED_PART) {
+        let (mut low, mut high) = ([[zero; NV]; M], [[zero; NV]; M]);
+        for w in start..words.min(start + WORDS_OF_A_SHIFTED_PART) {
+            // SAFETY: the caller's promise, for word `w`.
+            let (words, q) = unsafe { word_of::<M, NV>(codes, v0, w, q) };
+            let upper = shifted::<4, NV>(words);
+            for m in 0..M {
+                // SAFETY: as above: four values for each shift and row.
+                let x = |shift: usize| unsafe {
+                    _mm256_set1_epi32(q.add(shift * M + m).read_unaligned())
+                };
+                let x = [x(0), x(1), x(2), x(3)];
+                for v in 0..NV {
+                    let code = |word, mask| _mm256_and_si256(word, mask);
+                    low[m][v] = add_products(low[m][v], code(words[v], low_mask), x[0]);
+                    high[m][v] = add_products(high[m][v], code(words[v], high_mask), x[1]);
+                    low[m][v] = add_products(low[m][v], code(upper[v], low_mask), x[2]);
+                    high[m][v] = add_products(high[m][v], code(upper[v], high_mask), x[3]);
                 }
             }
         }
@@ -131,10 +258,10 @@ unsafe fn group_dots<const M: usize, const NV: usize>(
 /// Rows and vectors of outputs whose sums fill the registers in [`multiply_many`].
 const MANY: (usize, usize) = (MR, 2);
 
-/// The panel's outputs times more than [`MR`] rows, in blocks of that: the codes of a group
+/// The panel's outputs times more than [`MOST_DIRECT`] rows, in blocks of [`MR`]: the codes of a group
 /// become bytes once, in the first-level cache, and all rows read them there.
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn multiply_many(
+fn multiply_many(
     shape: PackedShape,
     panel: &[u8],
     rows: usize,
@@ -244,7 +371,7 @@ unsafe fn byte_dots(codes: &[u8], words: usize, q: &[i8]) -> [[__m256i; MANY.1];
                 for (m, sums) in sums.iter_mut().enumerate() {
                     let x = _mm256_set1_epi32(q.cast::<i32>().add(m).read_unaligned());
                     for (sum, code) in sums.iter_mut().zip(code) {
-                        *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(code, x));
+                        *sum = add_products(*sum, code, x);
                     }
                 }
                 codes = codes.wrapping_add(WORD_BYTES);

@@ -4,7 +4,7 @@
 //! goes straight into 32 bits here, so sums need no care.
 
 use super::packed::{
-    MANY_GROUP, MR, PANEL, PackedInputs, PackedShape, PanelScratch, SCALE_BYTES, WORD_BYTES,
+    Blocks, MANY_GROUP, MR, PANEL, PackedInputs, PackedShape, PanelScratch, SCALE_BYTES, WORD_BYTES,
 };
 use std::arch::x86_64::*;
 
@@ -13,13 +13,35 @@ const LANES: usize = 16;
 /// Bytes that codes are asked for ahead of their use.
 const AHEAD: usize = 4096;
 
+/// The panel's outputs times all rows, which lie in blocks of one, two or [`MR`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn multiply_rows(
+    shape: PackedShape,
+    panel: &[u8],
+    blocks: Blocks,
+    x: PackedInputs<'_>,
+    scratch: &mut PanelScratch,
+) {
+    if shape.group_size <= MANY_GROUP && blocks.rows() > MR {
+        return multiply_many(shape, panel, blocks.rows(), x, scratch);
+    }
+    for (first, m) in blocks.iter() {
+        let (x, y) = (x.block(shape, first, m), &mut scratch.y[first..]);
+        match m {
+            1 => multiply::<1, 2>(shape, panel, x, y),
+            2 => multiply::<2, 2>(shape, panel, x, y),
+            _ => multiply::<MR, 1>(shape, panel, x, y),
+        }
+    }
+}
+
 /// The panel's outputs times `M` rows, `NV` vectors of outputs at a time.
 ///
 /// Codes 0 and 2 of each byte's nibbles come as they are; codes 1 and 3 stay two bits up, in
 /// sums of their own that are shifted down at the end of a group: exact, since each is a
 /// multiple of four.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn multiply<const M: usize, const NV: usize>(
+fn multiply<const M: usize, const NV: usize>(
     shape: PackedShape,
     panel: &[u8],
     x: PackedInputs<'_>,
@@ -122,7 +144,7 @@ unsafe fn group_dots<const M: usize, const NV: usize>(
 /// The panel's outputs times more than [`MR`] rows, in blocks of that: the codes of a group
 /// become bytes once, in the first-level cache, and all rows read them there.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn multiply_many(
+fn multiply_many(
     shape: PackedShape,
     panel: &[u8],
     rows: usize,

@@ -195,14 +195,66 @@ impl Default for PanelScratch {
     }
 }
 
+/// How rows lie in memory: in blocks that meet the weights together, zeros behind the last row.
+#[derive(Clone, Copy)]
+pub(super) struct Blocks {
+    /// Rows of a block.
+    size: usize,
+    /// First row of the last block, which may have more rows.
+    last: usize,
+    /// End of the last block.
+    end: usize,
+}
+
+impl Blocks {
+    fn of(isa: Isa, shape: PackedShape, rows: usize) -> Self {
+        if in_tiles(isa, shape, rows) {
+            return Self::even(1, rows.next_multiple_of(TILE));
+        }
+        #[cfg(target_arch = "x86_64")]
+        if isa.has_avx2() && !isa.has_avx512() && super::avx2_packed::is_direct(shape, rows) {
+            let last = (rows / MR).saturating_sub(1) * MR;
+            let size = if last == 0 { rows } else { MR };
+            return Self {
+                size,
+                last,
+                end: rows,
+            };
+        }
+        let size = if rows < 3 { rows.max(1) } else { MR };
+        Self::even(size, rows.next_multiple_of(size))
+    }
+
+    fn even(size: usize, end: usize) -> Self {
+        let last = end - size;
+        Self { size, last, end }
+    }
+
+    /// Number of rows, zeros included.
+    pub(super) fn rows(self) -> usize {
+        self.end
+    }
+
+    /// First row of the block that has row `r`, and the block's number of rows.
+    fn of_row(self, r: usize) -> (usize, usize) {
+        match r >= self.last {
+            true => (self.last, self.end - self.last),
+            false => (r / self.size * self.size, self.size),
+        }
+    }
+
+    /// First row and number of rows of each block.
+    pub(super) fn iter(self) -> impl Iterator<Item = (usize, usize)> {
+        let starts = (0..=self.last).step_by(self.size);
+        starts.map(move |first| self.of_row(first))
+    }
+}
+
 /// Up to [`MAX_ROWS`] rows, laid out in blocks.
 pub(crate) struct InputRows<'s> {
     shape: PackedShape,
     rows: usize,
-    /// Rows of a block in memory: those that there are, but four for three, and [`MR`]
-    /// where there are several blocks; one where tiles of [`TILE`] rows read them. Those behind
-    /// the last row are zeros.
-    block: usize,
+    blocks: Blocks,
     q: &'s mut [i8],
     sums: &'s mut [i32],
     scales: &'s mut [f32],
@@ -218,18 +270,14 @@ impl<'s> InputRows<'s> {
         scratch: &'s mut [u8],
     ) -> Self {
         let (groups, words) = (shape.groups(), shape.words());
-        let block = match rows {
-            _ if in_tiles(isa, shape, rows) => 1,
-            0..3 => rows.max(1),
-            _ => MR,
-        };
-        let places = rows.next_multiple_of(if block == 1 && rows > 1 { TILE } else { block });
+        let blocks = Blocks::of(isa, shape, rows);
+        let places = blocks.end;
         let (sums, rest) = scratch.split_at_mut(4 * places * groups);
         let (scales, rest) = rest.split_at_mut(4 * places * groups);
         let mut inputs = Self {
             shape,
             rows,
-            block,
+            blocks,
             q: bytemuck::cast_slice_mut(&mut rest[..places * words * WORD]),
             sums: bytemuck::cast_slice_mut(sums),
             scales: bytemuck::cast_slice_mut(scales),
@@ -253,8 +301,8 @@ impl<'s> InputRows<'s> {
     fn pack_row(&mut self, isa: Isa, x: Int8Rows<'_>, from: usize, r: usize) {
         let (width, group_size) = (self.shape.width, self.shape.group_size);
         let (groups, words) = (self.shape.groups(), self.shape.words());
-        let (m, i) = (self.block, r % self.block);
-        let first = r - i;
+        let (first, m) = self.blocks.of_row(r);
+        let i = r - first;
         let mut to = &mut self.q[first * words * WORD..(first + m) * words * WORD];
         let row = &x.q[from * width..(from + 1) * width];
         for (g, group) in row.chunks(group_size).enumerate() {
@@ -282,7 +330,7 @@ impl<'s> InputRows<'s> {
             sums: self.sums,
             scales: self.scales,
         };
-        multiply(isa, shape, panel, (self.rows, self.block), inputs, scratch);
+        multiply(isa, shape, panel, (self.rows, self.blocks), inputs, scratch);
     }
 }
 
@@ -411,36 +459,12 @@ pub fn packed_linear<R: Real>(
     }
 }
 
-/// The kernel of a module for so many rows, with so many vectors of outputs at a time for one
-/// row, two and [`MR`].
-#[cfg(target_arch = "x86_64")]
-macro_rules! by_rows {
-    ($module:ident, [$one:literal, $two:literal, $more:literal], $shape:expr, $panel:expr,
-        ($rows:expr, $m:expr), $x:expr, $scratch:expr) => {{
-        use super::$module::{multiply, multiply_many};
-        let (shape, panel, rows, x, scratch) = ($shape, $panel, $rows, $x, $scratch);
-        match $m {
-            1 => multiply::<1, $one>(shape, panel, x, &mut scratch.y),
-            2 => multiply::<2, $two>(shape, panel, x, &mut scratch.y),
-            _ if shape.group_size <= MANY_GROUP && rows > MR => {
-                multiply_many(shape, panel, rows, x, scratch);
-            }
-            _ => {
-                for first in (0..rows).step_by(MR) {
-                    let x = x.block(shape, first, MR);
-                    multiply::<MR, $more>(shape, panel, x, &mut scratch.y[first..]);
-                }
-            }
-        }
-    }};
-}
-
-/// One panel times all rows; `rows` of them in blocks of `m`.
+/// One panel times all rows.
 fn multiply(
     isa: Isa,
     shape: PackedShape,
     panel: &[u8],
-    (rows, m): (usize, usize),
+    (rows, blocks): (usize, Blocks),
     x: PackedInputs<'_>,
     scratch: &mut PanelScratch,
 ) {
@@ -453,39 +477,24 @@ fn multiply(
     if isa.has_avx512() {
         // SAFETY: an `Isa` that has AVX-512 is made by `Isa::available` only, after CPUID has
         // shown it.
-        return unsafe {
-            by_rows!(
-                avx512_packed,
-                [2, 2, 1],
-                shape,
-                panel,
-                (rows, m),
-                x,
-                scratch
-            )
-        };
+        return unsafe { super::avx512_packed::multiply_rows(shape, panel, blocks, x, scratch) };
     }
     #[cfg(target_arch = "x86_64")]
     if isa.has_avx2() {
         // SAFETY: an `Isa` that has AVX2 is made by `Isa::available` only, after CPUID has
         // shown it.
-        return unsafe { by_rows!(avx2_packed, [4, 2, 1], shape, panel, (rows, m), x, scratch) };
+        return unsafe { super::avx2_packed::multiply_rows(shape, panel, blocks, x, scratch) };
     }
-    let _ = isa;
-    for first in (0..rows).step_by(m) {
-        multiply_plain(
-            shape,
-            panel,
-            m,
-            x.block(shape, first, m),
-            &mut scratch.y[first..],
-        );
+    let _ = (isa, rows);
+    for (first, m) in blocks.iter() {
+        let x = x.block(shape, first, m);
+        multiply_plain(shape, panel, m, x, &mut scratch.y[first..]);
     }
 }
 
 impl<'a> PackedInputs<'a> {
     /// The block of `m` rows that begins at row `first`.
-    fn block(self, shape: PackedShape, first: usize, m: usize) -> Self {
+    pub(super) fn block(self, shape: PackedShape, first: usize, m: usize) -> Self {
         let (groups, values) = (shape.groups(), shape.words() * WORD);
         Self {
             q: &self.q[first * values..(first + m) * values],

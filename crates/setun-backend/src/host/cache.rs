@@ -251,6 +251,7 @@ fn attend<R: Real, S: Store<R>>(
         };
         // SAFETY: a worker runs one task at a time, and a task asks once.
         let scratch = unsafe { scratch.part(worker..worker + 1) };
+        let segment = &segment.simplified();
         cached_task(view.isa, view, segment, of_task, rows, &mut put, scratch);
     });
 }

@@ -56,6 +56,16 @@ struct Tile<'a, R> {
     min_value: i32,
 }
 
+impl<R: Real> Tile<'_, R> {
+    /// Whether the values of the lanes are numbers: one that a row does not see is multiplied
+    /// with zero, which must stay zero.
+    #[inline(always)]
+    fn is_finite(&self, lanes: Range<usize>, head_dim: usize) -> bool {
+        let values = &self.values[lanes.start * head_dim..lanes.end * head_dim];
+        values.iter().all(|&v| v - v == R::ZERO)
+    }
+}
+
 impl<S> CachedView<'_, S> {
     /// Widens the keys and values of `n` positions from `j0`.
     #[inline(always)]
@@ -299,20 +309,29 @@ pub fn cached_block<R: Real, S: Store<R>>(
             continue;
         }
         view.load(segment, kv_head, (j0, n), &mut loaded);
-        if j0 + tile <= shared {
-            sums.add::<S>(&view, 0..pairs, tile, &loaded);
+        let end_of = |i: usize| (segment.past + segment.depth(i) + 1).saturating_sub(j0);
+        let is_same = j0 + tile <= shared;
+        if is_same || !own_lanes && loaded.is_finite(end_of(rows.0)..n, e) {
+            let end_of = |pair| {
+                if is_same {
+                    tile
+                } else {
+                    end_of(rows.0 + pair / group)
+                }
+            };
+            sums.add::<S>(&view, 0..pairs, n, end_of, &loaded);
             continue;
         }
         for i in rows.0..rows.1 {
-            let end = segment.past + segment.depth(i) + 1;
-            if end <= j0 {
+            let end = end_of(i);
+            if end == 0 {
                 continue;
             }
             if own_lanes {
                 view.gather(segment, kv_head, i, j0, &mut loaded);
             }
             let first = (i - rows.0) * group;
-            sums.add::<S>(&view, first..first + group, end - j0, &loaded);
+            sums.add::<S>(&view, first..first + group, end.min(tile), |_| end, &loaded);
         }
     }
     for (pair, (acc, &sum)) in sums.acc.chunks_mut(e).zip(&*sums.sum).enumerate() {
@@ -327,17 +346,18 @@ pub fn cached_block<R: Real, S: Store<R>>(
 }
 
 impl<R: Real> Sums<'_, R> {
-    /// Folds the first `end` lanes of a tile into neighbouring pairs.
+    /// Folds the first `n` lanes of a tile into neighbouring pairs, each of which sees those
+    /// below its `end_of`.
     #[inline(always)]
     fn add<S: Store<R>>(
         &mut self,
         view: &CachedView<'_, S>,
         pairs: Range<usize>,
-        end: usize,
+        n: usize,
+        end_of: impl Fn(usize) -> usize,
         tile: &Tile<'_, R>,
     ) {
         let (e, lanes) = (view.head_dim, view.tile);
-        let n = end.min(lanes);
         let keys = Panel {
             values: &*tile.keys,
             min_exponent: tile.min_key,
@@ -346,16 +366,25 @@ impl<R: Real> Sums<'_, R> {
         let scores = &mut self.scores[pairs.start * lanes..pairs.end * lanes];
         scores.fill(R::ZERO);
         multiply_rows::<R, S>(view.isa, q, (e, e), &keys, lanes, scores);
-        self.soften::<S>(view, pairs.clone(), end);
-        self.add_values::<S>(view, pairs, n, tile);
+        self.soften::<S>(view, pairs.clone(), &end_of);
+        self.add_values::<S>(view, pairs, n, end_of, tile);
     }
 
-    /// From products with keys to probabilities, for the first `end` lanes of a tile.
+    /// From products with keys to probabilities, for the lanes of a tile that each pair sees.
     #[inline(always)]
-    fn soften<S: Store<R>>(&mut self, view: &CachedView<'_, S>, pairs: Range<usize>, end: usize) {
+    fn soften<S: Store<R>>(
+        &mut self,
+        view: &CachedView<'_, S>,
+        pairs: Range<usize>,
+        end_of: impl Fn(usize) -> usize,
+    ) {
         let (e, lanes) = (view.head_dim, view.tile);
         let scale = R::ONE / R::from_f64(e as f64).sqrt();
         for pair in pairs {
+            let end = end_of(pair);
+            if end == 0 {
+                continue;
+            }
             let scores = &mut self.scores[pair * lanes..(pair + 1) * lanes];
             let acc = &mut self.acc[pair * e..(pair + 1) * e];
             mask(scores, scale, 0, end);
@@ -363,13 +392,15 @@ impl<R: Real> Sums<'_, R> {
         }
     }
 
-    /// Adds the first `n` values of a tile, times their probabilities.
+    /// Adds the first `n` values of a tile, times their probabilities, which are zeros for
+    /// those that a pair does not see.
     #[inline(always)]
     fn add_values<S: Store<R>>(
         &mut self,
         view: &CachedView<'_, S>,
         pairs: Range<usize>,
         n: usize,
+        end_of: impl Fn(usize) -> usize,
         tile: &Tile<'_, R>,
     ) {
         let (e, lanes) = (view.head_dim, view.tile);
@@ -380,8 +411,8 @@ impl<R: Real> Sums<'_, R> {
         let scores = &self.scores[pairs.start * lanes..pairs.end * lanes];
         let acc = &mut self.acc[pairs.start * e..pairs.end * e];
         // A row that has seen no key yet has no maximum; it takes no part.
-        let max = &self.max[pairs];
-        let seen = |r: usize| max[r] != R::NEG_INFINITY;
+        let max = &self.max[pairs.clone()];
+        let seen = |r: usize| end_of(pairs.start + r) > 0 && max[r] != R::NEG_INFINITY;
         multiply_active::<R, S>(view.isa, scores, (lanes, n), &values, e, acc, seen);
     }
 
@@ -431,7 +462,7 @@ impl<R: Real> Sums<'_, R> {
                 return false;
             }
         }
-        self.soften::<S>(view, 0..pairs, lanes);
+        self.soften::<S>(view, 0..pairs, |_| lanes);
         let mut pieces: [&[bf16]; STORED_BLOCKS] = [&[]; STORED_BLOCKS];
         let mut ahead = pieces;
         for (piece, &block) in ahead.iter_mut().zip(next) {
@@ -453,7 +484,7 @@ impl<R: Real> Sums<'_, R> {
         let (scores, acc) = ((&*self.scores, lanes), (&mut *self.acc, e));
         if !(all_seen && is_calm && stored_mat(view.isa, pairs, scores, values, acc)) {
             view.load(segment, kv_head, (j0, lanes), loaded);
-            self.add_values::<S>(view, 0..pairs, lanes, loaded);
+            self.add_values::<S>(view, 0..pairs, lanes, |_| lanes, loaded);
         }
         true
     }
