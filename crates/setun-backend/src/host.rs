@@ -22,6 +22,13 @@ pub const TILE: usize = 64;
 /// Rows that a task of a row-wise operation takes.
 const GRAIN: usize = 16;
 
+/// [`GRAIN`], or fewer where there are few rows to share, but what is worth a thread's while.
+fn grain(pool: &Pool, rows: usize, width: usize) -> usize {
+    const WORTH_A_THREAD: usize = 2048;
+    let shared = rows / (2 * pool.threads());
+    shared.max(WORTH_A_THREAD / width).clamp(1, GRAIN)
+}
+
 /// The largest shapes that the scratch memory of a [`Host`] must serve.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {

@@ -344,21 +344,21 @@ fn rows_of<const M: usize>(
     for at in (0..lanes).step_by(2 * W) {
         for start in (0..depth).step_by(BLOCK) {
             let steps = BLOCK.min(depth - start);
+            let mut chains = [[[_mm256_setzero_ps(); 2]; M]; 2];
             // SAFETY: by the assertions all rows of `x` have `depth` values, and steps
             // below `depth` of `y` have `lanes`, of which `at..at + 16` are read.
-            let [even, odd] = unsafe {
+            unsafe {
                 let (x, y) = (x.as_ptr().add(start), y.as_ptr().add(start * lanes + at));
                 if M <= BOTH_CHAINS {
-                    let mut chains = [[[_mm256_setzero_ps(); 2]; M]; 2];
                     both_chains(&mut chains, steps, (x, stride), (y, lanes), None);
-                    chains
                 } else {
-                    let even = row_chains::<M>(steps.div_ceil(2), (x, stride), (y, lanes));
+                    let [even, odd] = &mut chains;
+                    row_chains(even, steps.div_ceil(2), (x, stride), (y, lanes), None);
                     let (x, y) = (x.wrapping_add(1), y.wrapping_add(lanes));
-                    [even, row_chains::<M>(steps / 2, (x, stride), (y, lanes))]
+                    row_chains(odd, steps / 2, (x, stride), (y, lanes), None);
                 }
-            };
-            add_chains([even, odd], start == 0, &mut acc[at..], lanes);
+            }
+            add_chains(chains, start == 0, &mut acc[at..], lanes);
         }
     }
 }
@@ -387,23 +387,80 @@ fn add_chains<const M: usize>(
 
 /// Up to so many rows the even and the odd chains advance together, in the registers that
 /// more rows would fill, and hide the latency of an FMA.
-pub(crate) const BOTH_CHAINS: usize = 3;
+const BOTH_CHAINS: usize = 3;
 
-/// [`rows_even_odd`] on up to [`BOTH_CHAINS`] rows of `x` and of `acc`, which are `x_stride` and
+/// Most rows that [`stored_even_odd`] takes.
+pub(crate) const MOST_STORED: usize = 16;
+
+/// [`rows_even_odd`] on up to [`MOST_STORED`] rows of `x` and of `acc`, which are `x_stride` and
 /// `acc_stride` apart, with `y` as it is stored.
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn stored_even_odd(
     rows: usize,
     (x, x_stride): (&[f32], usize),
+    mut y: StoredRows<'_>,
+    (acc, acc_stride): (&mut [f32], usize),
+) {
+    assert!(rows <= MOST_STORED);
+    let runs = rows.div_ceil(ROWS_TOGETHER);
+    let mut first = 0;
+    for run in 0..runs {
+        let n = (rows - first).div_ceil(runs - run);
+        let (x, acc) = (&x[first * x_stride..], &mut acc[first * acc_stride..]);
+        let (x, acc) = ((x, x_stride), (acc, acc_stride));
+        match n {
+            6 => stored_chain_by_chain::<6>(x, y, acc),
+            5 => stored_chain_by_chain::<5>(x, y, acc),
+            4 => stored_chain_by_chain::<4>(x, y, acc),
+            3 => stored_rows_of::<3>(x, y, acc),
+            2 => stored_rows_of::<2>(x, y, acc),
+            _ => stored_rows_of::<1>(x, y, acc),
+        }
+        first += n;
+        y.ahead = &[];
+    }
+}
+
+/// [`stored_even_odd`] for more than [`BOTH_CHAINS`] rows.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn stored_chain_by_chain<const M: usize>(
+    (x, x_stride): (&[f32], usize),
     y: StoredRows<'_>,
     (acc, acc_stride): (&mut [f32], usize),
 ) {
-    let (x, acc) = ((x, x_stride), (acc, acc_stride));
-    match rows {
-        3 => stored_rows_of::<3>(x, y, acc),
-        2 => stored_rows_of::<2>(x, y, acc),
-        1 => stored_rows_of::<1>(x, y, acc),
-        rows => unreachable!("{rows} rows at a time"),
+    let (steps, lanes) = (y.steps, y.lanes);
+    let depth = y.pieces.len() * steps;
+    assert!(steps > 0 && (steps.is_multiple_of(2) || y.pieces.len() == 1));
+    assert!(y.pieces.iter().all(|piece| piece.len() >= steps * lanes));
+    assert!(x.len() >= (M - 1) * x_stride + depth && lanes.is_multiple_of(2 * W));
+    for at in (0..lanes).step_by(2 * W) {
+        for start in (0..depth).step_by(BLOCK) {
+            let end = depth.min(start + BLOCK);
+            let mut chains = [[[_mm256_setzero_ps(); 2]; M]; 2];
+            for (parity, chains) in chains.iter_mut().enumerate() {
+                let mut r = start;
+                while r < end {
+                    let (piece, row) = (r / steps, r % steps);
+                    let n = (steps - row).min(end - r);
+                    let from = (row + parity) * lanes + at;
+                    let ahead = y.ahead.get(piece).filter(|_| at.is_multiple_of(LINE));
+                    let ahead = ahead.map(|ahead| ahead.as_ptr().wrapping_add(from));
+                    // SAFETY: by the assertions all rows of `x` have `depth` values, and the
+                    // piece has `steps` rows of `lanes` values, of which `at..at + 16` are read
+                    // in rows `row + parity` and every second one behind it, below `row + n`.
+                    // Even steps are at even places of `x`: `n` is even but at the end.
+                    unsafe {
+                        let x = x.as_ptr().add(r).wrapping_add(parity);
+                        let y = y.pieces[piece].as_ptr().wrapping_add(from);
+                        let count = (n + 1 - parity) / 2;
+                        row_chains(chains, count, (x, x_stride), (y, lanes), ahead);
+                    }
+                    r += n;
+                }
+            }
+            add_chains(chains, start == 0, &mut acc[at..], acc_stride);
+        }
     }
 }
 
@@ -517,23 +574,29 @@ unsafe fn both_chains<const M: usize, T: Stored>(
     }
 }
 
-/// Chains of `M` rows over `n` steps, two apart, from zero.
+/// Advances the chains of `M` rows by `n` steps, two apart, and asks memory for the lines of as
+/// many rows from `ahead`.
 ///
 /// # Safety
 /// `x` points to `M` rows, `stride` apart, and `y` to rows of 16 values, `lanes` apart; both
 /// have that many steps.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn row_chains<const M: usize>(
+unsafe fn row_chains<const M: usize, T: Stored>(
+    chains: &mut [[__m256; 2]; M],
     n: usize,
     (mut x, stride): (*const f32, usize),
-    (mut y, lanes): (*const f32, usize),
-) -> [[__m256; 2]; M] {
-    let mut chains = [[_mm256_setzero_ps(); 2]; M];
+    (mut y, lanes): (*const T, usize),
+    mut ahead: Option<*const T>,
+) {
     for _ in 0..n {
+        if let Some(ahead) = &mut ahead {
+            _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+            *ahead = ahead.wrapping_add(2 * lanes);
+        }
         // SAFETY: the caller's promise; the loads need no alignment.
         unsafe {
-            let values = [_mm256_loadu_ps(y), _mm256_loadu_ps(y.add(W))];
+            let values = [T::eight(y), T::eight(y.add(W))];
             for (i, chain) in chains.iter_mut().enumerate() {
                 let x = _mm256_set1_ps(*x.add(i * stride));
                 chain[0] = _mm256_fmadd_ps(x, values[0], chain[0]);
@@ -543,7 +606,6 @@ unsafe fn row_chains<const M: usize>(
         x = x.wrapping_add(2);
         y = y.wrapping_add(2 * lanes);
     }
-    chains
 }
 
 /// Transposes eight rows of `from`, `width` apart, into lanes `0..8` of the rows of `to`,

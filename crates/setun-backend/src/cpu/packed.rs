@@ -16,7 +16,7 @@
 //! over ascending groups, as [`int8_dot`](crate::kernels::product::int8_dot) defines it.
 
 use crate::cpu::int8::Int8Rows;
-use crate::cpu::{Isa, Pool};
+use crate::cpu::{Isa, Pool, RowsMut};
 use crate::real::Real;
 use half::f16;
 use setun_ternary::groups_per_row;
@@ -230,6 +230,11 @@ impl Blocks {
         Self { size, last, end }
     }
 
+    /// Whether the last block is like the others.
+    fn are_even(self) -> bool {
+        self.end - self.last == self.size
+    }
+
     /// Number of rows, zeros included.
     pub(super) fn rows(self) -> usize {
         self.end
@@ -263,22 +268,23 @@ pub(crate) struct InputRows<'s> {
 impl<'s> InputRows<'s> {
     /// Lays out `rows` rows of `x` from row `first`.
     pub(crate) fn pack(
+        pool: &Pool,
         isa: Isa,
         shape: PackedShape,
         (first, rows): (usize, usize),
         x: Int8Rows<'_>,
         scratch: &'s mut [u8],
     ) -> Self {
-        let (groups, words) = (shape.groups(), shape.words());
+        let (groups, width) = (shape.groups(), shape.words() * WORD);
         let blocks = Blocks::of(isa, shape, rows);
         let places = blocks.end;
         let (sums, rest) = scratch.split_at_mut(4 * places * groups);
         let (scales, rest) = rest.split_at_mut(4 * places * groups);
-        let mut inputs = Self {
+        let inputs = Self {
             shape,
             rows,
             blocks,
-            q: bytemuck::cast_slice_mut(&mut rest[..places * words * WORD]),
+            q: bytemuck::cast_slice_mut(&mut rest[..places * width]),
             sums: bytemuck::cast_slice_mut(sums),
             scales: bytemuck::cast_slice_mut(scales),
         };
@@ -287,30 +293,38 @@ impl<'s> InputRows<'s> {
             inputs.sums.fill(0);
             inputs.scales.fill(0.0);
         }
-        for r in 0..rows {
-            inputs.pack_row(isa, x, first + r, r);
-        }
+        // Less is laid out before another thread has heard of it.
+        const WORTH_A_THREAD: usize = 8 << 10;
+        let grain = match blocks.are_even() {
+            true => (WORTH_A_THREAD / width).next_multiple_of(blocks.size),
+            false => places,
+        };
+        let parts = (
+            RowsMut::new(&mut *inputs.q, width),
+            (
+                RowsMut::new(&mut *inputs.sums, groups),
+                RowsMut::new(&mut *inputs.scales, groups),
+            ),
+        );
+        pool.by_rows(places, grain.max(blocks.size), parts, |part, to| {
+            for r in part.start..part.end.min(rows) {
+                let (block, m) = blocks.of_row(r);
+                let at = (block - part.start, m, r - block);
+                pack_row(
+                    isa,
+                    shape,
+                    (x, first + r),
+                    at,
+                    (&mut *to.0, &mut *to.1.0, &mut *to.1.1),
+                );
+            }
+        });
         inputs
     }
 
     /// Sizes of the matrix for which the rows were laid out.
     pub(crate) fn shape(&self) -> PackedShape {
         self.shape
-    }
-
-    fn pack_row(&mut self, isa: Isa, x: Int8Rows<'_>, from: usize, r: usize) {
-        let (width, group_size) = (self.shape.width, self.shape.group_size);
-        let (groups, words) = (self.shape.groups(), self.shape.words());
-        let (first, m) = self.blocks.of_row(r);
-        let i = r - first;
-        let mut to = &mut self.q[first * words * WORD..(first + m) * words * WORD];
-        let row = &x.q[from * width..(from + 1) * width];
-        for (g, group) in row.chunks(group_size).enumerate() {
-            let (part, rest) = to.split_at_mut(group.len().div_ceil(WORD) * WORD * m);
-            to = rest;
-            self.sums[first * groups + g * m + i] = spread_group(isa, group, (m, i), part);
-            self.scales[first * groups + g * m + i] = x.scales[from * groups + g];
-        }
     }
 
     /// All rows times one panel of a matrix whose inner sizes are those of the rows, into
@@ -331,6 +345,27 @@ impl<'s> InputRows<'s> {
             scales: self.scales,
         };
         multiply(isa, shape, panel, (self.rows, self.blocks), inputs, scratch);
+    }
+}
+
+/// Lays out row `from` of `x` as row `i` of the block of `m` rows that begins at row `block` of
+/// the values, sums and scales.
+fn pack_row(
+    isa: Isa,
+    shape: PackedShape,
+    (x, from): (Int8Rows<'_>, usize),
+    (block, m, i): (usize, usize, usize),
+    (q, sums, scales): (&mut [i8], &mut [i32], &mut [f32]),
+) {
+    let (groups, width) = (shape.groups(), shape.words() * WORD);
+    let mut to = &mut q[block * width..(block + m) * width];
+    let row = &x.q[from * shape.width..(from + 1) * shape.width];
+    for (g, group) in row.chunks(shape.group_size).enumerate() {
+        let (part, rest) = to.split_at_mut(group.len().div_ceil(WORD) * WORD * m);
+        to = rest;
+        let at = block * groups + g * m + i;
+        sums[at] = spread_group(isa, group, (m, i), part);
+        scales[at] = x.scales[from * groups + g];
     }
 }
 
@@ -443,7 +478,7 @@ pub fn packed_linear<R: Real>(
     let step = panels.div_ceil(4 * pool.threads());
     for first in (0..rows).step_by(MAX_ROWS) {
         let chunk = (first, MAX_ROWS.min(rows - first));
-        let inputs = InputRows::pack(isa, shape, chunk, x, scratch);
+        let inputs = InputRows::pack(pool, isa, shape, chunk, x, scratch);
         let (parts, inputs) = (&parts, &inputs);
         pool.run(panels.div_ceil(step), &|task, _| {
             let mut skipped = 0;

@@ -211,8 +211,8 @@ impl<R: Real> Host<R> {
             let weights = lease.read(packed.bytes);
             let scratch = lease.write(self.workspace.int8);
             let shape = packed_shape(w.out, w.inp, packed.group_size);
-            let inputs =
-                InputRows::pack(self.isa, shape, (0, rows), Int8Rows { q, scales }, scratch);
+            let x = Int8Rows { q, scales };
+            let inputs = InputRows::pack(&self.pool, self.isa, shape, (0, rows), x, scratch);
             let source = Source::Head {
                 weights,
                 inputs: &inputs,

@@ -94,10 +94,11 @@ impl<R: Real> Backend for Host<R> {
         let mut lease = self.arena.lease();
         let ids = lease.read(ids);
         let y = RowsMut::new(lease.write(y), width);
+        let grain = grain(&self.pool, ids.len(), width);
         match weight.data {
             WeightData::Dense(w) => {
                 let w = lease.read(w);
-                self.pool.by_rows(ids.len(), GRAIN, y, |rows, y| {
+                self.pool.by_rows(ids.len(), grain, y, |rows, y| {
                     for (y, &id) in y.chunks_mut(width).zip(&ids[rows]) {
                         y.copy_from_slice(&w[id as usize * width..][..width]);
                     }
@@ -106,7 +107,7 @@ impl<R: Real> Backend for Host<R> {
             WeightData::Ternary(w) => {
                 let groups = width.div_ceil(w.group_size);
                 let (trits, scales) = (lease.read(w.trits), lease.read(w.scales));
-                self.pool.by_rows(ids.len(), GRAIN, y, |rows, y| {
+                self.pool.by_rows(ids.len(), grain, y, |rows, y| {
                     for (y, &id) in y.chunks_mut(width).zip(&ids[rows]) {
                         let trits = &trits[id as usize * width..][..width];
                         let scales = &scales[id as usize * groups..][..groups];
@@ -117,7 +118,7 @@ impl<R: Real> Backend for Host<R> {
             WeightData::Packed(w) => {
                 let shape = packed_shape(weight.out, width, w.group_size);
                 let bytes = lease.read(w.bytes);
-                self.pool.by_rows(ids.len(), GRAIN, y, |rows, y| {
+                self.pool.by_rows(ids.len(), grain, y, |rows, y| {
                     for (y, &id) in y.chunks_mut(width).zip(&ids[rows]) {
                         packed::dequantize_row(shape, bytes, id as usize, y);
                     }
@@ -146,8 +147,9 @@ impl<R: Real> Backend for Host<R> {
         let y = ActParts::lease(&mut lease, y, width);
         let scratch = Scratch::lease(&mut lease, &self.workspace);
         let rows = x.len() / width;
+        let grain = grain(&self.pool, rows, width);
         self.pool
-            .by_rows_worker(rows, GRAIN, (inv, y), |rows, (inv, mut y), worker| {
+            .by_rows_worker(rows, grain, (inv, y), |rows, (inv, mut y), worker| {
                 let scratch = &mut scratch.of(worker)[..width];
                 let x = rows_of(x, &rows, width);
                 rms_norm_rows(self.isa, x, weight, norm.eps, inv, &mut y, scratch);
@@ -197,9 +199,10 @@ impl<R: Real> Backend for Host<R> {
         let inv = RowsMut::new(lease.write(op.norm.inv), op.heads);
         let y = ActParts::lease(&mut lease, y.into(), width);
         let scratch = Scratch::lease(&mut lease, &self.workspace);
+        let rows = x.len() / width;
         self.pool.by_rows_worker(
-            x.len() / width,
-            GRAIN,
+            rows,
+            grain(&self.pool, rows, width),
             (inv, y),
             |rows, (inv, y), worker| {
                 let scratch = &mut scratch.of(worker)[..width];
@@ -244,7 +247,9 @@ impl<R: Real> Backend for Host<R> {
         let mut lease = self.arena.lease();
         let x = lease.read(x);
         let y = ActParts::lease(&mut lease, y, width);
-        self.pool.by_rows(x.len() / width, GRAIN, y, |rows, mut y| {
+        let rows = x.len() / width;
+        let grain = grain(&self.pool, rows, width);
+        self.pool.by_rows(rows, grain, y, |rows, mut y| {
             round_rows(self.isa, rows_of(x, &rows, width), width, &mut y);
         });
     }
@@ -371,8 +376,10 @@ impl<R: Real> Backend for Host<R> {
         let (gate, up) = (lease.read(gate), lease.read(up));
         let y = ActParts::lease(&mut lease, y, width);
         let scratch = Scratch::lease(&mut lease, &self.workspace);
+        let rows = gate.len() / width;
+        let grain = grain(&self.pool, rows, width);
         self.pool
-            .by_rows_worker(gate.len() / width, GRAIN, y, |rows, mut y, worker| {
+            .by_rows_worker(rows, grain, y, |rows, mut y, worker| {
                 let scratch = &mut scratch.of(worker)[..width];
                 let (gate, up) = (rows_of(gate, &rows, width), rows_of(up, &rows, width));
                 swiglu_rows(self.isa, gate, up, &mut y, scratch);

@@ -305,21 +305,19 @@ pub fn cached_block<R: Real, S: Store<R>>(
         let own_lanes = segment.parents.is_some() && j0 + tile > segment.past;
         let end = if own_lanes { segment.past } else { last_end };
         let n = end.saturating_sub(j0).min(tile);
-        if j0 + tile <= shared && sums.add_stored::<S>(&view, segment, kv_head, j0, &mut loaded) {
+        let end_of = |i: usize| (segment.past + segment.depth(i) + 1).saturating_sub(j0);
+        let is_same = j0 + tile <= shared;
+        let end_of_pair = |pair| match is_same {
+            true => tile,
+            false => end_of(rows.0 + pair / group),
+        };
+        let of_tile = (kv_head, j0, n);
+        if !own_lanes && sums.add_stored::<S>(&view, segment, of_tile, end_of_pair, &mut loaded) {
             continue;
         }
         view.load(segment, kv_head, (j0, n), &mut loaded);
-        let end_of = |i: usize| (segment.past + segment.depth(i) + 1).saturating_sub(j0);
-        let is_same = j0 + tile <= shared;
-        if is_same || !own_lanes && loaded.is_finite(end_of(rows.0)..n, e) {
-            let end_of = |pair| {
-                if is_same {
-                    tile
-                } else {
-                    end_of(rows.0 + pair / group)
-                }
-            };
-            sums.add::<S>(&view, 0..pairs, n, end_of, &loaded);
+        if is_same || !own_lanes && loaded.is_finite(end_of_pair(0)..n, e) {
+            sums.add::<S>(&view, 0..pairs, n, end_of_pair, &loaded);
             continue;
         }
         for i in rows.0..rows.1 {
@@ -416,16 +414,16 @@ impl<R: Real> Sums<'_, R> {
         multiply_active::<R, S>(view.isa, scores, (lanes, n), &values, e, acc, seen);
     }
 
-    /// As [`add`](Self::add) for all pairs and the whole tile from position `j0`, as it is
-    /// stored. False where there are too many pairs or products may be denormal; what was done
-    /// then, `add` begins anew.
+    /// As [`add`](Self::add) for all pairs and the tile of `n` positions from `j0`, as it is
+    /// stored; no later pair sees less. False where there are too many pairs, a pair sees
+    /// nothing, or products may be denormal; what was done then, `add` begins anew.
     #[inline(always)]
     fn add_stored<S: Store<R>>(
         &mut self,
         view: &CachedView<'_, S>,
         segment: &CachedSegment<'_>,
-        kv_head: usize,
-        j0: usize,
+        (kv_head, j0, n): (usize, usize, usize),
+        end_of: impl Fn(usize) -> usize,
         loaded: &mut Tile<'_, R>,
     ) -> bool {
         let CacheView::Bf16(k, v) = view.cache else {
@@ -434,8 +432,9 @@ impl<R: Real> Sums<'_, R> {
         let (e, lanes, pairs) = (view.head_dim, view.tile, self.max.len());
         let mut blocks = segment.blocks[j0 / CACHE_BLOCK..].chunks(lanes / CACHE_BLOCK);
         let (now, next) = (blocks.next().unwrap_or(&[]), blocks.next().unwrap_or(&[]));
+        let now = &now[..n.div_ceil(CACHE_BLOCK)];
         let is_few = pairs <= most_stored_rows::<R>(view.isa) && now.len() <= STORED_BLOCKS;
-        if S::ORDER != Order::EvenOdd || !is_few {
+        if S::ORDER != Order::EvenOdd || !is_few || end_of(0) == 0 {
             return false;
         }
         let place = |block: u32| {
@@ -443,8 +442,14 @@ impl<R: Real> Sums<'_, R> {
             head * e * CACHE_BLOCK..(head + 1) * e * CACHE_BLOCK
         };
         let mut min_key = i32::MAX;
-        for &block in now {
+        for (i, &block) in now.iter().enumerate() {
             min_key = min_key.min(min_exponent_bf16(&k[place(block)]));
+            // Values that not all pairs see are multiplied with zeros.
+            let seen = end_of(0).saturating_sub(i * CACHE_BLOCK).min(CACHE_BLOCK);
+            let unseen = &v[place(block)][seen * e..];
+            if !unseen.iter().all(|v| v.is_finite()) {
+                return false;
+            }
         }
         if needs_flush(S::ORDER, R::min_exponent(self.q), min_key) {
             return false;
@@ -462,7 +467,7 @@ impl<R: Real> Sums<'_, R> {
                 return false;
             }
         }
-        self.soften::<S>(view, 0..pairs, |_| lanes);
+        self.soften::<S>(view, 0..pairs, &end_of);
         let mut pieces: [&[bf16]; STORED_BLOCKS] = [&[]; STORED_BLOCKS];
         let mut ahead = pieces;
         for (piece, &block) in ahead.iter_mut().zip(next) {
@@ -477,14 +482,14 @@ impl<R: Real> Sums<'_, R> {
             pieces: &pieces[..now.len()],
             steps: CACHE_BLOCK,
             lanes: e,
-            ahead: &ahead[..next.len()],
+            ahead: &ahead[..next.len().min(now.len())],
         };
         let all_seen = self.max.iter().all(|&max| max != R::NEG_INFINITY);
         let is_calm = !needs_flush(S::ORDER, R::min_exponent(self.scores), min_value);
         let (scores, acc) = ((&*self.scores, lanes), (&mut *self.acc, e));
         if !(all_seen && is_calm && stored_mat(view.isa, pairs, scores, values, acc)) {
-            view.load(segment, kv_head, (j0, lanes), loaded);
-            self.add_values::<S>(view, 0..pairs, lanes, |_| lanes, loaded);
+            view.load(segment, kv_head, (j0, n), loaded);
+            self.add_values::<S>(view, 0..pairs, n, end_of, loaded);
         }
         true
     }

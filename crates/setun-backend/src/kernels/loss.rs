@@ -155,9 +155,17 @@ pub fn row_max<R: Real>(x: &[R]) -> R {
             *lane = lane.maximum(x);
         }
     }
-    let rest = chunks.remainder().iter();
-    rest.chain(&lanes)
-        .fold(R::NEG_INFINITY, |max, &x| max.maximum(x))
+    for (lane, &x) in lanes.iter_mut().zip(chunks.remainder()) {
+        *lane = lane.maximum(x);
+    }
+    let mut width = lanes.len() / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = lanes[i].maximum(lanes[i + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 #[cfg(test)]

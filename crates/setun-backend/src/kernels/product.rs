@@ -112,7 +112,7 @@ pub struct StoredRows<'a> {
 pub fn most_stored_rows<R: Real>(isa: Isa) -> usize {
     #[cfg(target_arch = "x86_64")]
     if isa.has_avx2() && TypeId::of::<R>() == TypeId::of::<f32>() {
-        return avx2::BOTH_CHAINS;
+        return avx2::MOST_STORED;
     }
     let _ = isa;
     0
