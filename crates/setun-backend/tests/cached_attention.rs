@@ -18,6 +18,18 @@ struct Case {
     q_len: usize,
     /// Of queries, keys and values: small ones have products below the normal numbers.
     sizes: [f32; 3],
+    memory: Memory,
+}
+
+/// What is in the cache where no query looks.
+#[derive(Clone, Copy, PartialEq)]
+enum Memory {
+    /// Zeros.
+    New,
+    /// No numbers, where nothing has been stored since.
+    Used,
+    /// As new; the values of the last token are no numbers, which it alone may see.
+    Spoilt,
 }
 
 fn stored(stream: u64, len: usize, size: f32) -> Vec<bf16> {
@@ -25,7 +37,11 @@ fn stored(stream: u64, len: usize, size: f32) -> Vec<bf16> {
     values.iter().map(|x| bf16::from_f32(x * size)).collect()
 }
 
-fn attend(case: &Case, (isa, threads): (Isa, usize)) -> Vec<u32> {
+fn attend(case: &Case, machine: (Isa, usize)) -> Vec<u32> {
+    attend_to(case, None, machine)
+}
+
+fn attend_to(case: &Case, parents: Option<&[u32]>, (isa, threads): (Isa, usize)) -> Vec<u32> {
     let tokens = case.past + case.q_len;
     let num_blocks = tokens.div_ceil(CACHE_BLOCK);
     let row = case.num_kv_heads * case.head_dim;
@@ -39,7 +55,13 @@ fn attend(case: &Case, (isa, threads): (Isa, usize)) -> Vec<u32> {
     let len = case.q_len * case.num_heads * case.head_dim;
     let q = AttnBuf::Bf16(rig.put(&stored(1, len, case.sizes[0])));
     let k = AttnBuf::Bf16(rig.put(&stored(2, tokens * row, case.sizes[1])));
-    let v = AttnBuf::Bf16(rig.put(&stored(3, tokens * row, case.sizes[2])));
+    let mut values = stored(3, tokens * row, case.sizes[2]);
+    if case.memory == Memory::Spoilt {
+        values[(tokens - 1) * row..].fill(bf16::INFINITY);
+    }
+    let v = AttnBuf::Bf16(rig.put(&values));
+    let all = num_blocks * CACHE_BLOCK;
+    let nothing = AttnBuf::Bf16(rig.put(&vec![bf16::NAN; all * row]));
     let out = rig.room::<f32>(len);
     let limits = Limits {
         width: 1,
@@ -54,8 +76,16 @@ fn attend(case: &Case, (isa, threads): (Isa, usize)) -> Vec<u32> {
         q_len: case.q_len,
         past: case.past,
         blocks: &blocks,
-        parents: None,
+        parents,
     };
+    if case.memory == Memory::Used {
+        host.cache_store(CacheStore {
+            k: nothing,
+            v: nothing,
+            slots: &(0..all as u32).collect::<Vec<_>>(),
+            cache,
+        });
+    }
     let slots: Vec<u32> = (0..tokens).map(|p| segment.slot(p) as u32).collect();
     host.cache_store(CacheStore {
         k,
@@ -87,6 +117,7 @@ fn every_machine_gives_the_same_bits() {
                         past,
                         q_len,
                         sizes,
+                        memory: Memory::New,
                     };
                     let expected = attend(&case, (Isa::Reference, 1));
                     assert!(expected.iter().any(|&bits| bits << 1 != 0), "all zero");
@@ -103,6 +134,44 @@ fn every_machine_gives_the_same_bits() {
     }
 }
 
+/// As many rows as a draft has, over the end of a tile or not, as a chain and as a tree that is
+/// one; whatever lies in the slots that they do not see.
+#[test]
+fn rows_of_a_chain_see_their_own_past_alone() {
+    for (past, q_len) in [
+        (0, 1),
+        (0, 9),
+        (5, 3),
+        (60, 4),
+        (60, 9),
+        (130, 17),
+        (40, 40),
+    ] {
+        let case = |memory| Case {
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 32,
+            past,
+            q_len,
+            sizes: [1.0; 3],
+            memory,
+        };
+        let expected = attend(&case(Memory::New), (Isa::Reference, 1));
+        let row = 4 * 32;
+        let parents: Vec<u32> = (0..q_len as u32).map(|i| i.wrapping_sub(1)).collect();
+        for machine in machines() {
+            let name = format!("{past} + {q_len} tokens, {machine:?}");
+            let used = attend(&case(Memory::Used), machine);
+            assert!(used == expected, "used, {name}");
+            let tree = attend_to(&case(Memory::Used), Some(&parents), machine);
+            assert!(tree == expected, "tree, {name}");
+            let spoilt = attend(&case(Memory::Spoilt), machine);
+            let others = (q_len - 1) * row;
+            assert!(spoilt[..others] == expected[..others], "spoilt, {name}");
+        }
+    }
+}
+
 /// More query heads share a key head than a task takes.
 #[test]
 fn a_group_of_heads_may_be_wider_than_a_tile() {
@@ -113,6 +182,7 @@ fn a_group_of_heads_may_be_wider_than_a_tile() {
         past: 70,
         q_len: 2,
         sizes,
+        memory: Memory::New,
     };
     for num_heads in [130, 256, 280] {
         // Queries of zero see all keys alike, so the heads of a group have one result.

@@ -46,21 +46,48 @@ impl Slot {
         self.head(head) * CACHE_BLOCK + self.lane
     }
 
-    /// Writes the keys of all heads.
-    fn put_keys<T: Copy>(self, from: &[T], to: &mut [T]) {
-        for (head, from) in from.chunks(self.head_dim).enumerate() {
-            for (d, &x) in from.iter().enumerate() {
-                to[self.key(head, d)] = x;
+    /// Writes the key and the value of one head, whose numbers of this block these are.
+    fn put_head<T: Copy>(self, (k, v): (&[T], &[T]), (to_k, to_v): (&mut [T], &mut [T])) {
+        for (to, &x) in to_k[self.lane..].iter_mut().step_by(CACHE_BLOCK).zip(k) {
+            *to = x;
+        }
+        to_v[self.lane * self.head_dim..][..self.head_dim].copy_from_slice(v);
+    }
+}
+
+/// Stores rows of keys and values, each thread those of some heads.
+fn put_rows<T: Copy + Send + Sync>(
+    pool: &Pool,
+    slots: &[Slot],
+    (k, v): (&[T], &[T]),
+    (to_k, to_v): (&mut [T], &mut [T]),
+) {
+    /// Less is stored before another thread has heard of it.
+    const WORTH_A_THREAD: usize = 8 << 10;
+    let Some(&Slot {
+        num_kv_heads,
+        head_dim,
+        ..
+    }) = slots.first()
+    else {
+        return;
+    };
+    let of_block = head_dim * CACHE_BLOCK;
+    let (to_k, to_v) = (RowsMut::new(to_k, of_block), RowsMut::new(to_v, of_block));
+    let grain = (WORTH_A_THREAD / (slots.len() * head_dim)).clamp(1, num_kv_heads);
+    pool.run(num_kv_heads.div_ceil(grain), &|task, _| {
+        for head in task * grain..num_kv_heads.min((task + 1) * grain) {
+            for (row, slot) in slots.iter().enumerate() {
+                let from = (row * num_kv_heads + head) * head_dim;
+                let (k, v) = (&k[from..from + head_dim], &v[from..from + head_dim]);
+                let at = slot.head(head);
+                // SAFETY: the numbers of a head belong to one task, which takes those of one
+                // block at a time.
+                let to = unsafe { (to_k.part(at..at + 1), to_v.part(at..at + 1)) };
+                slot.put_head((k, v), to);
             }
         }
-    }
-
-    /// Writes the values of all heads.
-    fn put_values<T: Copy>(self, from: &[T], to: &mut [T]) {
-        for (head, from) in from.chunks(self.head_dim).enumerate() {
-            to[self.value(head)..][..self.head_dim].copy_from_slice(from);
-        }
-    }
+    });
 }
 
 /// Rows of keys or values in f32, exactly.
@@ -75,38 +102,28 @@ impl<R: Real> Host<R> {
     pub(super) fn cache_store_op(&mut self, op: CacheStore<'_, R>) {
         let width = op.cache.shape.num_kv_heads * op.cache.shape.head_dim;
         let mut lease = self.arena.lease();
+        let slots = op.slots.iter().map(|&slot| Slot::of(&op.cache, slot));
+        let slots: Vec<Slot> = slots.collect();
         if let (AttnBuf::Bf16(k), AttnBuf::Bf16(v), CacheData::Bf16(to_k, to_v)) =
             (op.k, op.v, op.cache.data)
         {
-            let (k, v) = (lease.read(k), lease.read(v));
-            let (to_k, to_v) = (lease.write(to_k), lease.write(to_v));
-            for (row, &slot) in op.slots.iter().enumerate() {
-                let (slot, at) = (Slot::of(&op.cache, slot), row * width..(row + 1) * width);
-                slot.put_keys(&k[at.clone()], to_k);
-                slot.put_values(&v[at], to_v);
-            }
+            let from = (lease.read(k), lease.read(v));
+            let to = (lease.write(to_k), lease.write(to_v));
+            put_rows(&self.pool, &slots, from, to);
             return;
         }
         let len = op.slots.len() * width;
         let k = rows_f32(&mut lease, op.k, len);
         let v = rows_f32(&mut lease, op.v, len);
-        let slots = op.slots.iter().map(|&slot| Slot::of(&op.cache, slot));
-        let rows = k.chunks(width).zip(v.chunks(width)).zip(slots);
         match op.cache.data {
             CacheData::Bf16(to_k, to_v) => {
-                let (to_k, to_v) = (lease.write(to_k), lease.write(to_v));
+                let to = (lease.write(to_k), lease.write(to_v));
                 let round = |x: &[f32]| x.iter().map(|x| x.to_bf16()).collect::<Vec<_>>();
-                for ((k, v), slot) in rows {
-                    slot.put_keys(&round(k), to_k);
-                    slot.put_values(&round(v), to_v);
-                }
+                put_rows(&self.pool, &slots, (&round(&k), &round(&v)), to);
             }
             CacheData::F32(to_k, to_v) => {
-                let (to_k, to_v) = (lease.write(to_k), lease.write(to_v));
-                for ((k, v), slot) in rows {
-                    slot.put_keys(k, to_k);
-                    slot.put_values(v, to_v);
-                }
+                let to = (lease.write(to_k), lease.write(to_v));
+                put_rows(&self.pool, &slots, (&k, &v), to);
             }
             CacheData::Int8 {
                 k: to_k,
@@ -116,6 +133,7 @@ impl<R: Real> Host<R> {
             } => {
                 let (to_k, to_v) = (lease.write(to_k), lease.write(to_v));
                 let (k_scales, v_scales) = (lease.write(k_scales), lease.write(v_scales));
+                let rows = k.chunks(width).zip(v.chunks(width)).zip(slots);
                 for ((k, v), slot) in rows {
                     for head in 0..slot.num_kv_heads {
                         let at = head * slot.head_dim..(head + 1) * slot.head_dim;

@@ -328,17 +328,21 @@ pub fn forward_block<R: Real, S: Store<R>>(
         let values = pack_rows(view.v, (segment.kv_start + j0, n), kv_at, S::load, v_rows);
         scores.fill(R::ZERO);
         multiply_rows::<R, S>(view.isa, queries, (e, e), &keys, tile, scores);
+        let sees = |r: usize| view.visible(segment, first_row + r).end > j0;
         for (r, scores) in scores.chunks_mut(tile).enumerate() {
-            let visible = view.visible(segment, first_row + r);
-            if visible.end > j0 {
+            if sees(r) {
+                let visible = view.visible(segment, first_row + r);
                 visible.mask(scores, scale, j0);
-                let acc = &mut acc[r * e..(r + 1) * e];
-                online_softmax::<R, S>(scores, &mut max[r], &mut sum[r], acc);
             }
         }
+        let running = Running {
+            max: &mut max[..num_rows],
+            sum: &mut sum[..num_rows],
+            acc,
+        };
+        online_softmax::<R, S>(scores, tile, running, sees);
         // A row that has seen no key yet has no maximum; it takes no part.
-        let seen =
-            |r: usize| view.visible(segment, first_row + r).end > j0 && max[r] != R::NEG_INFINITY;
+        let seen = |r: usize| sees(r) && max[r] != R::NEG_INFINITY;
         multiply_active::<R, S>(view.isa, scores, (tile, n), &values, e, acc, seen);
     }
     for r in 0..num_rows {
@@ -374,30 +378,76 @@ pub(super) fn mask<R: Real>(scores: &mut [R], scale: R, first: usize, end: usize
     scores[..first.min(end)].fill(R::NEG_INFINITY);
 }
 
-/// Folds one tile of masked scores into the running maximum and denominator, shrinks the
-/// output to it, and leaves the probabilities that are to be multiplied with the values.
+/// Running maxima, denominators and outputs of neighbouring rows.
+pub(super) struct Running<'a, R> {
+    /// `[rows]`
+    pub(super) max: &'a mut [R],
+    /// `[rows]`
+    pub(super) sum: &'a mut [R],
+    /// `[rows, head_dim]`
+    pub(super) acc: &'a mut [R],
+}
+
+/// Folds one tile of masked scores `[rows, tile]` into what is running, for the rows that see
+/// something of the tile, and leaves the probabilities that are to be multiplied with the values.
+///
+/// Step by step for some rows together: a row alone would wait for its maximum, then for its
+/// exponentials, then for their sum.
 #[inline(always)]
 pub(super) fn online_softmax<R: Real, S: Store<R>>(
     scores: &mut [R],
-    max: &mut R,
-    sum: &mut R,
-    acc: &mut [R],
+    tile: usize,
+    running: Running<'_, R>,
+    sees: impl Fn(usize) -> bool,
 ) {
-    let new_max = (*max).maximum(row_max(scores));
-    if new_max == R::NEG_INFINITY {
-        return;
-    }
-    for s in scores.iter_mut() {
-        *s = (*s - new_max).exp_small();
-    }
-    let shrink = (*max - new_max).exp_small();
-    *max = new_max;
-    *sum = *sum * shrink + sum_slices([&*scores], |[x]| x);
-    for s in scores.iter_mut() {
-        *s = S::round(*s);
-    }
-    for x in acc.iter_mut() {
-        *x = (*x * shrink).flush();
+    /// Rows that go step by step together.
+    const TOGETHER: usize = 8;
+    let e = running.acc.len() / running.max.len();
+    let rows = scores
+        .chunks_mut(TOGETHER * tile)
+        .zip(running.acc.chunks_mut(TOGETHER * e));
+    let kept = running
+        .max
+        .chunks_mut(TOGETHER)
+        .zip(running.sum.chunks_mut(TOGETHER));
+    for (block, ((scores, acc), (max, sum))) in rows.zip(kept).enumerate() {
+        let mut shrink = [R::ZERO; TOGETHER];
+        let mut is_active = [false; TOGETHER];
+        for (r, scores) in scores.chunks(tile).enumerate() {
+            if !sees(block * TOGETHER + r) {
+                continue;
+            }
+            let new_max = max[r].maximum(row_max(scores));
+            if new_max != R::NEG_INFINITY {
+                is_active[r] = true;
+                shrink[r] = max[r] - new_max;
+                max[r] = new_max;
+            }
+        }
+        for x in &mut shrink {
+            *x = x.exp_small();
+        }
+        let active = |(r, _): &(usize, &mut [R])| is_active[*r];
+        for (r, scores) in scores.chunks_mut(tile).enumerate().filter(active) {
+            let max = max[r];
+            for s in scores {
+                *s = (*s - max).exp_small();
+            }
+        }
+        for (r, scores) in scores.chunks_mut(tile).enumerate().filter(active) {
+            sum[r] = sum[r] * shrink[r] + sum_slices([&*scores], |[x]| x);
+        }
+        for (_, scores) in scores.chunks_mut(tile).enumerate().filter(active) {
+            for s in scores {
+                *s = S::round(*s);
+            }
+        }
+        for (r, acc) in acc.chunks_mut(e).enumerate().filter(active) {
+            let shrink = shrink[r];
+            for x in acc {
+                *x = (*x * shrink).flush();
+            }
+        }
     }
 }
 

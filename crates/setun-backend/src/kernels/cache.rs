@@ -9,7 +9,7 @@
 //! behind the shared past are gathered anew for each row, along its path.
 
 use super::attention::{
-    Panel, Store, load_row, mask, multiply_active, multiply_rows, online_softmax,
+    Panel, Running, Store, load_row, mask, multiply_active, multiply_rows, online_softmax,
 };
 use super::product::{Order, StoredRows, most_stored_rows, needs_flush, stored_mat};
 use crate::cache::{CACHE_BLOCK, CachedSegment};
@@ -378,16 +378,19 @@ impl<R: Real> Sums<'_, R> {
     ) {
         let (e, lanes) = (view.head_dim, view.tile);
         let scale = R::ONE / R::from_f64(e as f64).sqrt();
-        for pair in pairs {
-            let end = end_of(pair);
-            if end == 0 {
-                continue;
+        let first = pairs.start;
+        let scores = &mut self.scores[first * lanes..pairs.end * lanes];
+        for (scores, pair) in scores.chunks_mut(lanes).zip(pairs.clone()) {
+            if end_of(pair) > 0 {
+                mask(scores, scale, 0, end_of(pair));
             }
-            let scores = &mut self.scores[pair * lanes..(pair + 1) * lanes];
-            let acc = &mut self.acc[pair * e..(pair + 1) * e];
-            mask(scores, scale, 0, end);
-            online_softmax::<R, S>(scores, &mut self.max[pair], &mut self.sum[pair], acc);
         }
+        let running = Running {
+            max: &mut self.max[pairs.clone()],
+            sum: &mut self.sum[pairs.clone()],
+            acc: &mut self.acc[first * e..pairs.end * e],
+        };
+        online_softmax::<R, S>(scores, lanes, running, |r| end_of(first + r) > 0);
     }
 
     /// Adds the first `n` values of a tile, times their probabilities, which are zeros for

@@ -448,7 +448,7 @@ mod tests {
                     ahead: &parts[1..],
                 };
                 let (depth, apart) = (pieces * steps, lanes + 16);
-                for rows in 1..=4 {
+                for rows in 1..=17 {
                     let x: Vec<f32> = values(rows * (depth + 3), 1.0);
                     let x: Vec<f32> = x.iter().map(|x| x.round_bf16()).collect();
                     let mut got = values(rows * apart, 2.0);

@@ -121,7 +121,9 @@ impl Pair<'_> {
         }
         turns.seconds.push(with);
         turns.ratios.push(without / with);
-        turns.repeated.push(repeated(&request.prompt, &found.tokens));
+        turns
+            .repeated
+            .push(repeated(&request.prompt, &found.tokens));
         // The same in every turn, and fewer than wanted where the context is full.
         turns.tokens = found.tokens.len();
         Ok(())
