@@ -20,9 +20,13 @@ const REMEMBERED: u64 = 512;
 /// What a further row costs, as a share of a step of one row, before it is measured.
 const PRIOR_SLOPE: f64 = 0.2;
 
+/// What a further row costs at least, beyond all that is measured: a line through a few noisy
+/// times may be flat or fall, and would promise the widest step for nothing.
+const LEAST_SLOPE: f64 = 0.1;
+
 /// Seconds of a step by its number of rows: the median of the last nine for each number
-/// that occurred three times, a straight line between them. Beyond them the line goes on;
-/// what was never measured is guessed, one step as the unit.
+/// that occurred three times, a straight line between them. Beyond them the line goes on, but
+/// with a tenth of a step for a row at least; what was never measured is guessed, one step as the unit.
 #[derive(Clone, Debug, Default)]
 pub struct CostModel {
     times: BTreeMap<usize, Times>,
@@ -83,7 +87,9 @@ impl CostModel {
             (Some((x0, y0)), Some((x1, y1))) => y0 + (y1 - y0) * (at - x0) / (x1 - x0),
             (None, None) => Self::guess(at),
             (Some((x, y)), None) => match self.times.iter().find(known).map(point) {
-                Some((x0, y0)) if x0 < x => y + ((y - y0) / (x - x0)).max(0.0) * (at - x),
+                Some((x0, y0)) if x0 < x => {
+                    y + ((y - y0) / (x - x0)).max(LEAST_SLOPE * y0) * (at - x)
+                }
                 _ => y * Self::guess(at) / Self::guess(x),
             },
             (None, Some((x, y))) => y * Self::guess(at) / Self::guess(x),
@@ -453,7 +459,12 @@ mod tests {
             cost.observe(5, 1.0);
         }
         assert_eq!(cost.predict(5), 1.0, "old times are forgotten");
-        assert_eq!(cost.predict(50), 1.0, "more rows never cost less");
+        let more = 45.0 * LEAST_SLOPE * 2.0;
+        assert_eq!(
+            cost.predict(50),
+            1.0 + more,
+            "a line that falls does not go on"
+        );
         for _ in 0..REMEMBERED {
             cost.observe(6, 4.0);
         }
@@ -609,7 +620,16 @@ mod tests {
     /// costs `1 + slope (n - 1)` and drafting nothing; without a model, since the text is
     /// known.
     fn time_of(text: &[u32], slope: f64) -> f64 {
-        let seconds = |rows: usize| 1e-3 * (1.0 + slope * (rows as f64 - 1.0));
+        time_on(text, slope, &|_| 1.0)
+    }
+
+    /// As [`time_of`] on a host that takes `slower(time)` times as long at each time.
+    fn time_on(text: &[u32], slope: f64, slower: &dyn Fn(f64) -> f64) -> f64 {
+        let seconds =
+            |rows: usize, time: f64| 1e-3 * (1.0 + slope * (rows as f64 - 1.0)) * slower(time);
+        let plain = text[10..]
+            .iter()
+            .fold(0.0, |time, _| time + seconds(1, time));
         let (mut planner, mut lookup) = (Planner::default(), PromptLookup::new());
         let (mut at, mut time) = (10, 0.0);
         while at < text.len() {
@@ -633,18 +653,49 @@ mod tests {
             }
             let rows = 1 + verified.len();
             let tokens = &text[at..=at + n];
+            let step_seconds = seconds(rows, time);
             planner.observe(Cycle {
                 draft: asked.then_some(&draft),
                 depth: budget.depth,
                 draft_seconds: 0.0,
                 rows,
-                step_seconds: seconds(rows),
+                step_seconds,
                 tokens,
             });
-            time += seconds(rows);
+            time += step_seconds;
             at += tokens.len();
         }
-        time / (seconds(1) * (text.len() - 10) as f64)
+        time / plain
+    }
+
+    #[test]
+    fn a_host_that_changes_its_speed_costs_little() {
+        let random = Philox::new(3, 4);
+        let letters = |n: u32| -> Vec<u32> {
+            let number = |i| random.block(i)[0] % n;
+            (0..3000).map(number).collect()
+        };
+        for period in [0.03, 0.1, 0.3, 1.0] {
+            for slope in [0.2, 0.35, 0.5] {
+                // Slower for half of the time, and each step by up to a third.
+                let slower = |time: f64| {
+                    let busy = if (time / period) as u64 % 2 == 1 {
+                        1.6
+                    } else {
+                        1.0
+                    };
+                    let noise = random.block((time * 1e7) as u64)[1] as f64 / 2f64.powi(32);
+                    busy * (1.0 + noise * noise / 3.0)
+                };
+                for n in [2, 3, 4, 12] {
+                    let time = time_on(&letters(n), slope, &slower);
+                    assert!(
+                        time < 1.05,
+                        "period {period}, slope {slope}, {n} letters: {time}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]

@@ -3,10 +3,11 @@
 //! The order of operations is that of [`attention`](super::attention): tiles of keys from
 //! position 0, lane = position mod tile. Only where a key comes from differs, so one query,
 //! a chunk, a batch and a tree give a row the same bits as the training pass does. A tile
-//! is widened once for all queries of a group of heads and of a block of rows, and where
-//! all of them see the whole tile, some rows at a time go through it; for one to three (row,
-//! head) pairs the products read it as it is stored. In a tree, the lanes
-//! behind the shared past are gathered anew for each row, along its path.
+//! is widened once for all queries of a group of heads and of a block of rows, and some rows at a
+//! time go through it; for few (row, head) pairs the products read it as it is stored. Where rows
+//! see different ends of a tile, each has zeros as the probabilities of what it does not see. In a
+//! tree that branches, the lanes behind the shared past are gathered anew for each row, along
+//! its path.
 
 use super::attention::{
     Panel, Running, Store, load_row, mask, multiply_active, multiply_rows, online_softmax,
