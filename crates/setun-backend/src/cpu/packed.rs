@@ -236,6 +236,7 @@ impl Blocks {
     }
 
     /// Number of rows, zeros included.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn rows(self) -> usize {
         self.end
     }
