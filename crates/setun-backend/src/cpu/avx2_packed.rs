@@ -173,13 +173,12 @@ unsafe fn group_dots<const M: usize, const NV: usize>(
             // SAFETY: the caller's promise, for word `w`.
             let (words, q) = unsafe { word_of::<M, NV>(codes, v0, w, q) };
             let mut step = |shift: usize, words: [__m256i; NV]| {
-                for m in 0..M {
+                for (m, sums) in sums.iter_mut().enumerate() {
                     // SAFETY: as above: four values for each shift and row.
                     let x = unsafe { q.add(shift * M + m).read_unaligned() };
                     let x = _mm256_set1_epi32(x);
-                    for v in 0..NV {
-                        let code = _mm256_and_si256(words[v], mask);
-                        sums[m][v] = add_products(sums[m][v], code, x);
+                    for (sum, word) in sums.iter_mut().zip(words) {
+                        *sum = add_products(*sum, _mm256_and_si256(word, mask), x);
                     }
                 }
             };

@@ -63,7 +63,7 @@ impl<R: Real> Tile<'_, R> {
     #[inline(always)]
     fn is_finite(&self, lanes: Range<usize>, head_dim: usize) -> bool {
         let values = &self.values[lanes.start * head_dim..lanes.end * head_dim];
-        values.iter().all(|&v| v - v == R::ZERO)
+        values.iter().all(|&v| v.to_f64().is_finite())
     }
 }
 
