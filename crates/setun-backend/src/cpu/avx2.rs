@@ -421,6 +421,18 @@ pub(crate) fn stored_even_odd(
     }
 }
 
+/// Number of steps of the pieces. Panics unless `M` rows of `x` have as many, each piece has its
+/// rows, and these are whole pairs of vectors.
+#[inline]
+fn check_stored<const M: usize>(x: &[f32], x_stride: usize, y: StoredRows<'_>) -> usize {
+    let (steps, lanes) = (y.steps, y.lanes);
+    let depth = y.pieces.len() * steps;
+    assert!(steps > 0 && (steps.is_multiple_of(2) || y.pieces.len() == 1));
+    assert!(y.pieces.iter().all(|piece| piece.len() >= steps * lanes));
+    assert!(x.len() >= (M - 1) * x_stride + depth && lanes.is_multiple_of(2 * W));
+    depth
+}
+
 /// [`stored_even_odd`] for more than [`BOTH_CHAINS`] rows.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
@@ -430,10 +442,7 @@ fn stored_chain_by_chain<const M: usize>(
     (acc, acc_stride): (&mut [f32], usize),
 ) {
     let (steps, lanes) = (y.steps, y.lanes);
-    let depth = y.pieces.len() * steps;
-    assert!(steps > 0 && (steps.is_multiple_of(2) || y.pieces.len() == 1));
-    assert!(y.pieces.iter().all(|piece| piece.len() >= steps * lanes));
-    assert!(x.len() >= (M - 1) * x_stride + depth && lanes.is_multiple_of(2 * W));
+    let depth = check_stored::<M>(x, x_stride, y);
     for at in (0..lanes).step_by(2 * W) {
         for start in (0..depth).step_by(BLOCK) {
             let end = depth.min(start + BLOCK);
@@ -446,7 +455,7 @@ fn stored_chain_by_chain<const M: usize>(
                     let from = (row + parity) * lanes + at;
                     let ahead = y.ahead.get(piece).filter(|_| at.is_multiple_of(LINE));
                     let ahead = ahead.map(|ahead| ahead.as_ptr().wrapping_add(from));
-                    // SAFETY: by the assertions all rows of `x` have `depth` values, and the
+                    // SAFETY: as was checked, all rows of `x` have `depth` values, and the
                     // piece has `steps` rows of `lanes` values, of which `at..at + 16` are read
                     // in rows `row + parity` and every second one behind it, below `row + n`.
                     // Even steps are at even places of `x`: `n` is even but at the end.
@@ -472,10 +481,7 @@ fn stored_rows_of<const M: usize>(
     (acc, acc_stride): (&mut [f32], usize),
 ) {
     let (steps, lanes) = (y.steps, y.lanes);
-    let depth = y.pieces.len() * steps;
-    assert!(steps > 0 && (steps.is_multiple_of(2) || y.pieces.len() == 1));
-    assert!(y.pieces.iter().all(|piece| piece.len() >= steps * lanes));
-    assert!(x.len() >= (M - 1) * x_stride + depth && lanes.is_multiple_of(2 * W));
+    let depth = check_stored::<M>(x, x_stride, y);
     for at in (0..lanes).step_by(2 * W) {
         let mut pieces = y.pieces.iter();
         let mut pieces_ahead = y.ahead.iter();
@@ -493,7 +499,7 @@ fn stored_rows_of<const M: usize>(
                     ahead = next.map(|next| next.as_ptr().wrapping_add(at));
                 }
                 let n = (piece.len() / lanes).min(end - r);
-                // SAFETY: by the assertion all rows of `x` have `depth` values, and `r + n` is at
+                // SAFETY: as was checked, all rows of `x` have `depth` values, and `r + n` is at
                 // most `depth`; `piece` has `n` rows of `lanes` values at least, of which `at..at
                 // + 16` are read. Even steps are at even places of `x`: `n` is even but at the end.
                 unsafe {
