@@ -12,18 +12,13 @@
 //!
 //! [`Order::EvenOdd`]: crate::kernels::product::Order::EvenOdd
 
-pub(crate) mod gemm;
 pub(super) mod int8;
-mod pack;
 
+use super::bf16::{PAIR, Pairs, Strip, TILE, Unit};
 use std::arch::asm;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 
-/// Rows and columns of a tile of sums.
-pub(super) const TILE: usize = 16;
-/// Rows and columns that advance together, two tiles of each.
-pub(super) const PAIR: usize = 2 * TILE;
 /// Bytes of a row of a tile.
 const ROW_BYTES: usize = 64;
 /// Bytes of a tile.
@@ -101,7 +96,7 @@ struct Config {
 /// The tiles of this thread, in order of their numbers: sums of the upper rows with the left
 /// and the right columns, of the lower rows, the rows themselves, upper and lower, and the
 /// columns, left and right.
-pub(super) struct Tiles {
+pub(crate) struct Tiles {
     /// Configured for one thread.
     _here: PhantomData<*mut ()>,
 }
@@ -135,81 +130,68 @@ impl Drop for Tiles {
     }
 }
 
-/// Two tiles of rows against pairs of tiles of columns: what [`bf16_strip`] reads and writes.
-#[derive(Clone, Copy)]
-struct Strip {
-    /// Tiles of the upper rows, one for each 32 steps of the reduction; those of the lower
-    /// rows follow.
-    left: *const u16,
-    /// Tiles of the first 16 columns, likewise; those of the next columns follow.
-    right: *const u16,
-    /// Tiles in the direction of the reduction, at least one.
-    depth: usize,
-    /// Pairs of tiles of columns, at least one.
-    pairs: usize,
-    /// Sums of the first row and column.
-    sums: *mut f32,
-    /// Values from a row of the sums to the next.
-    stride: usize,
-}
+impl Unit for Tiles {
+    const PAIRS: Pairs = Pairs::Neighbours;
 
-/// `sums += left * right` of 32 rows and `32 * pairs` columns.
-///
-/// # Safety
-/// The pointers of `strip` lead to that many tiles and sums, and nobody else uses the sums.
-unsafe fn bf16_strip(_: &Tiles, strip: Strip) {
-    let panel = strip.depth * TILE_BYTES;
-    // SAFETY: the caller's promise; loads and stores need no alignment. The block reads and
-    // writes what the pointers lead to, moves on by whole panels, and names all registers
-    // that it changes.
-    unsafe {
-        asm!(
-            "2:",
-            "tileloadd tmm0, [{c} + 1*{stride}]",
-            "tileloadd tmm1, [{c} + 1*{stride} + 64]",
-            "tileloadd tmm2, [{low} + 1*{stride}]",
-            "tileloadd tmm3, [{low} + 1*{stride} + 64]",
-            "mov {k}, {depth}",
-            "3:",
-            "tileloadd tmm6, [{b} + 1*{row}]",
-            "tileloadd tmm4, [{a} + 1*{row}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "lea {at}, [{b} + {panel}]",
-            "tileloadd tmm7, [{at} + 1*{row}]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "lea {at}, [{a} + {panel}]",
-            "tileloadd tmm5, [{at} + 1*{row}]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a}, 1024",
-            "add {b}, 1024",
-            "dec {k}",
-            "jnz 3b",
-            "tilestored [{c} + 1*{stride}], tmm0",
-            "tilestored [{c} + 1*{stride} + 64], tmm1",
-            "tilestored [{low} + 1*{stride}], tmm2",
-            "tilestored [{low} + 1*{stride} + 64], tmm3",
-            "sub {a}, {panel}",
-            "add {b}, {panel}",
-            "add {c}, 128",
-            "add {low}, 128",
-            "dec {pairs}",
-            "jnz 2b",
-            a = inout(reg) strip.left => _,
-            b = inout(reg) strip.right => _,
-            c = inout(reg) strip.sums => _,
-            low = inout(reg) strip.sums.wrapping_add(TILE * strip.stride) => _,
-            stride = in(reg) 4 * strip.stride,
-            row = in(reg) ROW_BYTES,
-            depth = in(reg) strip.depth,
-            panel = in(reg) panel,
-            pairs = inout(reg) strip.pairs => _,
-            k = out(reg) _,
-            at = out(reg) _,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack)
-        );
+    unsafe fn start() -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { Self::configure() }
+    }
+
+    unsafe fn multiply(&self, strip: Strip) {
+        let panel = strip.depth * TILE_BYTES;
+        // SAFETY: the caller's promise; loads and stores need no alignment. The block reads and
+        // writes what the pointers lead to, moves on by whole panels, and names all registers
+        // that it changes.
+        unsafe {
+            asm!(
+                "2:",
+                "tileloadd tmm0, [{c} + 1*{stride}]",
+                "tileloadd tmm1, [{c} + 1*{stride} + 64]",
+                "tileloadd tmm2, [{low} + 1*{stride}]",
+                "tileloadd tmm3, [{low} + 1*{stride} + 64]",
+                "mov {k}, {depth}",
+                "3:",
+                "tileloadd tmm6, [{b} + 1*{row}]",
+                "tileloadd tmm4, [{a} + 1*{row}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "lea {at}, [{b} + {panel}]",
+                "tileloadd tmm7, [{at} + 1*{row}]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "lea {at}, [{a} + {panel}]",
+                "tileloadd tmm5, [{at} + 1*{row}]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a}, 1024",
+                "add {b}, 1024",
+                "dec {k}",
+                "jnz 3b",
+                "tilestored [{c} + 1*{stride}], tmm0",
+                "tilestored [{c} + 1*{stride} + 64], tmm1",
+                "tilestored [{low} + 1*{stride}], tmm2",
+                "tilestored [{low} + 1*{stride} + 64], tmm3",
+                "sub {a}, {panel}",
+                "add {b}, {panel}",
+                "add {c}, 128",
+                "add {low}, 128",
+                "dec {pairs}",
+                "jnz 2b",
+                a = inout(reg) strip.left => _,
+                b = inout(reg) strip.right => _,
+                c = inout(reg) strip.sums => _,
+                low = inout(reg) strip.sums.wrapping_add(TILE * strip.stride) => _,
+                stride = in(reg) 4 * strip.stride,
+                row = in(reg) ROW_BYTES,
+                depth = in(reg) strip.depth,
+                panel = in(reg) panel,
+                pairs = inout(reg) strip.pairs => _,
+                k = out(reg) _,
+                at = out(reg) _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack)
+            );
+        }
     }
 }
 

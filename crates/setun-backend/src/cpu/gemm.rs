@@ -6,7 +6,7 @@
 //! rectangles of outputs, whose [`Operand`]s are packed a block of steps at a time.
 
 #[cfg(target_arch = "x86_64")]
-use super::amx;
+use super::{amx, bf16};
 use super::operand::{Exponents, Left, Operand};
 use crate::cpu::{Isa, Pool, RowParts, RowsMut};
 use crate::kernels::product::{BLOCK, Order, needs_flush};
@@ -73,7 +73,7 @@ pub fn gemm<R: Real>(
     let threads = pool.threads();
     let split = match tiles {
         #[cfg(target_arch = "x86_64")]
-        Some(_) => amx::gemm::split(shape, threads),
+        Some(_) => bf16::split(shape, threads),
         _ => Split::new(shape, threads, (ROWS, MR), (COLS, NR)),
     };
     let out = Rectangles {
@@ -91,11 +91,13 @@ pub fn gemm<R: Real>(
         if let Some((a, b)) = &tiles {
             let scratch = bytemuck::cast_slice_mut(scratch);
             let c = (at.cast(), shape.cols);
-            // SAFETY: `Isa::Amx` is made by `Isa::available` only, where there is AMX; R is
-            // f32; the rectangle belongs to this task.
-            return unsafe {
-                amx::gemm::rectangle((rows, columns), shape.depth, (a, b), c, scratch)
+            let multiply = match isa {
+                Isa::Amx => bf16::rectangle::<amx::Tiles>,
+                _ => bf16::rectangle::<bf16::Dots>,
             };
+            // SAFETY: an `Isa` that has a unit for bf16 is made by `Isa::available` only, where
+            // the processor has it; R is f32; the rectangle belongs to this task.
+            return unsafe { multiply((rows, columns), shape.depth, (a, b), c, scratch) };
         }
         let (left, right) = scratch.split_at_mut(LEFT);
         let mut exponents = Exponents::default();
@@ -129,7 +131,7 @@ pub fn gemm<R: Real>(
     });
 }
 
-/// The operands of a product that the AMX unit computes.
+/// The operands of a product that a unit for bf16 computes.
 #[cfg(target_arch = "x86_64")]
 fn as_tiles<'a, R: Real>(
     isa: Isa,
@@ -137,7 +139,7 @@ fn as_tiles<'a, R: Real>(
     a: &Operand<'a, R>,
     b: &Operand<'a, R>,
 ) -> Option<(Operand<'a, f32>, Operand<'a, f32>)> {
-    (isa == Isa::Amx && order == Order::EvenOdd).then_some(())?;
+    (isa.has_bf16() && order == Order::EvenOdd).then_some(())?;
     Some((a.as_f32()?, b.as_f32()?))
 }
 

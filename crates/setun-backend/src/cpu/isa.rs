@@ -14,6 +14,9 @@ pub enum Isa {
     /// [`Self::Avx2`], and AVX-512 with byte dots (F, BW, DQ, VL, VNNI).
     #[non_exhaustive]
     Avx512,
+    /// [`Self::Avx512`], and dots of bf16.
+    #[non_exhaustive]
+    Avx512Bf16,
     /// [`Self::Avx512`], and matrix tiles of bf16 and int8.
     #[non_exhaustive]
     Amx,
@@ -31,6 +34,9 @@ impl Isa {
             all.push(Self::Avx2);
             if has_avx512() {
                 all.push(Self::Avx512);
+                if std::is_x86_feature_detected!("avx512bf16") {
+                    all.push(Self::Avx512Bf16);
+                }
                 if super::amx::available() {
                     all.push(Self::Amx);
                 }
@@ -49,13 +55,19 @@ impl Isa {
     /// Whether kernels for AVX2 may run.
     #[inline(always)]
     pub fn has_avx2(self) -> bool {
-        matches!(self, Self::Avx2 | Self::Avx512 | Self::Amx)
+        self == Self::Avx2 || self.has_avx512()
     }
 
     /// Whether kernels for AVX-512 may run.
     #[inline(always)]
     pub fn has_avx512(self) -> bool {
-        matches!(self, Self::Avx512 | Self::Amx)
+        matches!(self, Self::Avx512 | Self::Avx512Bf16 | Self::Amx)
+    }
+
+    /// Whether the processor multiplies bf16 itself.
+    #[inline(always)]
+    pub fn has_bf16(self) -> bool {
+        matches!(self, Self::Avx512Bf16 | Self::Amx)
     }
 
     /// Name as it is written in `SETUN_ISA`.
@@ -64,6 +76,7 @@ impl Isa {
             Self::Reference => "reference",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
             Self::Amx => "amx",
             Self::Neon => "neon",
         }

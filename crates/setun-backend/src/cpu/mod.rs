@@ -10,6 +10,8 @@ mod avx2_packed;
 pub(crate) mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_packed;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod bf16;
 pub mod gemm;
 pub mod int8;
 pub(crate) mod isa;

@@ -19,13 +19,15 @@ pub fn fma(pool: &Pool, isa: Isa, rounds: usize) -> f64 {
     on_every_thread(pool, &|| fma_rounds(isa, rounds))
 }
 
-/// `rounds` rounds of independent multiply-adds of bf16 values as the bf16 products do them: in
-/// tiles, where there are any, else as [`fma`]; returns their number in all.
+/// `rounds` rounds of independent multiply-adds of bf16 values as the bf16 products do them: on
+/// a unit for it, where there is one, else as [`fma`]; returns their number in all.
 pub fn bf16(pool: &Pool, isa: Isa, rounds: usize) -> f64 {
+    // SAFETY: both are made by `Isa::available` only, where the processor has the unit.
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Amx {
-        // SAFETY: `Isa::Amx` is made by `Isa::available` only, where there is AMX.
-        return on_every_thread(pool, &|| unsafe { super::amx::bf16_rounds(rounds) });
+    match isa {
+        Isa::Amx => return on_every_thread(pool, &|| unsafe { super::amx::bf16_rounds(rounds) }),
+        Isa::Avx512Bf16 => return on_every_thread(pool, &|| unsafe { super::bf16::rounds(rounds) }),
+        _ => {}
     }
     fma(pool, isa, rounds)
 }
@@ -93,7 +95,7 @@ fn int8_rounds(isa: Isa, rounds: usize) -> f64 {
         return unsafe {
             match isa {
                 Isa::Amx => super::amx::int8_rounds(rounds),
-                Isa::Avx512 => super::avx512::int8_rounds(rounds),
+                _ if isa.has_avx512() => super::avx512::int8_rounds(rounds),
                 _ => super::avx2::int8_rounds(rounds),
             }
         };

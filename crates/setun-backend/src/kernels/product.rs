@@ -2,7 +2,7 @@
 
 use crate::cpu::Isa;
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::{amx, avx2, avx512};
+use crate::cpu::{amx, avx2, avx512, bf16 as units};
 use crate::real::Real;
 use half::bf16;
 use setun_ternary::groups_per_row;
@@ -153,11 +153,16 @@ pub fn tiles_mat<R: Real>(
     acc: &mut [R],
 ) -> bool {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Amx && TypeId::of::<R>() == TypeId::of::<f32>() {
+    if isa.has_bf16() && TypeId::of::<R>() == TypeId::of::<f32>() {
         let (x, y) = (bytemuck::cast_slice(x), bytemuck::cast_slice(y));
         let acc = bytemuck::cast_slice_mut(acc);
-        // SAFETY: `Isa::Amx` is made by `Isa::available` only, where there is AMX.
-        return unsafe { amx::gemm::rows_even_odd(x, (stride, depth), y, lanes, acc) };
+        let multiply = match isa {
+            Isa::Amx => units::rows_even_odd::<amx::Tiles>,
+            _ => units::rows_even_odd::<units::Dots>,
+        };
+        // SAFETY: an `Isa` that has a unit for bf16 is made by `Isa::available` only, where the
+        // processor has it.
+        return unsafe { multiply(x, (stride, depth), y, lanes, acc) };
     }
     let _ = (isa, x, stride, depth, y, lanes, acc);
     false

@@ -4,8 +4,8 @@
 //! and meet their scales in one FMA each, as in every other kernel. A value that is missing in
 //! the last tile of a group is a zero on one side.
 
-use super::pack::turn;
 use super::{Bytes, Dots, PAIR, ROW_BYTES, TILE, TILE_BYTES, Tiles, int8_dots};
+use crate::cpu::bf16::turn;
 use crate::cpu::avx512_packed::{scales, spread};
 use crate::cpu::int8::{Int8Rows, Int8Shape, TernaryRows};
 use crate::cpu::packed::{PANEL, PackedInputs, PackedShape, PanelScratch, SCALE_BYTES, WORD_BYTES};

@@ -1,19 +1,70 @@
-//! Products of bf16 values in tiles: [`gemm`](crate::cpu::gemm::gemm) in its even-odd order.
+//! Products of bf16 values on a unit that is made for them: [`gemm`](crate::cpu::gemm::gemm) in
+//! its even-odd order.
+//!
+//! A [`Unit`] takes both operands as tiles of 16 rows, or columns, and 32 steps of the reduction.
 
-use super::pack::{Side, TILE_VALUES, pack};
-use super::{PAIR, Strip, TILE, Tiles, bf16_strip};
+mod dots;
+mod pack;
+
+pub(crate) use dots::Dots;
+pub(super) use dots::rounds;
+pub(crate) use pack::Pairs;
+pub(super) use pack::turn;
+
 use crate::cpu::gemm::{DEPTH, Gemm, SCRATCH, Split, copy_rows};
 use crate::cpu::operand::{Operand, Values};
 use crate::kernels::product::{BLOCK, Order, needs_flush};
 use crate::real::{Real, min_exponent_bf16};
+use pack::{Side, TILE_VALUES, pack};
 use std::cell::RefCell;
 use std::ops::Range;
 
+/// Rows and columns of a tile of sums.
+pub(super) const TILE: usize = 16;
+/// Rows and columns that advance together, two tiles of each.
+pub(super) const PAIR: usize = 2 * TILE;
+
+/// What multiplies tiles, and how it wants them.
+pub(crate) trait Unit {
+    /// Which two steps of the reduction are neighbours in a tile.
+    const PAIRS: Pairs;
+
+    /// Prepares the unit on this thread.
+    ///
+    /// # Safety
+    /// The processor has it, and AVX-512.
+    unsafe fn start() -> Self;
+
+    /// `sums += left * right`, of values whose products cannot be denormal.
+    ///
+    /// # Safety
+    /// The pointers of `strip` lead to that many tiles and sums, and nobody else uses the sums.
+    unsafe fn multiply(&self, strip: Strip);
+}
+
+/// Two tiles of rows against pairs of tiles of columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Strip {
+    /// Tiles of the upper rows, one for each 32 steps of the reduction; those of the lower
+    /// rows follow.
+    pub(super) left: *const u16,
+    /// Tiles of the first 16 columns, likewise; those of the next columns follow.
+    pub(super) right: *const u16,
+    /// Tiles in the direction of the reduction, at least one.
+    pub(super) depth: usize,
+    /// Pairs of tiles of columns, at least one.
+    pub(super) pairs: usize,
+    /// Sums of the first row and column.
+    pub(super) sums: *mut f32,
+    /// Values from a row of the sums to the next.
+    pub(super) stride: usize,
+}
+
 /// Most rows of a task. Products are so fast here that packing counts: larger rectangles pack
 /// less often.
-pub(in crate::cpu) const ROWS: usize = 768;
+pub(super) const ROWS: usize = 768;
 /// Most columns of a task.
-pub(in crate::cpu) const COLS: usize = 512;
+pub(super) const COLS: usize = 512;
 /// Values of packed rows.
 const LEFT: usize = ROWS * DEPTH;
 const _: () = assert!(
@@ -24,7 +75,7 @@ const _: () =
     assert!(DEPTH.is_multiple_of(BLOCK) && ROWS.is_multiple_of(PAIR) && COLS.is_multiple_of(PAIR));
 
 /// How a product is cut into tasks.
-pub(in crate::cpu) fn split(shape: Gemm, threads: usize) -> Split {
+pub(super) fn split(shape: Gemm, threads: usize) -> Split {
     Split::new(shape, threads, (ROWS, PAIR), (COLS, PAIR))
 }
 
@@ -32,9 +83,9 @@ pub(in crate::cpu) fn split(shape: Gemm, threads: usize) -> Split {
 /// `stride` apart.
 ///
 /// # Safety
-/// [`available`](super::available) is true, `c` points to that many rows and columns, and nobody
+/// The processor has the unit, and AVX-512; `c` points to that many rows and columns, and nobody
 /// else uses them.
-pub(in crate::cpu) unsafe fn rectangle(
+pub(super) unsafe fn rectangle<U: Unit>(
     (rows, columns): (Range<usize>, Range<usize>),
     depth: usize,
     (a, b): (&Operand<'_, f32>, &Operand<'_, f32>),
@@ -44,12 +95,24 @@ pub(in crate::cpu) unsafe fn rectangle(
     let (left, right) = bytemuck::cast_slice_mut(scratch).split_at_mut(LEFT);
     for first in (0..depth).step_by(DEPTH) {
         let depths = first..depth.min(first + DEPTH);
-        // SAFETY: the caller's promise; where there is AMX there is AVX-512.
+        // SAFETY: the caller's promise.
         unsafe {
-            pack(Side::Left, a, rows.clone(), depths.clone(), left);
-            pack(Side::Right, b, columns.clone(), depths.clone(), right);
+            pack(
+                (Side::Left, U::PAIRS),
+                a,
+                rows.clone(),
+                depths.clone(),
+                left,
+            );
+            pack(
+                (Side::Right, U::PAIRS),
+                b,
+                columns.clone(),
+                depths.clone(),
+                right,
+            );
             let size = (rows.len(), columns.len(), depths.len().div_ceil(BLOCK));
-            multiply(size, (left, right), (c, stride));
+            multiply::<U>(size, (left, right), (c, stride));
         }
     }
 }
@@ -58,7 +121,7 @@ pub(in crate::cpu) unsafe fn rectangle(
 ///
 /// # Safety
 /// As [`rectangle`].
-unsafe fn multiply(
+unsafe fn multiply<U: Unit>(
     (rows, cols, depth): (usize, usize, usize),
     (left, right): (&[u16], &[u16]),
     (c, stride): (*mut f32, usize),
@@ -71,13 +134,13 @@ unsafe fn multiply(
     let left = &left[..rows.div_ceil(PAIR) * panel];
     let right = &right[..cols.div_ceil(PAIR) * panel];
     let mut exponents = [0; COLS / PAIR];
-    // SAFETY: where there is AMX there is AVX-512; the caller's promise.
+    // SAFETY: the caller's promise.
     let exponent_of = |panel: &[u16]| unsafe { least_exponent(panel) };
     for (exponent, panel) in exponents.iter_mut().zip(right.chunks_exact(panel)) {
         *exponent = exponent_of(panel);
     }
     // SAFETY: the caller's promise.
-    let tiles = unsafe { Tiles::configure() };
+    let unit = unsafe { U::start() };
     for (i, left) in (0..rows).step_by(PAIR).zip(left.chunks_exact(panel)) {
         let exponent = exponent_of(left);
         let calm = |j: usize| !needs_flush(Order::EvenOdd, exponent, exponents[j / PAIR]);
@@ -95,7 +158,7 @@ unsafe fn multiply(
             unsafe {
                 let c = c.add(i * stride + j);
                 if pairs > 0 {
-                    bf16_strip(&tiles, strip(depth, (left, right), pairs, c, stride));
+                    unit.multiply(strip(depth, (left, right), pairs, c, stride));
                     j += pairs * PAIR;
                     continue;
                 }
@@ -104,9 +167,9 @@ unsafe fn multiply(
                 copy_rows(c, stride, sums.as_mut_ptr().cast(), PAIR, size);
                 if calm(j) {
                     let sums = sums.as_mut_ptr().cast();
-                    bf16_strip(&tiles, strip(depth, (left, right), 1, sums, PAIR));
+                    unit.multiply(strip(depth, (left, right), 1, sums, PAIR));
                 } else {
-                    flushed(depth, (left, right), &mut sums);
+                    flushed(U::PAIRS, depth, (left, right), &mut sums);
                 }
                 copy_rows(sums.as_ptr().cast(), PAIR, c, stride, size);
             }
@@ -142,7 +205,12 @@ fn least_exponent(values: &[u16]) -> i32 {
 /// them, too, but asks whether a number is tiny after it has rounded it as if there were smaller
 /// exponents (Intel SDM, volume 1, 4.9.1.5): the last numbers below 2^-126 would end differently.
 #[target_feature(enable = "avx2,fma")]
-fn flushed(depth: usize, (left, right): (&[u16], &[u16]), sums: &mut [[f32; PAIR]; PAIR]) {
+fn flushed(
+    pairs: Pairs,
+    depth: usize,
+    (left, right): (&[u16], &[u16]),
+    sums: &mut [[f32; PAIR]; PAIR],
+) {
     let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
     for (i, row) in sums.iter_mut().enumerate() {
         for (j, sum) in row.iter_mut().enumerate() {
@@ -150,9 +218,10 @@ fn flushed(depth: usize, (left, right): (&[u16], &[u16]), sums: &mut [[f32; PAIR
                 let a = &left[((i / TILE * depth + k) * TILE + i % TILE) * BLOCK..][..BLOCK];
                 let b = &right[(j / TILE * depth + k) * TILE_VALUES + j % TILE * 2..];
                 let mut chains = [0.0f32; 2];
-                for (step, &a) in a.iter().enumerate() {
-                    let b = b[step / 2 * 2 * TILE + step % 2];
-                    let chain = &mut chains[step % 2];
+                for (step, chain) in (0..BLOCK).map(|step| (step, step % 2)) {
+                    let place = pairs.place(step);
+                    let (a, b) = (a[place], b[place / 2 * 2 * TILE + place % 2]);
+                    let chain = &mut chains[chain];
                     *chain = value(a).mul_add(value(b), *chain).flush();
                 }
                 *sum = (sum.flush() + (chains[0] + chains[1]).flush()).flush();
@@ -188,8 +257,8 @@ thread_local! {
 /// done, where the sizes do not suit.
 ///
 /// # Safety
-/// [`available`](super::available) is true.
-pub(crate) unsafe fn rows_even_odd(
+/// The processor has the unit, and AVX-512.
+pub(crate) unsafe fn rows_even_odd<U: Unit>(
     x: &[f32],
     (stride, depth): (usize, usize),
     y: &[f32],
@@ -207,16 +276,15 @@ pub(crate) unsafe fn rows_even_odd(
     };
     let (x, y) = (operand(x, stride, false), operand(y, lanes, true));
     SMALL.with_borrow_mut(|Small { left, right }| {
-        // SAFETY: the caller's promise, and `acc` has `rows` rows of `lanes` values; where there
-        // is AMX there is AVX-512.
+        // SAFETY: the caller's promise, and `acc` has `rows` rows of `lanes` values.
         unsafe {
-            pack(Side::Left, &x, 0..rows, 0..depth, left);
+            pack((Side::Left, U::PAIRS), &x, 0..rows, 0..depth, left);
             for first in (0..lanes).step_by(PAIR) {
                 let columns = first..lanes.min(first + PAIR);
                 let size = (rows, columns.len(), depth.div_ceil(BLOCK));
-                pack(Side::Right, &y, columns, 0..depth, right);
+                pack((Side::Right, U::PAIRS), &y, columns, 0..depth, right);
                 let c = (acc.as_mut_ptr().add(first), lanes);
-                multiply(size, (left.as_slice(), right.as_slice()), c);
+                multiply::<U>(size, (left.as_slice(), right.as_slice()), c);
             }
         }
     });

@@ -1,0 +1,236 @@
+//! Operands as tiles: rounded, scaled, and turned to where the unit reads them.
+//!
+//! A tile of rows holds 16 rows of the result with 32 steps of the reduction each. A tile of
+//! columns holds 16 pairs of steps, and in each the two values of 16 columns side by side.
+//! So of a matrix stored by columns, or by steps for the rows, the pairs are turned like the
+//! elements of a square of 32-bit numbers.
+
+use super::TILE;
+use crate::cpu::avx2;
+use crate::cpu::operand::{Operand, Source, with_source};
+use crate::kernels::product::BLOCK;
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+/// Values of a tile.
+pub(super) const TILE_VALUES: usize = TILE * BLOCK;
+/// Half of the bits of -0. Added to a chain as `-0 * 0`, it changes nothing, not even the sign of
+/// a zero.
+const NEGATIVE_ZERO: f32 = -0.0;
+
+/// Which operand of a product.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    /// Its rows are rows of the result.
+    Left,
+    /// Its columns are columns of the result.
+    Right,
+}
+
+/// Which two of the 32 steps of a tile make a pair: a unit takes both at a time.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pairs {
+    /// An even step and the odd one behind it, each for its own chain.
+    Neighbours,
+    /// Two steps of one chain, the later one first: the even steps in eight pairs, then the odd
+    /// ones.
+    OfOneChain,
+}
+
+impl Pairs {
+    /// Where the values of a step lie among those of their row.
+    pub(super) const fn place(self, step: usize) -> usize {
+        match self {
+            Self::Neighbours => step,
+            Self::OfOneChain => step % 2 * TILE + step / 4 * 2 + 1 - step / 2 % 2,
+        }
+    }
+
+    /// The step whose values lie there.
+    const fn step(self, place: usize) -> usize {
+        match self {
+            Self::Neighbours => place,
+            Self::OfOneChain => place % TILE / 2 * 4 + (1 - place % 2) * 2 + place / TILE,
+        }
+    }
+
+    /// The upper halves of 32 numbers of 32 bits, in order of their places, as words of 16 bits.
+    const fn upper_halves(self) -> [u16; BLOCK] {
+        let mut words = [0; BLOCK];
+        let mut place = 0;
+        while place < BLOCK {
+            words[place] = 2 * self.step(place) as u16 + 1;
+            place += 1;
+        }
+        words
+    }
+}
+
+/// Packs rows or columns `outputs` of the result and steps `depths` of the reduction, a
+/// multiple of 32 on, as tiles `[outputs / 16][depths / 32]`, up to a multiple of two tiles of
+/// outputs. What is missing in the last tiles is filled with zeros, which add nothing.
+///
+/// # Safety
+/// The processor has AVX-512.
+pub(super) unsafe fn pack(
+    (side, pairs): (Side, Pairs),
+    operand: &Operand<'_, f32>,
+    outputs: Range<usize>,
+    depths: Range<usize>,
+    tiles: &mut [u16],
+) {
+    let padding = match side {
+        Side::Left => NEGATIVE_ZERO,
+        Side::Right => 0.0,
+    };
+    let by_steps = operand.depth_in_rows;
+    let block = Block {
+        pairs,
+        padding,
+        by_steps,
+        turned: by_steps == (side == Side::Left),
+        outputs,
+        depths,
+    };
+    with_source!(operand.values, operand.width, source => {
+        // SAFETY: the caller's promise.
+        unsafe { pack_block(&source, &block, tiles) };
+    });
+}
+
+/// A part of an operand.
+struct Block {
+    pairs: Pairs,
+    /// What lies where there are no outputs or no steps.
+    padding: f32,
+    /// Whether a stored row is a step of the reduction.
+    by_steps: bool,
+    /// Whether pairs of steps become columns of the tile, or are no longer.
+    turned: bool,
+    outputs: Range<usize>,
+    depths: Range<usize>,
+}
+
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+fn pack_block<S: Source<f32>>(source: &S, block: &Block, tiles: &mut [u16]) {
+    let across = block.outputs.len().div_ceil(2 * TILE) * 2;
+    let along = block.depths.len().div_ceil(BLOCK);
+    let tiles = tiles[..across * along * TILE_VALUES].chunks_exact_mut(TILE_VALUES);
+    let mut square = [[0u32; TILE]; TILE];
+    for (i, tile) in tiles.enumerate() {
+        let output = block.outputs.start + i / along * TILE;
+        let step = block.depths.start + i % along * BLOCK;
+        let tile: &mut [u32] = bytemuck::cast_slice_mut(tile);
+        let rows = match block.turned {
+            true => &mut square,
+            false => bytemuck::from_bytes_mut(bytemuck::cast_slice_mut(&mut *tile)),
+        };
+        if block.by_steps {
+            pack_pairs(source, block, (output, step), rows);
+        } else {
+            pack_rows(source, block, (output, step), rows);
+        }
+        if block.turned {
+            turn(square.as_flattened(), tile);
+        }
+    }
+}
+
+/// `[outputs][pairs of steps]` of stored rows that are outputs.
+#[inline]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+fn pack_rows<S: Source<f32>>(
+    source: &S,
+    block: &Block,
+    (output, step): (usize, usize),
+    rows: &mut [[u32; TILE]; TILE],
+) {
+    let order = match block.pairs {
+        Pairs::Neighbours => const { Pairs::Neighbours.upper_halves() },
+        Pairs::OfOneChain => const { Pairs::OfOneChain.upper_halves() },
+    };
+    // SAFETY: 32 words are there; the load needs no alignment.
+    let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
+    for (output, row) in (output..).zip(rows) {
+        let at = (output, block.outputs.end);
+        let of_row = |first| read(source, at, first..block.depths.end, block.padding);
+        let halves = _mm512_permutex2var_epi16(of_row(step), order, of_row(step + TILE));
+        // SAFETY: a row has as many numbers; the store needs no alignment.
+        unsafe { _mm512_storeu_si512(row.as_mut_ptr().cast(), halves) };
+    }
+}
+
+/// `[pairs of steps][outputs]` of stored rows that are steps.
+#[inline]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+fn pack_pairs<S: Source<f32>>(
+    source: &S,
+    block: &Block,
+    (output, step): (usize, usize),
+    rows: &mut [[u32; TILE]; TILE],
+) {
+    let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+    for (pair, row) in rows.iter_mut().enumerate() {
+        let of_place = |place| {
+            let at = (step + block.pairs.step(place), block.depths.end);
+            read(source, at, output..block.outputs.end, block.padding)
+        };
+        let low = _mm512_srli_epi32::<16>(of_place(2 * pair));
+        let high = _mm512_and_si512(of_place(2 * pair + 1), upper);
+        // SAFETY: as in `pack_rows`.
+        unsafe { _mm512_storeu_si512(row.as_mut_ptr().cast(), _mm512_or_si512(low, high)) };
+    }
+}
+
+/// The first sixteen values of the columns of a stored row, in f32; `padding` where there are
+/// none, or where the row is not below its end.
+#[inline]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+fn read<S: Source<f32>>(
+    source: &S,
+    (row, end): (usize, usize),
+    columns: Range<usize>,
+    padding: f32,
+) -> __m512i {
+    let mut values = [padding; TILE];
+    let (first, group_size) = (columns.start, source.group_size());
+    if row < end && !columns.is_empty() {
+        let group = first / group_size;
+        if columns.len() >= TILE && (first + TILE - 1) / group_size == group {
+            source.run(row, first, group, &mut values);
+        } else {
+            for (to, column) in values.iter_mut().zip(columns) {
+                *to = source.one(row, column);
+            }
+        }
+    }
+    // SAFETY: sixteen values are there; the load needs no alignment.
+    unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
+}
+
+/// Transposes a square of 16 x 16.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(in crate::cpu) fn turn(from: &[u32], to: &mut [u32]) {
+    // Moved, not computed with: any bits stay what they are.
+    let (from, to) = (bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
+    avx2::transpose_eight(from, TILE, TILE, to);
+    avx2::transpose_eight(&from[8 * TILE..], TILE, TILE, &mut to[8..]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_step_has_its_place() {
+        for pairs in [Pairs::Neighbours, Pairs::OfOneChain] {
+            for step in 0..BLOCK {
+                assert_eq!(pairs.step(pairs.place(step)), step);
+            }
+        }
+        // What `vdpbf16ps` takes first lies in the upper half.
+        let places = [1, 0, 3, 17].map(|place| Pairs::OfOneChain.step(place));
+        assert_eq!(places, [0, 2, 4, 1]);
+    }
+}
