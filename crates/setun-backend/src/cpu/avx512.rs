@@ -2,7 +2,7 @@
 //! the lanes. What is not here runs as in [`avx2`](super::avx2).
 
 use super::gemm::{MR, NR, TileOperands};
-use super::int8::{self, LANES};
+use super::int8::{self, Int8Shape, LANES};
 use crate::kernels::product::BLOCK;
 use std::arch::x86_64::*;
 
@@ -59,21 +59,16 @@ pub(super) unsafe fn tile_sequential(tile: TileOperands<'_, f32>, c: *mut f32, s
 pub(super) unsafe fn tile_even_odd(tile: TileOperands<'_, f32>, c: *mut f32, stride: usize) {
     let depth = tile.right.len() / NR;
     check_reach(&tile, depth);
-    let zero = _mm512_setzero_ps();
     // SAFETY: as in `tile_sequential`.
     unsafe {
         let mut sums: [__m512; MR] =
             std::array::from_fn(|i| flush(_mm512_loadu_ps(c.add(i * stride))));
         for start in (0..depth).step_by(BLOCK) {
             let steps = BLOCK.min(depth - start);
-            let mut chains = [[zero; MR]; 2];
-            for k in start..start + steps {
-                let left = tile.left.as_ptr().add(k * tile.step);
-                let right = tile.right.as_ptr().add(k * NR);
-                advance(&mut chains[k % 2], left, tile.row, right);
-            }
-            let [even, odd] = &chains;
-            for (sum, (&even, &odd)) in sums.iter_mut().zip(even.iter().zip(odd)) {
+            let left = tile.left.as_ptr().add(start * tile.step);
+            let right = tile.right.as_ptr().add(start * NR);
+            let [even, odd] = even_and_odd::<MR>(steps, (left, tile.row, tile.step), (right, NR));
+            for (sum, (&even, &odd)) in sums.iter_mut().zip(even.iter().zip(&odd)) {
                 *sum = flush(_mm512_add_ps(*sum, _mm512_add_ps(even, odd)));
             }
         }
@@ -81,6 +76,37 @@ pub(super) unsafe fn tile_even_odd(tile: TileOperands<'_, f32>, c: *mut f32, str
             _mm512_storeu_ps(c.add(i * stride), *sum);
         }
     }
+}
+
+/// The even and the odd chain of `ROWS` rows over `n` steps, from zero.
+///
+/// # Safety
+/// `left` points to `n` steps of `ROWS` values, `row` apart, and `right` to `n` times [`W`] values;
+/// steps are `step` and `lanes` apart.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn even_and_odd<const ROWS: usize>(
+    n: usize,
+    (mut left, row, step): (*const f32, usize, usize),
+    (mut right, lanes): (*const f32, usize),
+) -> [[__m512; ROWS]; 2] {
+    let (mut even, mut odd) = ([_mm512_setzero_ps(); ROWS], [_mm512_setzero_ps(); ROWS]);
+    // Two at a time: chains that are chosen by a number would not stay in registers.
+    for _ in 0..n / 2 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            advance(&mut even, left, row, right);
+            let (left, right) = (left.add(step), right.add(lanes));
+            advance(&mut odd, left, row, right);
+        }
+        left = left.wrapping_add(2 * step);
+        right = right.wrapping_add(2 * lanes);
+    }
+    if n % 2 == 1 {
+        // SAFETY: as above.
+        unsafe { advance(&mut even, left, row, right) };
+    }
+    [even, odd]
 }
 
 /// One step of the chains of `ROWS` rows.
@@ -146,13 +172,10 @@ fn rows_of<const M: usize>(
             let mut sums: [__m512; M] =
                 std::array::from_fn(|i| flush(_mm512_loadu_ps(to.add(i * lanes))));
             for start in (0..depth).step_by(BLOCK) {
-                let mut chains = [[_mm512_setzero_ps(); M]; 2];
-                for r in start..depth.min(start + BLOCK) {
-                    let (x, y) = (x.as_ptr().add(r), y.as_ptr().add(r * lanes + at));
-                    advance(&mut chains[r % 2], x, stride, y);
-                }
-                let [even, odd] = &chains;
-                for (sum, (&even, &odd)) in sums.iter_mut().zip(even.iter().zip(odd)) {
+                let steps = BLOCK.min(depth - start);
+                let (x, y) = (x.as_ptr().add(start), y.as_ptr().add(start * lanes + at));
+                let [even, odd] = even_and_odd::<M>(steps, (x, stride, 1), (y, lanes));
+                for (sum, (&even, &odd)) in sums.iter_mut().zip(even.iter().zip(&odd)) {
                     *sum = flush(_mm512_add_ps(*sum, _mm512_add_ps(even, odd)));
                 }
             }
@@ -163,36 +186,87 @@ fn rows_of<const M: usize>(
     }
 }
 
-/// One group of [`int8::MR`] rows and [`LANES`] outputs: integer dots of the codes with the
-/// rows' values, exactly, then `y = fma(s * a, dot - sum, y)`.
+/// A panel of weights and the rows that meet it.
+pub(super) struct Int8Panel<'a> {
+    pub shape: Int8Shape,
+    /// Codes `[quads][LANES][4]`.
+    pub codes: &'a [u8],
+    /// Scales of the weights `[groups][LANES]`.
+    pub scales: &'a [f32],
+    /// Values `[blocks][quads][MR][4]`.
+    pub inputs: &'a [i8],
+    /// Sums of the rows' values `[blocks][groups][MR]`.
+    pub sums: &'a [i32],
+    /// Scales of the rows `[rows][groups]`, which may end before the last block does.
+    pub row_scales: &'a [f32],
+}
+
+/// Writes `BLOCKS` blocks of [`int8::MR`] rows: integer dots of the codes with the rows' values,
+/// exactly, then `y = fma(s * a, dot - sum, y)` over ascending groups, from zero.
 #[target_feature(enable = "avx512f,avx512vnni")]
-pub(super) fn int8_group(group: &int8::Group<'_>, y: &mut [[f32; LANES]; int8::MR]) {
-    // Two chains for each row, or the latency of a dot would show.
-    let mut sums = [[_mm512_setzero_si512(); 2]; int8::MR];
-    let codes = group.codes.chunks_exact(LANES * 4);
-    let values = group.q.chunks_exact(int8::MR * 4);
-    for (k, (codes, q)) in codes.zip(values).enumerate() {
-        // SAFETY: a chunk of codes has 64 bytes; the load needs no alignment.
-        let codes = unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) };
-        for (i, sums) in sums.iter_mut().enumerate() {
-            let four = [q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]];
-            let x = _mm512_set1_epi32(i32::from_le_bytes(four.map(|b| b as u8)));
-            sums[k % 2] = _mm512_dpbusd_epi32(sums[k % 2], codes, x);
+pub(super) fn int8_rows<const BLOCKS: usize>(panel: &Int8Panel<'_>, to: &mut [[f32; LANES]]) {
+    const MR: usize = int8::MR;
+    let shape = panel.shape;
+    let (groups, row_quads) = (shape.groups(), shape.quads());
+    assert!(panel.codes.len() >= row_quads * 4 * LANES && panel.scales.len() >= groups * LANES);
+    assert!(panel.inputs.len() >= BLOCKS * row_quads * 4 * MR);
+    assert!(panel.sums.len() >= BLOCKS * groups * MR);
+    let mut y = [[_mm512_setzero_ps(); MR]; BLOCKS];
+    let mut quad = 0;
+    for g in 0..groups {
+        let quads = quad..quad + shape.quads_of(g);
+        quad = quads.end;
+        // SAFETY: all groups together have `row_quads` quads, of which the codes and each block
+        // of the inputs have as many.
+        let dots = unsafe {
+            let q = panel.inputs.as_ptr().cast::<i32>();
+            quad_dots::<BLOCKS>(panel.codes.as_ptr(), q, row_quads, quads)
+        };
+        // SAFETY: sixteen scales are there; the load needs no alignment.
+        let scale = unsafe { _mm512_loadu_ps(panel.scales[g * LANES..][..LANES].as_ptr()) };
+        for (b, (y, dots)) in y.iter_mut().zip(&dots).enumerate() {
+            for (i, (y, &dot)) in y.iter_mut().zip(dots).enumerate() {
+                let a = panel.row_scales.get((b * MR + i) * groups + g);
+                let sum = panel.sums[(b * groups + g) * MR + i];
+                let dot = _mm512_cvtepi32_ps(_mm512_sub_epi32(dot, _mm512_set1_epi32(sum)));
+                let factor = _mm512_mul_ps(scale, _mm512_set1_ps(a.copied().unwrap_or(0.0)));
+                *y = _mm512_fmadd_ps(factor, dot, *y);
+            }
         }
     }
-    // SAFETY: a panel has a scale for each lane; the load needs no alignment.
-    let scales = unsafe { _mm512_loadu_ps(group.scales.as_ptr()) };
-    for (i, (y, sums)) in y.iter_mut().zip(&sums).enumerate() {
-        let dot = _mm512_add_epi32(sums[0], sums[1]);
-        let dot = _mm512_sub_epi32(dot, _mm512_set1_epi32(group.sums[i]));
-        let factor = _mm512_mul_ps(scales, _mm512_set1_ps(group.a[i]));
-        // SAFETY: a row has sixteen values; no alignment is needed.
+    for (to, y) in to.iter_mut().zip(y.as_flattened()) {
+        // SAFETY: sixteen values are there; the store needs no alignment.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), *y) };
+    }
+}
+
+/// Exact dots of a group's codes with the values of `BLOCKS` blocks of rows.
+///
+/// # Safety
+/// There are codes for all of `quads`, and values of each block, which are `row_quads` apart.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn quad_dots<const BLOCKS: usize>(
+    codes: *const u8,
+    q: *const i32,
+    row_quads: usize,
+    quads: std::ops::Range<usize>,
+) -> [[__m512i; int8::MR]; BLOCKS] {
+    let mut dots = [[_mm512_setzero_si512(); int8::MR]; BLOCKS];
+    for quad in quads {
+        // SAFETY: the caller's promise; the loads need no alignment.
         unsafe {
-            let so_far = _mm512_loadu_ps(y.as_ptr());
-            let sum = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(dot), so_far);
-            _mm512_storeu_ps(y.as_mut_ptr(), sum);
+            let codes = _mm512_loadu_si512(codes.add(quad * LANES * 4).cast());
+            for (b, dots) in dots.iter_mut().enumerate() {
+                let q = q.add((b * row_quads + quad) * int8::MR);
+                for (i, dot) in dots.iter_mut().enumerate() {
+                    let x = _mm512_set1_epi32(q.add(i).read_unaligned());
+                    *dot = _mm512_dpbusd_epi32(*dot, codes, x);
+                }
+            }
         }
     }
+    dots
 }
 
 /// [`peak::fma`](super::peak::fma) on one thread; returns the multiply-adds.

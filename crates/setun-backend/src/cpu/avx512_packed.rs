@@ -4,7 +4,7 @@
 //! goes straight into 32 bits here, so sums need no care.
 
 use super::packed::{
-    Blocks, MANY_GROUP, MR, PANEL, PackedInputs, PackedShape, PanelScratch, SCALE_BYTES, WORD_BYTES,
+    Blocks, PANEL, PackedInputs, PackedShape, PanelScratch, SCALE_BYTES, WORD_BYTES,
 };
 use std::arch::x86_64::*;
 
@@ -12,8 +12,11 @@ use std::arch::x86_64::*;
 const LANES: usize = 16;
 /// Bytes that codes are asked for ahead of their use.
 const AHEAD: usize = 4096;
+/// Most rows of a block.
+pub(super) const BLOCK: usize = 8;
 
-/// The panel's outputs times all rows, which lie in blocks of one, two or [`MR`].
+/// The panel's outputs times all rows, which lie in blocks of at most [`BLOCK`]. Each block takes the
+/// codes from their words anew: with eight rows that costs less than reading codes that were made bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn multiply_rows(
     shape: PackedShape,
@@ -22,15 +25,19 @@ pub(super) fn multiply_rows(
     x: PackedInputs<'_>,
     scratch: &mut PanelScratch,
 ) {
-    if shape.group_size <= MANY_GROUP && blocks.rows() > MR {
-        return multiply_many(shape, panel, blocks.rows(), x, scratch);
-    }
     for (first, m) in blocks.iter() {
         let (x, y) = (x.block(shape, first, m), &mut scratch.y[first..]);
+        // Vectors of outputs and chains so that sums fill most of the 32 registers.
         match m {
-            1 => multiply::<1, 2>(shape, panel, x, y),
-            2 => multiply::<2, 2>(shape, panel, x, y),
-            _ => multiply::<MR, 1>(shape, panel, x, y),
+            1 => multiply::<1, 2, 4>(shape, panel, x, y),
+            2 => multiply::<2, 2, 4>(shape, panel, x, y),
+            3 => multiply::<3, 2, 2>(shape, panel, x, y),
+            4 => multiply::<4, 2, 2>(shape, panel, x, y),
+            5 => multiply::<5, 1, 2>(shape, panel, x, y),
+            6 => multiply::<6, 1, 2>(shape, panel, x, y),
+            7 => multiply::<7, 1, 2>(shape, panel, x, y),
+            8 => multiply::<8, 1, 2>(shape, panel, x, y),
+            m => unreachable!("{m} rows in a block"),
         }
     }
 }
@@ -39,9 +46,9 @@ pub(super) fn multiply_rows(
 ///
 /// Codes 0 and 2 of each byte's nibbles come as they are; codes 1 and 3 stay two bits up, in
 /// sums of their own that are shifted down at the end of a group: exact, since each is a
-/// multiple of four.
+/// multiple of four. `CHAINS` is 2, or 4 where so few rows would wait for each other's dots.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn multiply<const M: usize, const NV: usize>(
+fn multiply<const M: usize, const NV: usize, const CHAINS: usize>(
     shape: PackedShape,
     panel: &[u8],
     x: PackedInputs<'_>,
@@ -58,7 +65,7 @@ fn multiply<const M: usize, const NV: usize>(
             let words = shape.words_of(g);
             // SAFETY: the assertions above hold for all groups together, and each step
             // moves both slices on by what its group has.
-            let dots = unsafe { group_dots::<M, NV>(&group[SCALE_BYTES..], v0, words, q) };
+            let dots = unsafe { group_dots::<M, NV, CHAINS>(&group[SCALE_BYTES..], v0, words, q) };
             for v in 0..NV {
                 let scale = scales(&group[2 * LANES * (v0 + v)..]);
                 for m in 0..M {
@@ -94,7 +101,7 @@ fn combine(dot: __m512i, sum: i32, scale: __m512, a: f32, y: __m512) -> __m512 {
 /// `v0 + NV` vectors of outputs are at most [`PANEL`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn group_dots<const M: usize, const NV: usize>(
+unsafe fn group_dots<const M: usize, const NV: usize, const CHAINS: usize>(
     codes: &[u8],
     v0: usize,
     words: usize,
@@ -102,8 +109,8 @@ unsafe fn group_dots<const M: usize, const NV: usize>(
 ) -> [[__m512i; NV]; M] {
     debug_assert!(codes.len() >= words * WORD_BYTES && q.len() >= words * 16 * M);
     let (low_mask, high_mask) = (_mm512_set1_epi8(0b11), _mm512_set1_epi8(0b1100));
-    // A chain for each code of a byte: fewer would wait for each other.
-    let mut chains = [[[_mm512_setzero_si512(); NV]; M]; 4];
+    // Even ones of codes 0 and 2, odd ones of codes 1 and 3.
+    let mut chains = [[[_mm512_setzero_si512(); NV]; M]; CHAINS];
     for w in 0..words {
         let ahead = codes.as_ptr().wrapping_add(w * WORD_BYTES + AHEAD);
         prefetch(ahead);
@@ -121,8 +128,8 @@ unsafe fn group_dots<const M: usize, const NV: usize>(
                     _mm512_and_si512(upper, low_mask),
                     _mm512_and_si512(upper, high_mask),
                 ];
-                for (shift, (&codes, chains)) in codes.iter().zip(&mut chains).enumerate() {
-                    for (m, chains) in chains.iter_mut().enumerate() {
+                for (shift, &codes) in codes.iter().enumerate() {
+                    for (m, chains) in chains[shift % CHAINS].iter_mut().enumerate() {
                         let x = _mm512_set1_epi32(q.add(shift * M + m).read_unaligned());
                         chains[v] = _mm512_dpbusd_epi32(chains[v], codes, x);
                     }
@@ -133,82 +140,15 @@ unsafe fn group_dots<const M: usize, const NV: usize>(
     let mut dots = [[_mm512_setzero_si512(); NV]; M];
     for m in 0..M {
         for v in 0..NV {
-            let low = _mm512_add_epi32(chains[0][m][v], chains[2][m][v]);
-            let high = _mm512_add_epi32(chains[1][m][v], chains[3][m][v]);
+            let (mut low, mut high) = (chains[0][m][v], chains[1][m][v]);
+            if CHAINS == 4 {
+                low = _mm512_add_epi32(low, chains[2][m][v]);
+                high = _mm512_add_epi32(high, chains[3][m][v]);
+            }
             dots[m][v] = _mm512_add_epi32(low, _mm512_srai_epi32::<2>(high));
         }
     }
     dots
-}
-
-/// The panel's outputs times more than [`MR`] rows, in blocks of that: the codes of a group
-/// become bytes once, in the first-level cache, and all rows read them there.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn multiply_many(
-    shape: PackedShape,
-    panel: &[u8],
-    rows: usize,
-    x: PackedInputs<'_>,
-    scratch: &mut PanelScratch,
-) {
-    let (groups, all_words) = (shape.groups(), shape.words());
-    let rows = rows.next_multiple_of(MR);
-    assert!(shape.group_size <= MANY_GROUP && rows <= scratch.y.len());
-    assert!(panel.len() >= shape.panel_bytes() && x.q.len() >= rows * all_words * 16);
-    assert!(x.sums.len() >= rows * groups && x.scales.len() >= rows * groups);
-    scratch.y[..rows].fill([0.0; PANEL]);
-    let (mut group, mut word) = (panel, 0);
-    for g in 0..groups {
-        let words = shape.words_of(g);
-        spread(
-            &group[SCALE_BYTES..][..words * WORD_BYTES],
-            &mut scratch.codes,
-        );
-        let weights = [scales(group), scales(&group[2 * LANES..])];
-        for first in (0..rows).step_by(MR) {
-            let at = first * groups + g * MR;
-            let q = &x.q[(first * all_words + word * MR) * 16..][..words * 16 * MR];
-            let dots = byte_dots(&scratch.codes[..4 * words * WORD_BYTES], q);
-            for (m, dots) in dots.iter().enumerate() {
-                let y = scratch.y[first + m].as_chunks_mut::<LANES>().0;
-                for ((y, &dot), &weight) in y.iter_mut().zip(dots).zip(&weights) {
-                    // SAFETY: sixteen values are there, and no alignment is needed.
-                    unsafe {
-                        let so_far = _mm512_loadu_ps(y.as_ptr());
-                        let sum = combine(dot, x.sums[at + m], weight, x.scales[at + m], so_far);
-                        _mm512_storeu_ps(y.as_mut_ptr(), sum);
-                    }
-                }
-            }
-        }
-        group = &group[SCALE_BYTES + words * WORD_BYTES..];
-        word += words;
-    }
-}
-
-/// Exact dots of the codes of a panel, a byte each, with [`MR`] rows.
-#[inline]
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn byte_dots(codes: &[u8], q: &[i8]) -> [[__m512i; 2]; MR] {
-    let mut sums = [[_mm512_setzero_si512(); 2]; MR];
-    for (codes, q) in codes.chunks_exact(WORD_BYTES).zip(q.chunks_exact(4 * MR)) {
-        // SAFETY: a step has 128 bytes of codes; the loads need no alignment.
-        let codes = unsafe {
-            let at = codes.as_ptr();
-            [
-                _mm512_loadu_si512(at.cast()),
-                _mm512_loadu_si512(at.add(4 * LANES).cast()),
-            ]
-        };
-        for (sums, four) in sums.iter_mut().zip(q.chunks_exact(4)) {
-            let four = [four[0], four[1], four[2], four[3]].map(|b| b as u8);
-            let x = _mm512_set1_epi32(i32::from_le_bytes(four));
-            for (sum, &codes) in sums.iter_mut().zip(&codes) {
-                *sum = _mm512_dpbusd_epi32(*sum, codes, x);
-            }
-        }
-    }
-    sums
 }
 
 /// Codes as bytes: `[words][4 shifts][PANEL outputs][4]`.

@@ -54,14 +54,15 @@ impl Int8Shape {
         groups_per_row(self.width, self.group_size)
     }
 
+    /// Quads of group `g` of a row.
+    pub(super) fn quads_of(self, g: usize) -> usize {
+        let values = self.group_size.min(self.width - g * self.group_size);
+        values.div_ceil(4)
+    }
+
     /// Quads of a row: each group starts with a new one.
-    fn quads(self) -> usize {
-        let quads = |g: usize| {
-            self.group_size
-                .min(self.width - g * self.group_size)
-                .div_ceil(4)
-        };
-        (0..self.groups()).map(quads).sum()
+    pub(super) fn quads(self) -> usize {
+        (0..self.groups()).map(|g| self.quads_of(g)).sum()
     }
 }
 
@@ -124,8 +125,14 @@ pub fn int8_linear<R: Real>(
         assert!(at + values.len() <= out.len);
         // SAFETY: inside `y` by the assertion; rows and columns of a task belong to it alone.
         let y = unsafe { std::slice::from_raw_parts_mut(out.start.add(at), values.len()) };
-        for (y, &v) in y.iter_mut().zip(values) {
-            *y = R::from_f32(v);
+        // Whole panels are vectors.
+        match (y.as_chunks_mut::<LANES>(), values.as_chunks::<LANES>()) {
+            (([y], []), ([values], [])) => *y = values.map(R::from_f32),
+            _ => {
+                for (y, &v) in y.iter_mut().zip(values) {
+                    *y = R::from_f32(v);
+                }
+            }
         }
     };
     pool.run(tall * shape.out.div_ceil(step), &|task, worker| {
@@ -144,7 +151,7 @@ pub fn int8_linear<R: Real>(
         let mut block = RowBlock::pack(shape, x, rows, scratch);
         for n0 in outputs.step_by(LANES) {
             let n = LANES.min(shape.out - n0);
-            block.pack_weights(w, n0, n);
+            block.pack_weights(isa, w, n0, n);
             block.multiply(isa, x, &mut |row, values: &[f32; LANES]| {
                 write(row, n0, &values[..n])
             });
@@ -211,8 +218,26 @@ impl<'s> RowBlock<'s> {
     }
 
     /// Takes outputs `n0..n0 + n` as the panel.
-    fn pack_weights(&mut self, w: TernaryRows<'_>, n0: usize, n: usize) {
+    fn pack_weights(&mut self, isa: Isa, w: TernaryRows<'_>, n0: usize, n: usize) {
         let (width, groups) = (self.shape.width, self.shape.groups());
+        #[cfg(target_arch = "x86_64")]
+        if isa.has_avx2()
+            && n == LANES
+            && width.is_multiple_of(SQUARE)
+            && self.shape.group_size.is_multiple_of(SQUARE)
+        {
+            for lane in 0..n {
+                let scales = &w.scales[(n0 + lane) * groups..][..groups];
+                for (to, &scale) in self.scales[lane..].iter_mut().step_by(LANES).zip(scales) {
+                    *to = scale;
+                }
+            }
+            let trits = &w.trits[n0 * width..(n0 + n) * width];
+            // SAFETY: an `Isa` that has AVX2 is made by `Isa::available` only, after CPUID has
+            // shown it.
+            return unsafe { pack_codes(trits, width, self.codes) };
+        }
+        let _ = isa;
         if n < LANES {
             self.codes.fill(0);
             self.scales.fill(0.0);
@@ -240,6 +265,10 @@ impl<'s> RowBlock<'s> {
     /// All rows against the panel; `put(row, values)`.
     fn multiply(&self, isa: Isa, x: Int8Rows<'_>, put: &mut dyn FnMut(usize, &[f32; LANES])) {
         let (groups, row_quads) = (self.shape.groups(), self.shape.quads());
+        #[cfg(target_arch = "x86_64")]
+        if isa.has_avx512() {
+            return self.multiply_wide(x, put);
+        }
         for (b, r0) in self.rows.clone().step_by(MR).enumerate() {
             let m = MR.min(self.rows.end - r0);
             let inputs = &self.inputs[b * 4 * MR * row_quads..];
@@ -247,12 +276,7 @@ impl<'s> RowBlock<'s> {
             let mut y = [[0.0f32; LANES]; MR];
             let mut quad = 0;
             for g in 0..groups {
-                let start = g * self.shape.group_size;
-                let quads = self
-                    .shape
-                    .group_size
-                    .min(self.shape.width - start)
-                    .div_ceil(4);
+                let quads = self.shape.quads_of(g);
                 let codes = &self.codes[quad * LANES * 4..][..quads * LANES * 4];
                 let q = &inputs[quad * MR * 4..][..quads * MR * 4];
                 let scales = self.scales[g * LANES..].first_chunk();
@@ -275,6 +299,65 @@ impl<'s> RowBlock<'s> {
             }
         }
     }
+
+    /// [`multiply`](Self::multiply) in vectors of [`LANES`], for an `Isa` that has AVX-512 with
+    /// byte dots.
+    #[cfg(target_arch = "x86_64")]
+    fn multiply_wide(&self, x: Int8Rows<'_>, put: &mut dyn FnMut(usize, &[f32; LANES])) {
+        use super::avx512::{Int8Panel, int8_rows};
+        /// Blocks whose sums hide the latency of a dot.
+        const TOGETHER: usize = 2;
+        let (groups, row_quads) = (self.shape.groups(), self.shape.quads());
+        let mut y = [[0.0; LANES]; TOGETHER * MR];
+        let mut r0 = self.rows.start;
+        while r0 < self.rows.end {
+            let block = (r0 - self.rows.start) / MR;
+            let panel = Int8Panel {
+                shape: self.shape,
+                codes: self.codes,
+                scales: self.scales,
+                inputs: &self.inputs[block * 4 * MR * row_quads..],
+                sums: &self.sums[block * MR * groups..],
+                row_scales: &x.scales[r0 * groups..self.rows.end * groups],
+            };
+            let left = self.rows.end - r0;
+            // SAFETY: an `Isa` that has AVX-512 is made by `Isa::available` only, after CPUID has
+            // shown it.
+            unsafe {
+                if left > MR {
+                    int8_rows::<TOGETHER>(&panel, &mut y);
+                } else {
+                    int8_rows::<1>(&panel, &mut y);
+                }
+            }
+            for (row, y) in (r0..self.rows.end).zip(&y) {
+                put(row, y);
+            }
+            r0 += TOGETHER * MR;
+        }
+    }
+}
+
+
+/// Values that [`pack_codes`] takes of each output at a time.
+#[cfg(target_arch = "x86_64")]
+const SQUARE: usize = 4 * LANES;
+
+/// Codes `[quads][LANES][4]` of [`LANES`] outputs of `width` trits, a multiple of [`SQUARE`]: the
+/// quads of a square are turned as wholes.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn pack_codes(trits: &[i8], width: usize, codes: &mut [u8]) {
+    let mut square = [[0u32; LANES]; LANES];
+    for (at, to) in (0..width).step_by(SQUARE).zip(codes.chunks_exact_mut(SQUARE * LANES)) {
+        for (quads, trits) in square.iter_mut().zip(trits.chunks_exact(width)) {
+            let codes: &mut [u8] = bytemuck::cast_slice_mut(quads);
+            for (code, &t) in codes.iter_mut().zip(&trits[at..at + SQUARE]) {
+                *code = (t + 1) as u8;
+            }
+        }
+        super::bf16::turn(square.as_flattened(), bytemuck::cast_slice_mut(to));
+    }
 }
 
 /// A group of the reduction in all rows of a block.
@@ -295,15 +378,8 @@ pub(super) struct Group<'a> {
 fn add_group(isa: Isa, group: &Group<'_>, y: &mut [[f32; LANES]; MR]) {
     #[cfg(target_arch = "x86_64")]
     if isa.has_avx2() {
-        // SAFETY: an `Isa` that has AVX2 or AVX-512 is made by `Isa::available` only, after CPUID
-        // has shown it.
-        return unsafe {
-            if isa.has_avx512() {
-                super::avx512::int8_group(group, y)
-            } else {
-                super::avx2::int8_group(group, y)
-            }
-        };
+        // SAFETY: an `Isa` that has AVX2 is made by `Isa::available` only, after CPUID has shown it.
+        return unsafe { super::avx2::int8_group(group, y) };
     }
     let _ = isa;
     let mut dots = [[0i32; LANES]; MR];

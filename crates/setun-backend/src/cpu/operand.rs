@@ -5,7 +5,7 @@
 //! the place that the register tiles read, so that a value is touched once.
 
 use super::gemm::{COLS, DEPTH, MR, NR, PANEL, ROWS};
-use crate::cpu::{Isa, multiversion};
+use crate::cpu::{Isa, multiversion, prefetch};
 use crate::real::Real;
 use half::bf16;
 use setun_ternary::groups_per_row;
@@ -294,6 +294,8 @@ pub(super) trait Source<R: Real> {
     fn run<const N: usize>(&self, row: usize, column: usize, group: usize, out: &mut [R; N]);
     /// One value.
     fn one(&self, row: usize, column: usize) -> R;
+    /// Asks the memory for the value, which will be read soon.
+    fn prefetch(&self, row: usize, column: usize);
 }
 
 /// Calls `$body` with `$source`, the source of the values.
@@ -507,6 +509,11 @@ impl<R: Real> Source<R> for Plain<'_, R> {
     fn one(&self, row: usize, column: usize) -> R {
         self.0[row * self.1 + column]
     }
+
+    #[inline(always)]
+    fn prefetch(&self, row: usize, column: usize) {
+        prefetch(self.0, row * self.1 + column);
+    }
 }
 
 /// [`Values::Rounded`] and the width of a row.
@@ -535,6 +542,11 @@ impl<R: Real> Source<R> for Rounded<'_, R> {
     fn one(&self, row: usize, column: usize) -> R {
         self.0[row * self.1 + column].round_bf16()
     }
+
+    #[inline(always)]
+    fn prefetch(&self, row: usize, column: usize) {
+        prefetch(self.0, row * self.1 + column);
+    }
 }
 
 /// [`Values::Bf16`] and the width of a row.
@@ -562,6 +574,11 @@ impl<R: Real> Source<R> for Halves<'_> {
     #[inline(always)]
     fn one(&self, row: usize, column: usize) -> R {
         R::from_bf16(self.0[row * self.1 + column])
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, row: usize, column: usize) {
+        prefetch(self.0, row * self.1 + column);
     }
 }
 
@@ -623,5 +640,10 @@ impl<R: Real, const ROUND: bool> Source<R> for Scaled<'_, ROUND> {
     fn one(&self, row: usize, column: usize) -> R {
         let scale = self.scales[row * self.groups + column / self.group_size];
         Self::value(scale, self.integers[row * self.width + column])
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, row: usize, column: usize) {
+        prefetch(self.integers, row * self.width + column);
     }
 }

@@ -200,7 +200,7 @@ impl Default for PanelScratch {
 pub(super) struct Blocks {
     /// Rows of a block.
     size: usize,
-    /// First row of the last block, which may have more rows.
+    /// First row of the last block, which may have another number of rows.
     last: usize,
     /// End of the last block.
     end: usize,
@@ -212,7 +212,17 @@ impl Blocks {
             return Self::even(1, rows.next_multiple_of(TILE));
         }
         #[cfg(target_arch = "x86_64")]
-        if isa.has_avx2() && !isa.has_avx512() && super::avx2_packed::is_direct(shape, rows) {
+        if isa.has_avx512() {
+            let count = rows.div_ceil(super::avx512_packed::BLOCK);
+            let size = rows.div_ceil(count);
+            return Self {
+                size,
+                last: (count - 1) * size,
+                end: rows,
+            };
+        }
+        #[cfg(target_arch = "x86_64")]
+        if isa.has_avx2() && super::avx2_packed::is_direct(shape, rows) {
             let last = (rows / MR).saturating_sub(1) * MR;
             let size = if last == 0 { rows } else { MR };
             return Self {
@@ -711,7 +721,7 @@ mod tests {
 
     #[test]
     fn the_largest_sums_do_not_overflow() {
-        const ROWS: [usize; 9] = [1, 2, 3, 4, 5, 6, 7, 9, 20];
+        const ROWS: [usize; 13] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 17, 20, 23];
         for group_size in [128, 256, 1024] {
             let shape = PackedShape {
                 out: 32,

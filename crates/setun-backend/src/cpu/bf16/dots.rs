@@ -25,17 +25,47 @@ impl Unit for Dots {
     }
 
     unsafe fn multiply(&self, strip: Strip) {
-        let panel = strip.depth * TILE_VALUES;
-        for columns in 0..2 * strip.pairs {
-            let right = strip.right.wrapping_add(columns * panel);
-            for row in (0..PAIR).step_by(ROWS) {
-                let left = row / TILE * panel + row % TILE * 2 * TILE;
-                let left = strip.left.wrapping_add(left);
-                let sums = strip.sums.wrapping_add(row * strip.stride + columns * TILE);
-                // SAFETY: the caller's promise.
-                unsafe { multiply_rows(strip.depth, left, right, (sums, strip.stride)) };
+        // SAFETY: the caller's promise, which is that of both.
+        unsafe { multiply_strip(strip) };
+    }
+}
+
+/// # Safety
+/// As [`Unit::multiply`].
+#[target_feature(enable = "avx512f,avx512dq,avx512bf16")]
+unsafe fn multiply_strip(strip: Strip) {
+    let panel = strip.depth * TILE_VALUES;
+    for columns in 0..2 * strip.pairs {
+        let right = strip.right.wrapping_add(columns * panel);
+        for row in (0..PAIR).step_by(ROWS) {
+            prefetch_next(strip, row, columns);
+            let left = row / TILE * panel + row % TILE * 2 * TILE;
+            let left = strip.left.wrapping_add(left);
+            let sums = strip.sums.wrapping_add(row * strip.stride + columns * TILE);
+            let sums = (sums, strip.stride);
+            // SAFETY: the caller's promise.
+            unsafe {
+                if is_coarse(sums) {
+                    multiply_rows::<false>(strip.depth, left, right, sums);
+                } else {
+                    multiply_rows::<true>(strip.depth, left, right, sums);
+                }
             }
         }
+    }
+}
+
+/// Asks for the sums behind those at `row` and `columns`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch_next(strip: Strip, row: usize, columns: usize) {
+    let (row, columns) = match row + ROWS < PAIR {
+        true => (row + ROWS, columns),
+        false => (0, columns + 1),
+    };
+    for i in row..row + ROWS {
+        let at = i * strip.stride + columns * TILE;
+        _mm_prefetch::<_MM_HINT_T0>(strip.sums.wrapping_add(at).cast());
     }
 }
 
@@ -48,29 +78,61 @@ fn flush(x: __m512) -> __m512 {
     _mm512_mask_and_ps(x, denormal, x, _mm512_set1_ps(-0.0))
 }
 
+/// Whether all of [`ROWS`] rows of 16 sums, `stride` apart, are zero or at least 2^-103. Sums of
+/// products that cannot be denormal then stay multiples of 2^-126 (see
+/// [`avx2`](crate::cpu::avx2)), and nothing is flushed.
+///
+/// # Safety
+/// The rows are there, and the processor has AVX-512.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn is_coarse((sums, stride): (*mut f32, usize)) -> bool {
+    // One less than the bits of 2^-103; zero wraps around to the largest number.
+    const LEAST: i32 = (24 << 23) - 1;
+    let (magnitude, one) = (_mm512_set1_epi32(i32::MAX), _mm512_set1_epi32(1));
+    let mut least = _mm512_set1_epi32(-1);
+    for i in 0..ROWS {
+        // SAFETY: the caller's promise; the load needs no alignment.
+        let bits = unsafe { _mm512_loadu_si512(sums.add(i * stride).cast()) };
+        let bits = _mm512_sub_epi32(_mm512_and_si512(bits, magnitude), one);
+        least = _mm512_min_epu32(least, bits);
+    }
+    _mm512_cmplt_epu32_mask(least, _mm512_set1_epi32(LEAST)) == 0
+}
+
 /// [`ROWS`] rows of a tile of `left` times a tile of columns, `depth` tiles along the reduction.
+/// Without `FLUSH` where the sums are coarse.
 ///
 /// # Safety
 /// The processor has AVX512-BF16; the pointers lead to so many tiles, and to rows of 16 sums
 /// that are `stride` apart and that nobody else uses.
 #[target_feature(enable = "avx512f,avx512dq,avx512bf16")]
-unsafe fn multiply_rows(
+unsafe fn multiply_rows<const FLUSH: bool>(
     depth: usize,
     mut left: *const u16,
     mut right: *const u16,
     (to, stride): (*mut f32, usize),
 ) {
+    let flushed = |x| if FLUSH { flush(x) } else { x };
     // SAFETY: the caller's promise; loads and stores need no alignment.
     unsafe {
         let mut sums: [__m512; ROWS] =
-            std::array::from_fn(|i| flush(_mm512_loadu_ps(to.add(i * stride))));
+            std::array::from_fn(|i| flushed(_mm512_loadu_ps(to.add(i * stride))));
         for _ in 0..depth {
-            let [even, odd] = [0, 1].map(|chain| {
-                let (left, right) = (left.add(chain * TILE), right.add(chain * TILE_VALUES / 2));
-                chain_of_rows(left.cast(), right.cast())
-            });
-            for (sum, (&even, &odd)) in sums.iter_mut().zip(even.iter().zip(&odd)) {
-                *sum = flush(_mm512_add_ps(*sum, _mm512_add_ps(even, odd)));
+            let mut chains = [[_mm512_setzero_ps(); ROWS]; 2];
+            for (parity, chain) in chains.iter_mut().enumerate() {
+                for pair in parity * OF_CHAIN..(parity + 1) * OF_CHAIN {
+                    let values = as_bf16(_mm512_loadu_si512(right.add(2 * pair * TILE).cast()));
+                    let left = left.add(2 * pair).cast::<i32>();
+                    for (i, chain) in chain.iter_mut().enumerate() {
+                        let x = as_bf16(_mm512_set1_epi32(left.add(i * TILE).read_unaligned()));
+                        *chain = _mm512_dpbf16_ps(*chain, values, x);
+                    }
+                }
+            }
+            let [even, odd] = &chains;
+            for (sum, (&even, &odd)) in sums.iter_mut().zip(even.iter().zip(odd)) {
+                *sum = flushed(_mm512_add_ps(*sum, _mm512_add_ps(even, odd)));
             }
             left = left.add(TILE_VALUES);
             right = right.add(TILE_VALUES);
@@ -79,27 +141,6 @@ unsafe fn multiply_rows(
             _mm512_storeu_ps(to.add(i * stride), *sum);
         }
     }
-}
-
-/// One chain of a tile from zero.
-///
-/// # Safety
-/// The pointers lead to the chain's pairs of the rows of a tile and of all its columns.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn chain_of_rows(left: *const i32, right: *const i32) -> [__m512; ROWS] {
-    let mut chain = [_mm512_setzero_ps(); ROWS];
-    for pair in 0..OF_CHAIN {
-        // SAFETY: the caller's promise; the loads need no alignment.
-        unsafe {
-            let right = as_bf16(_mm512_loadu_si512(right.add(pair * TILE).cast()));
-            for (i, chain) in chain.iter_mut().enumerate() {
-                let left = as_bf16(_mm512_set1_epi32(left.add(i * TILE + pair).read_unaligned()));
-                *chain = _mm512_dpbf16_ps(*chain, right, left);
-            }
-        }
-    }
-    chain
 }
 
 #[inline]

@@ -152,6 +152,9 @@ fn pack_rows<S: Source<f32>>(
     // SAFETY: 32 words are there; the load needs no alignment.
     let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
     for (output, row) in (output..).zip(rows) {
+        // The next tile of these outputs.
+        source.prefetch(output, step + BLOCK);
+        source.prefetch(output, step + BLOCK + TILE);
         let at = (output, block.outputs.end);
         let of_row = |first| read(source, at, first..block.depths.end, block.padding);
         let halves = _mm512_permutex2var_epi16(of_row(step), order, of_row(step + TILE));
@@ -171,6 +174,9 @@ fn pack_pairs<S: Source<f32>>(
 ) {
     let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
     for (pair, row) in rows.iter_mut().enumerate() {
+        // The next tile of these outputs.
+        source.prefetch(step + BLOCK + 2 * pair, output);
+        source.prefetch(step + BLOCK + 2 * pair + 1, output);
         let of_place = |place| {
             let at = (step + block.pairs.step(place), block.depths.end);
             read(source, at, output..block.outputs.end, block.padding)
