@@ -5,6 +5,7 @@
 
 mod dots;
 mod pack;
+pub(crate) mod stored;
 
 pub(crate) use dots::Dots;
 pub(super) use dots::rounds;

@@ -112,7 +112,10 @@ pub struct StoredRows<'a> {
 pub fn most_stored_rows<R: Real>(isa: Isa) -> usize {
     #[cfg(target_arch = "x86_64")]
     if isa.has_avx2() && TypeId::of::<R>() == TypeId::of::<f32>() {
-        return avx2::MOST_STORED;
+        return match isa {
+            Isa::Avx512Bf16 => units::stored::MOST_ROWS,
+            _ => avx2::MOST_STORED,
+        };
     }
     let _ = isa;
     0
@@ -132,6 +135,15 @@ pub fn stored_mat<R: Real>(
     #[cfg(target_arch = "x86_64")]
     if (1..=most_stored_rows::<R>(isa)).contains(&rows) && y.lanes.is_multiple_of(16) {
         let (x, acc) = (bytemuck::cast_slice(x), bytemuck::cast_slice_mut(acc));
+        if isa == Isa::Avx512Bf16 {
+            // SAFETY: it is made by `Isa::available` only, after CPUID has shown AVX512-BF16.
+            let is_done = unsafe {
+                units::stored::even_odd(rows, (x, x_stride), y, (&mut *acc, acc_stride))
+            };
+            if is_done || rows > avx2::MOST_STORED {
+                return is_done;
+            }
+        }
         // SAFETY: `most_stored_rows` is 0 without AVX2. An `Isa` that has it is made by
         // `Isa::available` only, after CPUID has shown it.
         unsafe { avx2::stored_even_odd(rows, (x, x_stride), y, (acc, acc_stride)) };

@@ -72,7 +72,7 @@ fn prefetch_next(strip: Strip, row: usize, columns: usize) {
 /// Denormals to zeros of their sign; NaN stays.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
-fn flush(x: __m512) -> __m512 {
+pub(super) fn flush(x: __m512) -> __m512 {
     const DENORMAL: i32 = 0x20;
     let denormal = _mm512_fpclass_ps_mask::<DENORMAL>(x);
     _mm512_mask_and_ps(x, denormal, x, _mm512_set1_ps(-0.0))
@@ -145,7 +145,7 @@ unsafe fn multiply_rows<const FLUSH: bool>(
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn as_bf16(bits: __m512i) -> __m512bh {
+pub(super) fn as_bf16(bits: __m512i) -> __m512bh {
     // SAFETY: both are 64 bytes of which every pattern is a value.
     unsafe { std::mem::transmute(bits) }
 }

@@ -55,7 +55,7 @@ impl Pairs {
     }
 
     /// The upper halves of 32 numbers of 32 bits, in order of their places, as words of 16 bits.
-    const fn upper_halves(self) -> [u16; BLOCK] {
+    pub(super) const fn upper_halves(self) -> [u16; BLOCK] {
         let mut words = [0; BLOCK];
         let mut place = 0;
         while place < BLOCK {
