@@ -12,8 +12,9 @@ pub(super) use dots::rounds;
 pub(crate) use pack::Pairs;
 pub(super) use pack::turn;
 
-use crate::cpu::gemm::{DEPTH, Gemm, SCRATCH, Split, copy_rows};
+use crate::cpu::gemm::{DEPTH, Gemm, SCRATCH, copy_rows};
 use crate::cpu::operand::{Operand, Values};
+use crate::cpu::{Pool, RowsMut};
 use crate::kernels::product::{BLOCK, Order, needs_flush};
 use crate::real::{Real, min_exponent_bf16};
 use pack::{Side, TILE_VALUES, pack};
@@ -61,121 +62,223 @@ pub(crate) struct Strip {
     pub(super) stride: usize,
 }
 
-/// Most rows of a task. Products are so fast here that packing counts: larger rectangles pack
-/// less often.
-pub(super) const ROWS: usize = 768;
-/// Most columns of a task.
-pub(super) const COLS: usize = 512;
-/// Values of packed rows.
-const LEFT: usize = ROWS * DEPTH;
-const _: () = assert!(
-    LEFT + COLS * DEPTH <= 2 * SCRATCH,
-    "bf16 values in the place of f32"
-);
-const _: () =
-    assert!(DEPTH.is_multiple_of(BLOCK) && ROWS.is_multiple_of(PAIR) && COLS.is_multiple_of(PAIR));
+/// Values of a packed panel: [`PAIR`] rows or columns and at most [`DEPTH`] steps.
+const PANEL: usize = PAIR * DEPTH;
+/// Panels of rows, and of columns, of a task.
+const OF_TASK: (usize, usize) = (2, 16);
+const _: () = assert!(DEPTH.is_multiple_of(BLOCK) && 2 * PANEL <= SCRATCH);
 
-/// How a product is cut into tasks.
-pub(super) fn split(shape: Gemm, threads: usize) -> Split {
-    Split::new(shape, threads, (ROWS, PAIR), (COLS, PAIR))
+/// `c += a * b`, `c` row-major. `scratch` has [`SCRATCH`] values for each worker; together they hold
+/// the panels of a block of outputs, which all workers pack and all of them read.
+///
+/// # Safety
+/// The processor has the unit, and AVX-512.
+pub(super) unsafe fn gemm<U: Unit>(
+    pool: &Pool,
+    shape: Gemm,
+    (a, b): (&Operand<'_, f32>, &Operand<'_, f32>),
+    c: &mut [f32],
+    scratch: &mut [f32],
+) {
+    assert_eq!(c.len(), shape.rows * shape.cols);
+    // Half as many numbers of 32 bits as values, and an exponent.
+    let room = scratch.len() / (PANEL / 2 + 1);
+    let (exponents, values) = scratch.split_at_mut(room);
+    let (exponents, values) = (
+        bytemuck::cast_slice_mut(exponents),
+        bytemuck::cast_slice_mut(values),
+    );
+    let (all_tall, all_wide) = (shape.rows.div_ceil(PAIR), shape.cols.div_ceil(PAIR));
+    let even = |all: usize, most: usize| all.div_ceil(all.div_ceil(most).max(1)).max(1);
+    let wide = even(all_wide, room.saturating_sub(all_tall).max(room / 2));
+    let tall = even(all_tall, room - wide);
+    for i in (0..shape.rows).step_by(tall * PAIR) {
+        for j in (0..shape.cols).step_by(wide * PAIR) {
+            for d in (0..shape.depth).step_by(DEPTH) {
+                let block = Block {
+                    rows: i..shape.rows.min(i + tall * PAIR),
+                    columns: j..shape.cols.min(j + wide * PAIR),
+                    depths: d..shape.depth.min(d + DEPTH),
+                };
+                // SAFETY: the caller's promise.
+                unsafe {
+                    block.pack::<U>(pool, (a, b), values, exponents);
+                    let c = (&mut *c, shape.cols);
+                    block.multiply::<U>(pool, (values, exponents), c);
+                }
+            }
+        }
+    }
 }
 
-/// `c += a * b` of one rectangle of outputs; `c` points to its first output, and its rows are
-/// `stride` apart.
+/// Outputs and steps whose panels fit into the scratch memory.
+struct Block {
+    rows: Range<usize>,
+    columns: Range<usize>,
+    depths: Range<usize>,
+}
+
+/// Outputs that tasks write in disjoint rectangles.
+struct Rectangles {
+    start: *mut f32,
+    stride: usize,
+}
+
+// SAFETY: tasks write disjoint rectangles only.
+unsafe impl Sync for Rectangles {}
+
+impl Block {
+    /// Panels of rows, and of columns.
+    fn panels(&self) -> (usize, usize) {
+        let panels = |outputs: &Range<usize>| outputs.len().div_ceil(PAIR);
+        (panels(&self.rows), panels(&self.columns))
+    }
+
+    /// Tiles along the reduction.
+    fn depth(&self) -> usize {
+        self.depths.len().div_ceil(BLOCK)
+    }
+
+    /// Packs all panels, those of rows first, and finds their least exponents.
+    ///
+    /// # Safety
+    /// As [`gemm`].
+    unsafe fn pack<U: Unit>(
+        &self,
+        pool: &Pool,
+        (a, b): (&Operand<'_, f32>, &Operand<'_, f32>),
+        values: &mut [u16],
+        exponents: &mut [i32],
+    ) {
+        let (tall, wide) = self.panels();
+        let of_panel = 2 * self.depth() * TILE_VALUES;
+        let parts = (
+            RowsMut::new(values, of_panel),
+            RowsMut::new(exponents, 1),
+        );
+        pool.by_rows(tall + wide, 1, parts, |panels, (values, exponent)| {
+            let panel = panels.start;
+            let (side, operand, outputs, index) = match panel.checked_sub(tall) {
+                None => (Side::Left, a, &self.rows, panel),
+                Some(index) => (Side::Right, b, &self.columns, index),
+            };
+            let first = outputs.start + index * PAIR;
+            let outputs = first..outputs.end.min(first + PAIR);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let depths = self.depths.clone();
+                pack((side, U::PAIRS), operand, outputs, depths, values);
+                exponent[0] = least_exponent(values);
+            }
+        });
+    }
+
+    /// `c += left * right` of the packed panels.
+    ///
+    /// # Safety
+    /// As [`gemm`].
+    unsafe fn multiply<U: Unit>(
+        &self,
+        pool: &Pool,
+        (values, exponents): (&[u16], &[i32]),
+        (c, stride): (&mut [f32], usize),
+    ) {
+        let (tall, wide) = self.panels();
+        let depth = self.depth();
+        let of_panel = 2 * depth * TILE_VALUES;
+        let (left, right) = values.split_at(tall * of_panel);
+        let (left_exponents, right_exponents) = exponents.split_at(tall);
+        let across = wide.div_ceil(OF_TASK.1);
+        let out = &Rectangles {
+            start: c.as_mut_ptr(),
+            stride,
+        };
+        pool.run(tall.div_ceil(OF_TASK.0) * across, &|task, _| {
+            // SAFETY: the caller's promise.
+            let unit = unsafe { U::start() };
+            let first = task % across * OF_TASK.1;
+            let columns = first..wide.min(first + OF_TASK.1);
+            let cols = self.columns.len().min(columns.end * PAIR) - first * PAIR;
+            let right = Panels {
+                values: &right[first * of_panel..columns.end * of_panel],
+                exponents: &right_exponents[columns],
+                depth,
+            };
+            let i = task / across * OF_TASK.0;
+            for i in i..tall.min(i + OF_TASK.0) {
+                let left = (&left[i * of_panel..(i + 1) * of_panel], left_exponents[i]);
+                let row = i * PAIR;
+                let size = (PAIR.min(self.rows.len() - row), cols);
+                // SAFETY: rows and columns of this block lie in `c`, and those of a task
+                // belong to it alone.
+                unsafe {
+                    let at = (self.rows.start + row) * out.stride + self.columns.start;
+                    let c = out.start.add(at + first * PAIR);
+                    multiply_panel(&unit, size, left, right, (c, out.stride));
+                }
+            }
+        });
+    }
+}
+
+/// Packed panels of columns with their least exponents.
+#[derive(Clone, Copy)]
+struct Panels<'a> {
+    values: &'a [u16],
+    exponents: &'a [i32],
+    /// Tiles along the reduction.
+    depth: usize,
+}
+
+/// `c += left * right` of one panel of rows, of which `m` count, and of panels of columns, of which
+/// `cols` columns count; `c` points to the first output, and its rows are `stride` apart.
 ///
 /// # Safety
 /// The processor has the unit, and AVX-512; `c` points to that many rows and columns, and nobody
 /// else uses them.
-pub(super) unsafe fn rectangle<U: Unit>(
-    (rows, columns): (Range<usize>, Range<usize>),
-    depth: usize,
-    (a, b): (&Operand<'_, f32>, &Operand<'_, f32>),
-    (c, stride): (*mut f32, usize),
-    scratch: &mut [f32],
-) {
-    let (left, right) = bytemuck::cast_slice_mut(scratch).split_at_mut(LEFT);
-    for first in (0..depth).step_by(DEPTH) {
-        let depths = first..depth.min(first + DEPTH);
-        // SAFETY: the caller's promise.
-        unsafe {
-            pack(
-                (Side::Left, U::PAIRS),
-                a,
-                rows.clone(),
-                depths.clone(),
-                left,
-            );
-            pack(
-                (Side::Right, U::PAIRS),
-                b,
-                columns.clone(),
-                depths.clone(),
-                right,
-            );
-            let size = (rows.len(), columns.len(), depths.len().div_ceil(BLOCK));
-            multiply::<U>(size, (left, right), (c, stride));
-        }
-    }
-}
-
-/// `c += left * right` of packed tiles, `depth` of them along the reduction.
-///
-/// # Safety
-/// As [`rectangle`].
-unsafe fn multiply<U: Unit>(
-    (rows, cols, depth): (usize, usize, usize),
-    (left, right): (&[u16], &[u16]),
+unsafe fn multiply_panel<U: Unit>(
+    unit: &U,
+    (m, cols): (usize, usize),
+    (left, exponent): (&[u16], i32),
+    right: Panels<'_>,
     (c, stride): (*mut f32, usize),
 ) {
+    let depth = right.depth;
     if depth == 0 {
         return;
     }
-    // Two tiles of rows, or of columns, with all their steps.
-    let panel = 2 * depth * TILE_VALUES;
-    let left = &left[..rows.div_ceil(PAIR) * panel];
-    let right = &right[..cols.div_ceil(PAIR) * panel];
-    let mut exponents = [0; COLS / PAIR];
-    // SAFETY: the caller's promise.
-    let exponent_of = |panel: &[u16]| unsafe { least_exponent(panel) };
-    for (exponent, panel) in exponents.iter_mut().zip(right.chunks_exact(panel)) {
-        *exponent = exponent_of(panel);
-    }
-    // SAFETY: the caller's promise.
-    let unit = unsafe { U::start() };
-    for (i, left) in (0..rows).step_by(PAIR).zip(left.chunks_exact(panel)) {
-        let exponent = exponent_of(left);
-        let calm = |j: usize| !needs_flush(Order::EvenOdd, exponent, exponents[j / PAIR]);
-        let m = PAIR.min(rows - i);
-        let mut j = 0;
-        while j < cols {
-            let right = &right[j / PAIR * panel..];
-            // As many whole pairs of tiles as follow each other.
-            let whole = (j..cols)
-                .step_by(PAIR)
-                .take_while(|&j| m == PAIR && j + PAIR <= cols && calm(j));
-            let pairs = whole.count();
-            // SAFETY: row `i` and column `j` are the caller's, and so are the rows and columns
-            // that follow; there are tiles for all of them.
-            unsafe {
-                let c = c.add(i * stride + j);
-                if pairs > 0 {
-                    unit.multiply(strip(depth, (left, right), pairs, c, stride));
-                    j += pairs * PAIR;
-                    continue;
-                }
-                let size = (m, PAIR.min(cols - j));
-                let mut sums = [[0.0f32; PAIR]; PAIR];
-                copy_rows(c, stride, sums.as_mut_ptr().cast(), PAIR, size);
-                if calm(j) {
-                    let sums = sums.as_mut_ptr().cast();
-                    unit.multiply(strip(depth, (left, right), 1, sums, PAIR));
-                } else {
-                    flushed(U::PAIRS, depth, (left, right), &mut sums);
-                }
-                copy_rows(sums.as_ptr().cast(), PAIR, c, stride, size);
+    let of_panel = 2 * depth * TILE_VALUES;
+    assert!(left.len() >= of_panel && right.values.len() >= cols.div_ceil(PAIR) * of_panel);
+    let calm = |j: usize| !needs_flush(Order::EvenOdd, exponent, right.exponents[j / PAIR]);
+    let mut j = 0;
+    while j < cols {
+        let right = &right.values[j / PAIR * of_panel..];
+        // As many whole pairs of tiles as follow each other.
+        let whole = (j..cols)
+            .step_by(PAIR)
+            .take_while(|&j| m == PAIR && j + PAIR <= cols && calm(j));
+        let pairs = whole.count();
+        // SAFETY: column `j` is the caller's, and so are the rows and columns that follow;
+        // there are tiles for all of them.
+        unsafe {
+            let c = c.add(j);
+            if pairs > 0 {
+                unit.multiply(strip(depth, (left, right), pairs, c, stride));
+                j += pairs * PAIR;
+                continue;
             }
-            j += PAIR;
+            let size = (m, PAIR.min(cols - j));
+            let mut sums = [[0.0f32; PAIR]; PAIR];
+            copy_rows(c, stride, sums.as_mut_ptr().cast(), PAIR, size);
+            if calm(j) {
+                let sums = sums.as_mut_ptr().cast();
+                unit.multiply(strip(depth, (left, right), 1, sums, PAIR));
+            } else {
+                flushed(U::PAIRS, depth, (left, right), &mut sums);
+            }
+            copy_rows(sums.as_ptr().cast(), PAIR, c, stride, size);
         }
+        j += PAIR;
     }
 }
 
@@ -280,12 +383,25 @@ pub(crate) unsafe fn rows_even_odd<U: Unit>(
         // SAFETY: the caller's promise, and `acc` has `rows` rows of `lanes` values.
         unsafe {
             pack((Side::Left, U::PAIRS), &x, 0..rows, 0..depth, left);
+            let unit = U::start();
+            let tiles = depth.div_ceil(BLOCK);
+            let of_panel = 2 * tiles * TILE_VALUES;
             for first in (0..lanes).step_by(PAIR) {
                 let columns = first..lanes.min(first + PAIR);
-                let size = (rows, columns.len(), depth.div_ceil(BLOCK));
+                let cols = columns.len();
                 pack((Side::Right, U::PAIRS), &y, columns, 0..depth, right);
-                let c = (acc.as_mut_ptr().add(first), lanes);
-                multiply::<U>(size, (left.as_slice(), right.as_slice()), c);
+                let right = Panels {
+                    values: right,
+                    exponents: &[least_exponent(&right[..of_panel])],
+                    depth: tiles,
+                };
+                for row in (0..rows).step_by(PAIR) {
+                    let left = &left[row / PAIR * of_panel..][..of_panel];
+                    let left = (left, least_exponent(left));
+                    let c = acc.as_mut_ptr().add(row * lanes + first);
+                    let size = (PAIR.min(rows - row), cols);
+                    multiply_panel(&unit, size, left, right, (c, lanes));
+                }
             }
         }
     });

@@ -67,15 +67,17 @@ pub fn gemm<R: Real>(
 ) {
     assert_eq!(c.len(), shape.rows * shape.cols);
     #[cfg(target_arch = "x86_64")]
-    let tiles = as_tiles(isa, shape.order, &a, &b);
-    #[cfg(not(target_arch = "x86_64"))]
-    let tiles = None::<()>;
-    let threads = pool.threads();
-    let split = match tiles {
-        #[cfg(target_arch = "x86_64")]
-        Some(_) => bf16::split(shape, threads),
-        _ => Split::new(shape, threads, (ROWS, MR), (COLS, NR)),
-    };
+    if let Some((a, b)) = as_tiles(isa, shape.order, &a, &b) {
+        let (c, scratch) = (bytemuck::cast_slice_mut(c), bytemuck::cast_slice_mut(scratch));
+        let multiply = match isa {
+            Isa::Amx => bf16::gemm::<amx::Tiles>,
+            _ => bf16::gemm::<bf16::Dots>,
+        };
+        // SAFETY: an `Isa` that has a unit for bf16 is made by `Isa::available` only, where the
+        // processor has it.
+        return unsafe { multiply(pool, shape, (&a, &b), c, scratch) };
+    }
+    let split = Split::new(shape, pool.threads());
     let out = Rectangles {
         start: c.as_mut_ptr(),
     };
@@ -87,18 +89,6 @@ pub fn gemm<R: Real>(
         let scratch = unsafe { scratch.part(worker..worker + 1) };
         // SAFETY: the rectangle lies in `c` (asserted above).
         let at = unsafe { out.start.add(rows.start * shape.cols + columns.start) };
-        #[cfg(target_arch = "x86_64")]
-        if let Some((a, b)) = &tiles {
-            let scratch = bytemuck::cast_slice_mut(scratch);
-            let c = (at.cast(), shape.cols);
-            let multiply = match isa {
-                Isa::Amx => bf16::rectangle::<amx::Tiles>,
-                _ => bf16::rectangle::<bf16::Dots>,
-            };
-            // SAFETY: an `Isa` that has a unit for bf16 is made by `Isa::available` only, where
-            // the processor has it; R is f32; the rectangle belongs to this task.
-            return unsafe { multiply((rows, columns), shape.depth, (a, b), c, scratch) };
-        }
         let (left, right) = scratch.split_at_mut(LEFT);
         let mut exponents = Exponents::default();
         for d in (0..shape.depth).step_by(DEPTH) {
@@ -144,30 +134,24 @@ fn as_tiles<'a, R: Real>(
 }
 
 /// How the outputs are cut into rectangles of about equal size.
-pub(super) struct Split {
+struct Split {
     shape: Gemm,
     row_step: usize,
     col_step: usize,
 }
 
 impl Split {
-    /// At most so many rows and columns, in units of so many.
-    pub(super) fn new(
-        shape: Gemm,
-        threads: usize,
-        (most_rows, row_unit): (usize, usize),
-        (most_cols, col_unit): (usize, usize),
-    ) -> Self {
+    fn new(shape: Gemm, threads: usize) -> Self {
         let even = |n: usize, most: usize, unit: usize| {
             n.div_ceil(n.div_ceil(most).max(1))
                 .next_multiple_of(unit)
                 .max(unit)
         };
-        let row_step = even(shape.rows, most_rows, row_unit);
+        let row_step = even(shape.rows, ROWS, MR);
         let mut split = Self {
             shape,
             row_step,
-            col_step: even(shape.cols, most_cols, col_unit),
+            col_step: even(shape.cols, COLS, NR),
         };
         // A few tasks for each thread, so that a slow one does not hold up the others; cut
         // where fewer values are packed anew.
@@ -176,9 +160,9 @@ impl Split {
             let again_right = shape.cols * split.tall();
             let (by_rows, by_cols) = (split.row_step > 48, split.col_step > 64);
             if by_rows && (again_right <= again_left || !by_cols) {
-                split.row_step = (split.row_step / 2).next_multiple_of(row_unit);
+                split.row_step = (split.row_step / 2).next_multiple_of(MR);
             } else if by_cols {
-                split.col_step = (split.col_step / 2).next_multiple_of(col_unit);
+                split.col_step = (split.col_step / 2).next_multiple_of(NR);
             } else {
                 break;
             }

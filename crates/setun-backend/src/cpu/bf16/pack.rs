@@ -151,13 +151,16 @@ fn pack_rows<S: Source<f32>>(
     };
     // SAFETY: 32 words are there; the load needs no alignment.
     let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
+    let runs = [step, step + TILE].map(|first| Run::of(source, first..block.depths.end));
     for (output, row) in (output..).zip(rows) {
         // The next tile of these outputs.
         source.prefetch(output, step + BLOCK);
         source.prefetch(output, step + BLOCK + TILE);
         let at = (output, block.outputs.end);
-        let of_row = |first| read(source, at, first..block.depths.end, block.padding);
-        let halves = _mm512_permutex2var_epi16(of_row(step), order, of_row(step + TILE));
+        let [low, high] = runs
+            .each_ref()
+            .map(|run| read(source, at, run, block.padding));
+        let halves = _mm512_permutex2var_epi16(low, order, high);
         // SAFETY: a row has as many numbers; the store needs no alignment.
         unsafe { _mm512_storeu_si512(row.as_mut_ptr().cast(), halves) };
     }
@@ -173,13 +176,14 @@ fn pack_pairs<S: Source<f32>>(
     rows: &mut [[u32; TILE]; TILE],
 ) {
     let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+    let run = Run::of(source, output..block.outputs.end);
     for (pair, row) in rows.iter_mut().enumerate() {
         // The next tile of these outputs.
         source.prefetch(step + BLOCK + 2 * pair, output);
         source.prefetch(step + BLOCK + 2 * pair + 1, output);
         let of_place = |place| {
             let at = (step + block.pairs.step(place), block.depths.end);
-            read(source, at, output..block.outputs.end, block.padding)
+            read(source, at, &run, block.padding)
         };
         let low = _mm512_srli_epi32::<16>(of_place(2 * pair));
         let high = _mm512_and_si512(of_place(2 * pair + 1), upper);
@@ -188,24 +192,42 @@ fn pack_pairs<S: Source<f32>>(
     }
 }
 
-/// The first sixteen values of the columns of a stored row, in f32; `padding` where there are
-/// none, or where the row is not below its end.
+/// Neighbouring columns of stored rows, of which the first sixteen are read.
+struct Run {
+    columns: Range<usize>,
+    /// Their group, if there are as many and they share it.
+    group: Option<usize>,
+}
+
+impl Run {
+    #[inline(always)]
+    fn of<S: Source<f32>>(source: &S, columns: Range<usize>) -> Self {
+        let (first, group_size) = (columns.start, source.group_size());
+        let group = first / group_size;
+        let is_whole = columns.len() >= TILE && (first + TILE - 1) / group_size == group;
+        Self {
+            columns,
+            group: is_whole.then_some(group),
+        }
+    }
+}
+
+/// A run of a stored row, in f32; `padding` where there are no values, or where the row is not
+/// below its end.
 #[inline]
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
 fn read<S: Source<f32>>(
     source: &S,
     (row, end): (usize, usize),
-    columns: Range<usize>,
+    run: &Run,
     padding: f32,
 ) -> __m512i {
     let mut values = [padding; TILE];
-    let (first, group_size) = (columns.start, source.group_size());
-    if row < end && !columns.is_empty() {
-        let group = first / group_size;
-        if columns.len() >= TILE && (first + TILE - 1) / group_size == group {
-            source.run(row, first, group, &mut values);
-        } else {
-            for (to, column) in values.iter_mut().zip(columns) {
+    match run.group {
+        _ if row >= end => {}
+        Some(group) => source.run(row, run.columns.start, group, &mut values),
+        None => {
+            for (to, column) in values.iter_mut().zip(run.columns.clone()) {
                 *to = source.one(row, column);
             }
         }
