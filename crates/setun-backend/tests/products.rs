@@ -332,8 +332,16 @@ fn products_equal_their_definition_onto_tiny_sums() {
 
 #[test]
 fn products_equal_their_definition_beyond_every_block() {
-    let machines: Vec<_> = Isa::available().into_iter().map(|isa| (isa, 2)).collect();
-    for (rows, out, inp) in [(390, 67, 259), (67, 259, 390), (5, 390, 1030)] {
+    // The last one also beyond what the memory of one thread holds in panels.
+    let all = [
+        (390, 67, 259, 2),
+        (67, 259, 390, 2),
+        (5, 390, 1030, 2),
+        (1400, 700, 33, 1),
+    ];
+    for (rows, out, inp, threads) in all {
+        let isas = Isa::available().into_iter();
+        let machines: Vec<_> = isas.map(|isa| (isa, threads)).collect();
         let sizes = Sizes {
             rows,
             out,

@@ -152,10 +152,7 @@ impl Block {
     ) {
         let (tall, wide) = self.panels();
         let of_panel = 2 * self.depth() * TILE_VALUES;
-        let parts = (
-            RowsMut::new(values, of_panel),
-            RowsMut::new(exponents, 1),
-        );
+        let parts = (RowsMut::new(values, of_panel), RowsMut::new(exponents, 1));
         pool.by_rows(tall + wide, 1, parts, |panels, (values, exponent)| {
             let panel = panels.start;
             let (side, operand, outputs, index) = match panel.checked_sub(tall) {

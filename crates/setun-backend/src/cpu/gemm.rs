@@ -5,9 +5,9 @@
 //! equals [`vec_mat`](crate::kernels::product::vec_mat) bit for bit. Work is split over
 //! rectangles of outputs, whose [`Operand`]s are packed a block of steps at a time.
 
+use super::operand::{Exponents, Left, Operand};
 #[cfg(target_arch = "x86_64")]
 use super::{amx, bf16};
-use super::operand::{Exponents, Left, Operand};
 use crate::cpu::{Isa, Pool, RowParts, RowsMut};
 use crate::kernels::product::{BLOCK, Order, needs_flush};
 use crate::real::Real;
@@ -68,7 +68,10 @@ pub fn gemm<R: Real>(
     assert_eq!(c.len(), shape.rows * shape.cols);
     #[cfg(target_arch = "x86_64")]
     if let Some((a, b)) = as_tiles(isa, shape.order, &a, &b) {
-        let (c, scratch) = (bytemuck::cast_slice_mut(c), bytemuck::cast_slice_mut(scratch));
+        let (c, scratch) = (
+            bytemuck::cast_slice_mut(c),
+            bytemuck::cast_slice_mut(scratch),
+        );
         let multiply = match isa {
             Isa::Amx => bf16::gemm::<amx::Tiles>,
             _ => bf16::gemm::<bf16::Dots>,

@@ -338,7 +338,6 @@ impl<'s> RowBlock<'s> {
     }
 }
 
-
 /// Values that [`pack_codes`] takes of each output at a time.
 #[cfg(target_arch = "x86_64")]
 const SQUARE: usize = 4 * LANES;
@@ -349,7 +348,10 @@ const SQUARE: usize = 4 * LANES;
 #[target_feature(enable = "avx2,fma")]
 fn pack_codes(trits: &[i8], width: usize, codes: &mut [u8]) {
     let mut square = [[0u32; LANES]; LANES];
-    for (at, to) in (0..width).step_by(SQUARE).zip(codes.chunks_exact_mut(SQUARE * LANES)) {
+    for (at, to) in (0..width)
+        .step_by(SQUARE)
+        .zip(codes.chunks_exact_mut(SQUARE * LANES))
+    {
         for (quads, trits) in square.iter_mut().zip(trits.chunks_exact(width)) {
             let codes: &mut [u8] = bytemuck::cast_slice_mut(quads);
             for (code, &t) in codes.iter_mut().zip(&trits[at..at + SQUARE]) {

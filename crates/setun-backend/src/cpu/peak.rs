@@ -26,7 +26,9 @@ pub fn bf16(pool: &Pool, isa: Isa, rounds: usize) -> f64 {
     #[cfg(target_arch = "x86_64")]
     match isa {
         Isa::Amx => return on_every_thread(pool, &|| unsafe { super::amx::bf16_rounds(rounds) }),
-        Isa::Avx512Bf16 => return on_every_thread(pool, &|| unsafe { super::bf16::rounds(rounds) }),
+        Isa::Avx512Bf16 => {
+            return on_every_thread(pool, &|| unsafe { super::bf16::rounds(rounds) });
+        }
         _ => {}
     }
     fma(pool, isa, rounds)

@@ -137,9 +137,8 @@ pub fn stored_mat<R: Real>(
         let (x, acc) = (bytemuck::cast_slice(x), bytemuck::cast_slice_mut(acc));
         if isa == Isa::Avx512Bf16 {
             // SAFETY: it is made by `Isa::available` only, after CPUID has shown AVX512-BF16.
-            let is_done = unsafe {
-                units::stored::even_odd(rows, (x, x_stride), y, (&mut *acc, acc_stride))
-            };
+            let is_done =
+                unsafe { units::stored::even_odd(rows, (x, x_stride), y, (&mut *acc, acc_stride)) };
             if is_done || rows > avx2::MOST_STORED {
                 return is_done;
             }

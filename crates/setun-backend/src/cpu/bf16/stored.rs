@@ -116,7 +116,8 @@ fn rows_of<const M: usize>(
                     }
                 }
                 for (parity, chain) in chains.iter_mut().enumerate() {
-                    let place = step / BLOCK * BLOCK + Pairs::OfOneChain.place(step % BLOCK + parity) - 1;
+                    let place =
+                        step / BLOCK * BLOCK + Pairs::OfOneChain.place(step % BLOCK + parity) - 1;
                     // SAFETY: the piece has `steps` rows of `lanes` values, and row `row +
                     // parity + 2` is one of them; each row of `x` has a pair at `place`. The
                     // loads need no alignment.
