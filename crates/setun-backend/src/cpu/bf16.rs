@@ -404,3 +404,89 @@ pub(crate) unsafe fn rows_even_odd<U: Unit>(
     });
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Isa;
+    use crate::kernels::product::vec_mat;
+
+    /// The definition, step by step, on tiles as AMX wants them.
+    struct Steps;
+
+    impl Unit for Steps {
+        const PAIRS: Pairs = Pairs::Neighbours;
+
+        unsafe fn start() -> Self {
+            Self
+        }
+
+        unsafe fn multiply(&self, strip: Strip) {
+            let panel = 2 * strip.depth * TILE_VALUES;
+            for pair in 0..strip.pairs {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let left = std::slice::from_raw_parts(strip.left, panel);
+                    let right = std::slice::from_raw_parts(strip.right.add(pair * panel), panel);
+                    let to = strip.sums.add(pair * PAIR);
+                    let (mut sums, size) = ([[0.0f32; PAIR]; PAIR], (PAIR, PAIR));
+                    copy_rows(to, strip.stride, sums.as_mut_ptr().cast(), PAIR, size);
+                    flushed(Self::PAIRS, strip.depth, (left, right), &mut sums);
+                    copy_rows(sums.as_ptr().cast(), PAIR, to, strip.stride, size);
+                }
+            }
+        }
+    }
+
+    /// An operand of so many outputs and steps, and its values by outputs.
+    fn values(outputs: usize, depth: usize, by_steps: bool) -> (Vec<f32>, Vec<f32>) {
+        let value = |o: usize, d: usize| ((o * 31 + d * 17 + 5) % 255) as f32 - 127.0;
+        let all = |o: usize| (0..depth).map(move |d| value(o, d));
+        let by_output: Vec<f32> = (0..outputs).flat_map(all).collect();
+        let stored = match by_steps {
+            true => (0..depth * outputs)
+                .map(|i| value(i % outputs, i / outputs))
+                .collect(),
+            false => by_output.clone(),
+        };
+        (stored, by_output)
+    }
+
+    #[test]
+    fn tiles_of_neighbours_hold_every_step_once() {
+        if !Isa::available().iter().any(|isa| isa.has_avx512()) {
+            return;
+        }
+        for (rows, cols, depth) in [(1, 1, 1), (33, 47, 31), (70, 5, 290), (16, 96, 64)] {
+            for (a_by_steps, b_by_steps) in
+                [(false, false), (false, true), (true, true), (true, false)]
+            {
+                let (a, a_rows) = values(rows, depth, a_by_steps);
+                let (b, b_columns) = values(cols, depth, b_by_steps);
+                let operand = |values, outputs, depth_in_rows: bool| Operand {
+                    values: Values::Plain(values),
+                    width: if depth_in_rows { outputs } else { depth },
+                    depth_in_rows,
+                };
+                let (a, b) = (operand(&a, rows, a_by_steps), operand(&b, cols, b_by_steps));
+                let shape = Gemm {
+                    rows,
+                    cols,
+                    depth,
+                    order: Order::EvenOdd,
+                };
+                let mut c = vec![0.25f32; rows * cols];
+                let mut scratch = vec![0.0; 2 * SCRATCH];
+                // SAFETY: there is AVX-512; the unit needs nothing.
+                unsafe { gemm::<Steps>(&Pool::new(2), shape, (&a, &b), &mut c, &mut scratch) };
+                for (i, c) in c.iter().enumerate() {
+                    let x = &a_rows[i / cols * depth..][..depth];
+                    let y = &b_columns[i % cols * depth..][..depth];
+                    let mut expected = [0.25f32];
+                    vec_mat(Isa::Reference, Order::EvenOdd, true, x, y, 1, &mut expected);
+                    assert_eq!(c.to_bits(), expected[0].to_bits(), "{shape:?}, output {i}");
+                }
+            }
+        }
+    }
+}
