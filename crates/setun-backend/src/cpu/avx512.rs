@@ -201,7 +201,7 @@ pub(super) struct Int8Panel<'a> {
     pub row_scales: &'a [f32],
 }
 
-/// Writes `BLOCKS` blocks of [`int8::MR`] rows: integer dots of the codes with the rows' values,
+/// `BLOCKS` blocks of [`int8::MR`] rows, into the first rows of `to`: integer dots of the codes with the rows' values,
 /// exactly, then `y = fma(s * a, dot - sum, y)` over ascending groups, from zero.
 #[target_feature(enable = "avx512f,avx512vnni")]
 pub(super) fn int8_rows<const BLOCKS: usize>(panel: &Int8Panel<'_>, to: &mut [[f32; LANES]]) {

@@ -13,11 +13,11 @@ pub(crate) use pack::Pairs;
 pub(super) use pack::turn;
 
 use crate::cpu::gemm::{DEPTH, Gemm, SCRATCH, copy_rows};
-use crate::cpu::operand::{Operand, Values};
+use crate::cpu::operand::Operand;
 use crate::cpu::{Pool, RowsMut};
 use crate::kernels::product::{BLOCK, Order, needs_flush};
 use crate::real::{Real, min_exponent_bf16};
-use pack::{Side, TILE_VALUES, pack};
+use pack::{Side, TILE_VALUES, pack, pack_plain_rows, pack_plain_steps};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -367,34 +367,33 @@ pub(crate) unsafe fn rows_even_odd<U: Unit>(
     acc: &mut [f32],
 ) -> bool {
     let rows = acc.len() / lanes;
-    if !(LEAST_ROWS..=MOST_ROWS).contains(&rows) || depth > MOST_DEPTH {
+    let suits = lanes.is_multiple_of(TILE) && depth <= MOST_DEPTH;
+    if !(LEAST_ROWS..=MOST_ROWS).contains(&rows) || !suits {
         return false;
     }
-    let operand = |values, width, depth_in_rows| Operand {
-        values: Values::Plain(values),
-        width,
-        depth_in_rows,
-    };
-    let (x, y) = (operand(x, stride, false), operand(y, lanes, true));
+    let tiles = depth.div_ceil(BLOCK);
+    let of_panel = 2 * tiles * TILE_VALUES;
     SMALL.with_borrow_mut(|Small { left, right }| {
         // SAFETY: the caller's promise, and `acc` has `rows` rows of `lanes` values.
         unsafe {
-            pack((Side::Left, U::PAIRS), &x, 0..rows, 0..depth, left);
+            pack_plain_rows(U::PAIRS, x, (rows, stride, depth), left);
+            let mut exponents = [0; MOST_ROWS / PAIR];
+            let panels = left.chunks_exact(of_panel).take(rows.div_ceil(PAIR));
+            for (exponent, panel) in exponents.iter_mut().zip(panels) {
+                *exponent = least_exponent(panel);
+            }
             let unit = U::start();
-            let tiles = depth.div_ceil(BLOCK);
-            let of_panel = 2 * tiles * TILE_VALUES;
             for first in (0..lanes).step_by(PAIR) {
                 let columns = first..lanes.min(first + PAIR);
                 let cols = columns.len();
-                pack((Side::Right, U::PAIRS), &y, columns, 0..depth, right);
+                pack_plain_steps(U::PAIRS, y, (depth, lanes), columns, right);
                 let right = Panels {
                     values: right,
                     exponents: &[least_exponent(&right[..of_panel])],
                     depth: tiles,
                 };
-                for row in (0..rows).step_by(PAIR) {
-                    let left = &left[row / PAIR * of_panel..][..of_panel];
-                    let left = (left, least_exponent(left));
+                for (row, &exponent) in (0..rows).step_by(PAIR).zip(&exponents) {
+                    let left = (&left[row / PAIR * of_panel..][..of_panel], exponent);
                     let c = acc.as_mut_ptr().add(row * lanes + first);
                     let size = (PAIR.min(rows - row), cols);
                     multiply_panel(&unit, size, left, right, (c, lanes));
@@ -409,6 +408,7 @@ pub(crate) unsafe fn rows_even_odd<U: Unit>(
 mod tests {
     use super::*;
     use crate::cpu::Isa;
+    use crate::cpu::operand::Values;
     use crate::kernels::product::vec_mat;
 
     /// The definition, step by step, on tiles as AMX wants them.

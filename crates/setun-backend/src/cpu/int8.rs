@@ -220,33 +220,32 @@ impl<'s> RowBlock<'s> {
     /// Takes outputs `n0..n0 + n` as the panel.
     fn pack_weights(&mut self, isa: Isa, w: TernaryRows<'_>, n0: usize, n: usize) {
         let (width, groups) = (self.shape.width, self.shape.groups());
+        if n < LANES {
+            self.codes.fill(0);
+            self.scales.fill(0.0);
+        }
+        for lane in 0..n {
+            let scales = &w.scales[(n0 + lane) * groups..][..groups];
+            for (to, &scale) in self.scales[lane..].iter_mut().step_by(LANES).zip(scales) {
+                *to = scale;
+            }
+        }
         #[cfg(target_arch = "x86_64")]
         if isa.has_avx2()
             && n == LANES
             && width.is_multiple_of(SQUARE)
             && self.shape.group_size.is_multiple_of(SQUARE)
         {
-            for lane in 0..n {
-                let scales = &w.scales[(n0 + lane) * groups..][..groups];
-                for (to, &scale) in self.scales[lane..].iter_mut().step_by(LANES).zip(scales) {
-                    *to = scale;
-                }
-            }
             let trits = &w.trits[n0 * width..(n0 + n) * width];
             // SAFETY: an `Isa` that has AVX2 is made by `Isa::available` only, after CPUID has
             // shown it.
             return unsafe { pack_codes(trits, width, self.codes) };
         }
         let _ = isa;
-        if n < LANES {
-            self.codes.fill(0);
-            self.scales.fill(0.0);
-        }
         for lane in 0..n {
             let row = &w.trits[(n0 + lane) * width..][..width];
             let mut slots = self.codes.chunks_exact_mut(4).skip(lane).step_by(LANES);
-            for (g, group) in row.chunks(self.shape.group_size).enumerate() {
-                self.scales[g * LANES + lane] = w.scales[(n0 + lane) * groups + g];
+            for group in row.chunks(self.shape.group_size) {
                 for (four, slot) in group.chunks(4).zip(&mut slots) {
                     match <[i8; 4]>::try_from(four) {
                         Ok(four) => slot.copy_from_slice(&four.map(|t| (t + 1) as u8)),

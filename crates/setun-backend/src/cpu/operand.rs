@@ -295,6 +295,7 @@ pub(super) trait Source<R: Real> {
     /// One value.
     fn one(&self, row: usize, column: usize) -> R;
     /// Asks the memory for the value, which will be read soon.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
     fn prefetch(&self, row: usize, column: usize);
 }
 

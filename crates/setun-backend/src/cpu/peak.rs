@@ -22,16 +22,21 @@ pub fn fma(pool: &Pool, isa: Isa, rounds: usize) -> f64 {
 /// `rounds` rounds of independent multiply-adds of bf16 values as the bf16 products do them: on
 /// a unit for it, where there is one, else as [`fma`]; returns their number in all.
 pub fn bf16(pool: &Pool, isa: Isa, rounds: usize) -> f64 {
-    // SAFETY: both are made by `Isa::available` only, where the processor has the unit.
+    on_every_thread(pool, &|| bf16_rounds(isa, rounds))
+}
+
+fn bf16_rounds(isa: Isa, rounds: usize) -> f64 {
+    // SAFETY: an `Isa` that has a unit for bf16 is made by `Isa::available` only, where the
+    // processor has it.
     #[cfg(target_arch = "x86_64")]
-    match isa {
-        Isa::Amx => return on_every_thread(pool, &|| unsafe { super::amx::bf16_rounds(rounds) }),
-        Isa::Avx512Bf16 => {
-            return on_every_thread(pool, &|| unsafe { super::bf16::rounds(rounds) });
+    unsafe {
+        match isa {
+            Isa::Amx => return super::amx::bf16_rounds(rounds),
+            Isa::Avx512Bf16 => return super::bf16::rounds(rounds),
+            _ => {}
         }
-        _ => {}
     }
-    fma(pool, isa, rounds)
+    fma_rounds(isa, rounds)
 }
 
 /// `rounds` rounds of independent products of bytes, summed in pairs as the int8 kernels

@@ -145,12 +145,7 @@ fn pack_rows<S: Source<f32>>(
     (output, step): (usize, usize),
     rows: &mut [[u32; TILE]; TILE],
 ) {
-    let order = match block.pairs {
-        Pairs::Neighbours => const { Pairs::Neighbours.upper_halves() },
-        Pairs::OfOneChain => const { Pairs::OfOneChain.upper_halves() },
-    };
-    // SAFETY: 32 words are there; the load needs no alignment.
-    let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
+    let order = upper_halves(block.pairs);
     let runs = [step, step + TILE].map(|first| Run::of(source, first..block.depths.end));
     for (output, row) in (output..).zip(rows) {
         // The next tile of these outputs.
@@ -234,6 +229,95 @@ fn read<S: Source<f32>>(
     }
     // SAFETY: sixteen values are there; the load needs no alignment.
     unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
+}
+
+/// [`pack`] of `rows` rows of the result, `stride` apart, with `depth` steps each, as they are.
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn pack_plain_rows(
+    pairs: Pairs,
+    x: &[f32],
+    (rows, stride, depth): (usize, usize, usize),
+    tiles: &mut [u16],
+) {
+    let order = upper_halves(pairs);
+    let along = depth.div_ceil(BLOCK);
+    let places = rows.next_multiple_of(2 * TILE);
+    let to = tiles[..places * along * BLOCK].chunks_exact_mut(BLOCK);
+    for (i, to) in to.enumerate() {
+        let (tile, row) = (i / TILE, i % TILE);
+        let (row, first) = (tile / along * TILE + row, tile % along * BLOCK);
+        let mut padded = [NEGATIVE_ZERO; BLOCK];
+        let x = match row < rows {
+            true => &x[row * stride + first..][..BLOCK.min(depth - first)],
+            false => &[],
+        };
+        let x = x.first_chunk().unwrap_or_else(|| {
+            padded[..x.len()].copy_from_slice(x);
+            &padded
+        });
+        let [low, high] = halves(x);
+        let halves = _mm512_permutex2var_epi16(as_bits(low), order, as_bits(high));
+        // SAFETY: 32 values are there; the store needs no alignment.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), halves) };
+    }
+}
+
+/// [`pack`] of at most two tiles of whole columns of the result, of `depth` steps of `lanes` values,
+/// as they are.
+#[target_feature(enable = "avx512f")]
+pub(super) fn pack_plain_steps(
+    pairs: Pairs,
+    y: &[f32],
+    (depth, lanes): (usize, usize),
+    columns: Range<usize>,
+    tiles: &mut [u16],
+) {
+    assert!(columns.len().is_multiple_of(TILE) && columns.end <= lanes);
+    let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+    let along = depth.div_ceil(BLOCK);
+    let to = tiles[..2 * along * TILE_VALUES].chunks_exact_mut(2 * TILE);
+    for (i, to) in to.enumerate() {
+        let (tile, pair) = (i / TILE, i % TILE);
+        let (column, first) = (columns.start + tile / along * TILE, tile % along * BLOCK);
+        let of_place = |place| {
+            let step = first + pairs.step(place);
+            match step < depth && column < columns.end {
+                true => as_bits(y[step * lanes + column..].first_chunk().expect("a tile")),
+                false => _mm512_setzero_si512(),
+            }
+        };
+        let low = _mm512_srli_epi32::<16>(of_place(2 * pair));
+        let high = _mm512_and_si512(of_place(2 * pair + 1), upper);
+        // SAFETY: 16 pairs are there; the store needs no alignment.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_or_si512(low, high)) };
+    }
+}
+
+/// Both halves of 32 values.
+#[inline(always)]
+fn halves(x: &[f32; BLOCK]) -> [&[f32; TILE]; 2] {
+    let (low, high) = x.split_at(TILE);
+    [low, high].map(|half| half.first_chunk().expect("half of them"))
+}
+
+/// The bits of sixteen values.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn as_bits(x: &[f32; TILE]) -> __m512i {
+    // SAFETY: sixteen values are there; the load needs no alignment.
+    unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+}
+
+/// [`Pairs::upper_halves`] as the operand of a permutation.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn upper_halves(pairs: Pairs) -> __m512i {
+    let order = match pairs {
+        Pairs::Neighbours => const { &Pairs::Neighbours.upper_halves() },
+        Pairs::OfOneChain => const { &Pairs::OfOneChain.upper_halves() },
+    };
+    // SAFETY: 32 words are there; the load needs no alignment.
+    unsafe { _mm512_loadu_si512(order.as_ptr().cast()) }
 }
 
 /// Transposes a square of 16 x 16.
