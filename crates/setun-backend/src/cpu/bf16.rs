@@ -81,7 +81,10 @@ pub(super) unsafe fn gemm<U: Unit>(
     scratch: &mut [f32],
 ) {
     assert_eq!(c.len(), shape.rows * shape.cols);
-    // Half as many numbers of 32 bits as values, and an exponent.
+    if c.is_empty() {
+        return;
+    }
+    // A panel takes half as many numbers of 32 bits as it has values, and its exponent.
     let room = scratch.len() / (PANEL / 2 + 1);
     let (exponents, values) = scratch.split_at_mut(room);
     let (exponents, values) = (

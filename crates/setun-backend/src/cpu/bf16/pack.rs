@@ -55,7 +55,7 @@ impl Pairs {
     }
 
     /// The upper halves of 32 numbers of 32 bits, in order of their places, as words of 16 bits.
-    pub(super) const fn upper_halves(self) -> [u16; BLOCK] {
+    const fn upper_halves(self) -> [u16; BLOCK] {
         let mut words = [0; BLOCK];
         let mut place = 0;
         while place < BLOCK {
@@ -246,20 +246,27 @@ pub(super) fn pack_plain_rows(
     for (i, to) in to.enumerate() {
         let (tile, row) = (i / TILE, i % TILE);
         let (row, first) = (tile / along * TILE + row, tile % along * BLOCK);
-        let mut padded = [NEGATIVE_ZERO; BLOCK];
         let x = match row < rows {
             true => &x[row * stride + first..][..BLOCK.min(depth - first)],
             false => &[],
         };
-        let x = x.first_chunk().unwrap_or_else(|| {
-            padded[..x.len()].copy_from_slice(x);
-            &padded
-        });
-        let [low, high] = halves(x);
-        let halves = _mm512_permutex2var_epi16(as_bits(low), order, as_bits(high));
         // SAFETY: 32 values are there; the store needs no alignment.
-        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), halves) };
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), row_halves(order, x)) };
     }
+}
+
+/// The upper halves of the first 32 values of `x` in the order of their places; those of -0 behind
+/// its end.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn row_halves(order: __m512i, x: &[f32]) -> __m512i {
+    let mut padded = [NEGATIVE_ZERO; BLOCK];
+    let x = x.first_chunk().unwrap_or_else(|| {
+        padded[..x.len()].copy_from_slice(x);
+        &padded
+    });
+    let [low, high] = halves(x);
+    _mm512_permutex2var_epi16(as_bits(low), order, as_bits(high))
 }
 
 /// [`pack`] of at most two tiles of whole columns of the result, of `depth` steps of `lanes` values,
@@ -311,7 +318,7 @@ fn as_bits(x: &[f32; TILE]) -> __m512i {
 /// [`Pairs::upper_halves`] as the operand of a permutation.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn upper_halves(pairs: Pairs) -> __m512i {
+pub(super) fn upper_halves(pairs: Pairs) -> __m512i {
     let order = match pairs {
         Pairs::Neighbours => const { &Pairs::Neighbours.upper_halves() },
         Pairs::OfOneChain => const { &Pairs::OfOneChain.upper_halves() },

@@ -4,7 +4,7 @@
 //! values are steps, so two of them, two apart, are interleaved on their way to the registers.
 
 use super::dots::{as_bf16, flush};
-use super::pack::Pairs;
+use super::pack::{Pairs, row_halves, upper_halves};
 use crate::kernels::product::{BLOCK, StoredRows};
 use half::bf16;
 use std::arch::x86_64::*;
@@ -67,23 +67,10 @@ pub(crate) fn even_odd(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn pack_row(x: &[f32], to: &mut [u16; MOST_STEPS]) {
-    const ORDER: [u16; BLOCK] = Pairs::OfOneChain.upper_halves();
-    let mut rest = [0.0f32; BLOCK];
+    let order = upper_halves(Pairs::OfOneChain);
     for (x, to) in x.chunks(BLOCK).zip(to.chunks_exact_mut(BLOCK)) {
-        let x = match x.as_chunks::<BLOCK>() {
-            ([x], []) => x,
-            _ => {
-                rest[..x.len()].copy_from_slice(x);
-                &rest
-            }
-        };
-        // SAFETY: 32 values of either kind are there; nothing needs an alignment.
-        unsafe {
-            let order = _mm512_loadu_si512(ORDER.as_ptr().cast());
-            let [low, high] = [0, W].map(|at| _mm512_loadu_si512(x.as_ptr().add(at).cast()));
-            let halves = _mm512_permutex2var_epi16(low, order, high);
-            _mm512_storeu_si512(to.as_mut_ptr().cast(), halves);
-        }
+        // SAFETY: 32 values are there; the store needs no alignment.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), row_halves(order, x)) };
     }
 }
 
