@@ -652,6 +652,17 @@ pub(crate) fn transpose_eight(from: &[f32], width: usize, tile: usize, to: &mut 
     }
 }
 
+/// Transposes a square of 16 x 16 numbers of 32 bits.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn turn(from: &[u32], to: &mut [u32]) {
+    const SIDE: usize = 2 * W;
+    // Moved, not computed with: any bits stay what they are.
+    let (from, to) = (bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
+    transpose_eight(from, SIDE, SIDE, to);
+    transpose_eight(&from[W * SIDE..], SIDE, SIDE, &mut to[W..]);
+}
+
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn step<const N: usize>(chain: &mut [__m256; N], x: f32, y: &[f32]) {

@@ -13,12 +13,10 @@ const _: () = assert!(NR == W && LANES == W);
 /// Denormals to zeros of their sign; NaN stays.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
-fn flush(x: __m512) -> __m512 {
-    let sign = _mm512_set1_ps(-0.0);
-    let magnitude = _mm512_andnot_ps(sign, x);
-    let least = _mm512_set1_ps(f32::MIN_POSITIVE);
-    let denormal = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(magnitude, least);
-    _mm512_mask_and_ps(x, denormal, x, sign)
+pub(super) fn flush(x: __m512) -> __m512 {
+    const DENORMAL: i32 = 0x20;
+    let denormal = _mm512_fpclass_ps_mask::<DENORMAL>(x);
+    _mm512_mask_and_ps(x, denormal, x, _mm512_set1_ps(-0.0))
 }
 
 /// Panics unless [`MR`] rows and `depth` steps lie inside the operands.

@@ -10,7 +10,6 @@ pub(crate) mod stored;
 pub(crate) use dots::Dots;
 pub(super) use dots::rounds;
 pub(crate) use pack::Pairs;
-pub(super) use pack::turn;
 
 use crate::cpu::gemm::{DEPTH, Gemm, SCRATCH, copy_rows};
 use crate::cpu::operand::Operand;
@@ -92,7 +91,7 @@ pub(super) unsafe fn gemm<U: Unit>(
         bytemuck::cast_slice_mut(values),
     );
     let (all_tall, all_wide) = (shape.rows.div_ceil(PAIR), shape.cols.div_ceil(PAIR));
-    let even = |all: usize, most: usize| all.div_ceil(all.div_ceil(most).max(1)).max(1);
+    let even = |all: usize, most: usize| all.div_ceil(all.div_ceil(most));
     let wide = even(all_wide, room.saturating_sub(all_tall).max(room / 2));
     let tall = even(all_tall, room - wide);
     for i in (0..shape.rows).step_by(tall * PAIR) {
@@ -226,7 +225,7 @@ impl Block {
 struct Panels<'a> {
     values: &'a [u16],
     exponents: &'a [i32],
-    /// Tiles along the reduction.
+    /// Tiles along the reduction, at least one.
     depth: usize,
 }
 
@@ -244,9 +243,6 @@ unsafe fn multiply_panel<U: Unit>(
     (c, stride): (*mut f32, usize),
 ) {
     let depth = right.depth;
-    if depth == 0 {
-        return;
-    }
     let of_panel = 2 * depth * TILE_VALUES;
     assert!(left.len() >= of_panel && right.values.len() >= cols.div_ceil(PAIR) * of_panel);
     let calm = |j: usize| !needs_flush(Order::EvenOdd, exponent, right.exponents[j / PAIR]);
@@ -370,7 +366,7 @@ pub(crate) unsafe fn rows_even_odd<U: Unit>(
     acc: &mut [f32],
 ) -> bool {
     let rows = acc.len() / lanes;
-    let suits = lanes.is_multiple_of(TILE) && depth <= MOST_DEPTH;
+    let suits = lanes.is_multiple_of(TILE) && (1..=MOST_DEPTH).contains(&depth);
     if !(LEAST_ROWS..=MOST_ROWS).contains(&rows) || !suits {
         return false;
     }

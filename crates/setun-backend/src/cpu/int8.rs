@@ -357,7 +357,7 @@ fn pack_codes(trits: &[i8], width: usize, codes: &mut [u8]) {
                 *code = (t + 1) as u8;
             }
         }
-        super::bf16::turn(square.as_flattened(), bytemuck::cast_slice_mut(to));
+        super::avx2::turn(square.as_flattened(), bytemuck::cast_slice_mut(to));
     }
 }
 

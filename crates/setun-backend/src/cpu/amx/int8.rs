@@ -5,8 +5,8 @@
 //! the last tile of a group is a zero on one side.
 
 use super::{Bytes, Dots, PAIR, ROW_BYTES, TILE, TILE_BYTES, Tiles, int8_dots};
+use crate::cpu::avx2::turn;
 use crate::cpu::avx512_packed::{scales, spread};
-use crate::cpu::bf16::turn;
 use crate::cpu::int8::{Int8Rows, Int8Shape, TernaryRows};
 use crate::cpu::packed::{PANEL, PackedInputs, PackedShape, PanelScratch, SCALE_BYTES, WORD_BYTES};
 use std::arch::x86_64::*;

@@ -6,6 +6,7 @@
 //! above, are the definition's own two steps; likewise of the odd chain.
 
 use super::{PAIR, Pairs, Strip, TILE, TILE_VALUES, Unit};
+use crate::cpu::avx512::flush;
 use std::arch::x86_64::*;
 
 /// Rows whose two chains and sums are in registers together.
@@ -67,15 +68,6 @@ fn prefetch_next(strip: Strip, row: usize, columns: usize) {
         let at = i * strip.stride + columns * TILE;
         _mm_prefetch::<_MM_HINT_T0>(strip.sums.wrapping_add(at).cast());
     }
-}
-
-/// Denormals to zeros of their sign; NaN stays.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-pub(super) fn flush(x: __m512) -> __m512 {
-    const DENORMAL: i32 = 0x20;
-    let denormal = _mm512_fpclass_ps_mask::<DENORMAL>(x);
-    _mm512_mask_and_ps(x, denormal, x, _mm512_set1_ps(-0.0))
 }
 
 /// Whether all of [`ROWS`] rows of 16 sums, `stride` apart, are zero or at least 2^-103. Sums of

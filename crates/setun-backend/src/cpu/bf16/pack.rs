@@ -6,7 +6,7 @@
 //! elements of a square of 32-bit numbers.
 
 use super::TILE;
-use crate::cpu::avx2;
+use crate::cpu::avx2::turn;
 use crate::cpu::operand::{Operand, Source, with_source};
 use crate::kernels::product::BLOCK;
 use std::arch::x86_64::*;
@@ -14,7 +14,7 @@ use std::ops::Range;
 
 /// Values of a tile.
 pub(super) const TILE_VALUES: usize = TILE * BLOCK;
-/// Half of the bits of -0. Added to a chain as `-0 * 0`, it changes nothing, not even the sign of
+/// Added to a chain as `-0 * 0`, it changes nothing, not even the sign of
 /// a zero.
 const NEGATIVE_ZERO: f32 = -0.0;
 
@@ -327,16 +327,6 @@ pub(super) fn upper_halves(pairs: Pairs) -> __m512i {
     unsafe { _mm512_loadu_si512(order.as_ptr().cast()) }
 }
 
-/// Transposes a square of 16 x 16.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-pub(in crate::cpu) fn turn(from: &[u32], to: &mut [u32]) {
-    // Moved, not computed with: any bits stay what they are.
-    let (from, to) = (bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
-    avx2::transpose_eight(from, TILE, TILE, to);
-    avx2::transpose_eight(&from[8 * TILE..], TILE, TILE, &mut to[8..]);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -345,6 +335,7 @@ mod tests {
     fn each_step_has_its_place() {
         for pairs in [Pairs::Neighbours, Pairs::OfOneChain] {
             for step in 0..BLOCK {
+                assert_eq!(Pairs::Neighbours.place(step), step);
                 assert_eq!(pairs.step(pairs.place(step)), step);
             }
         }

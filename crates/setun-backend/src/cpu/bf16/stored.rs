@@ -3,8 +3,9 @@
 //! The order is that of [`dots`](super::dots): two steps of one chain in each dot. The rows of
 //! values are steps, so two of them, two apart, are interleaved on their way to the registers.
 
-use super::dots::{as_bf16, flush};
+use super::dots::as_bf16;
 use super::pack::{Pairs, row_halves, upper_halves};
+use crate::cpu::avx512::flush;
 use crate::kernels::product::{BLOCK, StoredRows};
 use half::bf16;
 use std::arch::x86_64::*;
@@ -37,26 +38,23 @@ pub(crate) fn even_odd(
     if !suits || rows > MOST_ROWS || depth > MOST_STEPS {
         return false;
     }
-    let mut pairs = [[0u16; MOST_STEPS]; ROWS];
     let (mut first, runs) = (0, rows.div_ceil(ROWS));
     for run in 0..runs {
         let n = (rows - first).div_ceil(runs - run);
-        for (i, to) in pairs.iter_mut().enumerate().take(n) {
-            pack_row(&x[(first + i) * x_stride..][..depth], to);
-        }
-        let (x, acc) = (&pairs[..n], &mut acc[first * acc_stride..]);
+        let x = (&x[first * x_stride..], x_stride);
+        let acc = (&mut acc[first * acc_stride..], acc_stride);
         // The first run asks for what comes next.
         let ahead = if run == 0 { y.ahead } else { &[] };
         let y = StoredRows { ahead, ..y };
         match n {
-            1 => rows_of::<1>(x, y, acc, acc_stride),
-            2 => rows_of::<2>(x, y, acc, acc_stride),
-            3 => rows_of::<3>(x, y, acc, acc_stride),
-            4 => rows_of::<4>(x, y, acc, acc_stride),
-            5 => rows_of::<5>(x, y, acc, acc_stride),
-            6 => rows_of::<6>(x, y, acc, acc_stride),
-            7 => rows_of::<7>(x, y, acc, acc_stride),
-            _ => rows_of::<8>(x, y, acc, acc_stride),
+            1 => rows_of::<1>(x, y, acc),
+            2 => rows_of::<2>(x, y, acc),
+            3 => rows_of::<3>(x, y, acc),
+            4 => rows_of::<4>(x, y, acc),
+            5 => rows_of::<5>(x, y, acc),
+            6 => rows_of::<6>(x, y, acc),
+            7 => rows_of::<7>(x, y, acc),
+            _ => rows_of::<8>(x, y, acc),
         }
         first += n;
     }
@@ -77,13 +75,16 @@ fn pack_row(x: &[f32], to: &mut [u16; MOST_STEPS]) {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn rows_of<const M: usize>(
-    x: &[[u16; MOST_STEPS]],
+    (x, x_stride): (&[f32], usize),
     y: StoredRows<'_>,
-    acc: &mut [f32],
-    acc_stride: usize,
+    (acc, acc_stride): (&mut [f32], usize),
 ) {
     let (steps, lanes) = (y.steps, y.lanes);
-    assert!(x.len() == M && acc.len() >= (M - 1) * acc_stride + lanes);
+    let mut pairs = [[0u16; MOST_STEPS]; M];
+    for (i, to) in pairs.iter_mut().enumerate() {
+        pack_row(&x[i * x_stride..][..y.pieces.len() * steps], to);
+    }
+    assert!(acc.len() >= (M - 1) * acc_stride + lanes);
     assert!(y.pieces.iter().all(|piece| piece.len() >= steps * lanes));
     for at in (0..lanes).step_by(W) {
         let mut sums: [__m512; M] = std::array::from_fn(|i| {
@@ -111,7 +112,7 @@ fn rows_of<const M: usize>(
                     unsafe {
                         let from = piece.as_ptr().add((row + parity) * lanes + at);
                         let values = as_bf16(interleaved(from, from.add(2 * lanes)));
-                        for (chain, x) in chain.iter_mut().zip(x) {
+                        for (chain, x) in chain.iter_mut().zip(&pairs) {
                             let x = x.as_ptr().add(place).cast::<i32>().read_unaligned();
                             let x = as_bf16(_mm512_set1_epi32(x));
                             *chain = _mm512_dpbf16_ps(*chain, values, x);
