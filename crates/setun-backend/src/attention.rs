@@ -24,7 +24,7 @@
 
 use crate::cpu::{Isa, multiversion};
 use crate::kernels::attention::{
-    Saved, Sight, View, dkdv_tile, dq_block, forward_block, row_delta, scratch_len,
+    QueryGradients, Saved, Sight, View, forward_block, head_gradients, row_delta, scratch_len,
 };
 use crate::ops::Segment;
 use crate::real::Real;
@@ -157,52 +157,40 @@ pub fn backward<R: Real>(
     let saved = Saved { lse, dout, delta };
     let view = shape.view((q, k, v), first_key);
     let mut scratch = vec![R::ZERO; scratch_len(shape.head_dim, view.tile)];
-    query_gradients(shape, view, saved, dq, &mut scratch);
-    key_gradients(shape, view, saved, (dk, dv), &mut scratch);
-    Ok(())
-}
-
-fn query_gradients<R: Real>(
-    shape: AttentionShape,
-    view: View<'_, R>,
-    saved: Saved<'_, R>,
-    dq: &mut [R],
-    scratch: &mut [R],
-) {
-    let isa = Isa::detect();
-    let (heads, width) = (shape.num_heads, shape.head_dim);
+    let mut sums = vec![R::ZERO; 2 * shape.head_dim * view.tile];
+    let (isa, heads, width) = (Isa::detect(), shape.num_kv_heads, shape.head_dim);
     for segment in shape.segments() {
-        for (head, rows) in blocks(heads, shape.seq, view.tile) {
-            let mut put = |row: usize, values: &[R]| {
-                let at = ((segment.q_start + row) * heads + head) * width;
-                dq[at..at + width].copy_from_slice(values);
-            };
-            dq_rows(isa, view, saved, segment, head, rows, &mut put, scratch);
-        }
-    }
-}
-
-fn key_gradients<R: Real>(
-    shape: AttentionShape,
-    view: View<'_, R>,
-    saved: Saved<'_, R>,
-    (dk, dv): (&mut [R], &mut [R]),
-    scratch: &mut [R],
-) {
-    let isa = Isa::detect();
-    let (heads, width) = (shape.num_kv_heads, shape.head_dim);
-    let mut sums = vec![R::ZERO; 2 * width * view.tile];
-    for segment in shape.segments() {
-        for (head, (start, _)) in blocks(heads, shape.seq, view.tile) {
+        let mut dq = OfSegment {
+            dq: &mut *dq,
+            segment,
+            heads: shape.num_heads,
+            width,
+        };
+        for head in 0..heads {
             let mut put = |position: usize, key: &[R], value: &[R]| {
                 let at = ((segment.kv_start + position) * heads + head) * width;
                 dk[at..at + width].copy_from_slice(key);
                 dv[at..at + width].copy_from_slice(value);
             };
-            dkdv_rows(
-                isa, view, saved, segment, head, start, &mut put, scratch, &mut sums,
-            );
+            let (dq, scratch, sums) = (&mut dq, &mut scratch, &mut sums);
+            head_rows(isa, view, saved, segment, head, dq, &mut put, scratch, sums);
         }
+    }
+    Ok(())
+}
+
+/// Gradients of a segment's queries in `[rows, num_heads, head_dim]`.
+struct OfSegment<'a, R> {
+    dq: &'a mut [R],
+    segment: Segment,
+    heads: usize,
+    width: usize,
+}
+
+impl<R> QueryGradients<R> for OfSegment<'_, R> {
+    fn of(&mut self, row: usize, head: usize) -> &mut [R] {
+        let at = ((self.segment.q_start + row) * self.heads + head) * self.width;
+        &mut self.dq[at..at + self.width]
     }
 }
 
@@ -337,33 +325,21 @@ multiversion! {
         scratch: &mut [R],
     ) = forward_block;
 }
-multiversion! {
-    /// [`dq_block`]
-    fn dq_rows[R: Real][R](
-        view: View<'_, R>,
-        saved: Saved<'_, R>,
-        segment: Segment,
-        head: usize,
-        rows: (usize, usize),
-        put: &mut dyn FnMut(usize, &[R]),
-        scratch: &mut [R],
-    ) = dq_block;
-}
 /// Takes a position and its `dk` and `dv`.
 type PutKeyGradients<'a, R> = dyn FnMut(usize, &[R], &[R]) + 'a;
 
 multiversion! {
-    /// [`dkdv_tile`]
-    fn dkdv_rows[R: Real][R](
+    /// [`head_gradients`]
+    fn head_rows[R: Real][R](
         view: View<'_, R>,
         saved: Saved<'_, R>,
         segment: Segment,
         key_head: usize,
-        start: usize,
+        dq: &mut dyn QueryGradients<R>,
         put: &mut PutKeyGradients<'_, R>,
         scratch: &mut [R],
         sums: &mut [R],
-    ) = dkdv_tile;
+    ) = head_gradients;
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The backend of the machine's own processor: kernels over the threads of a [`Pool`].
 
+mod attention;
 mod cache;
 mod layer_norm;
 mod products;
@@ -8,8 +9,9 @@ mod scratch;
 mod transformer;
 
 use crate::cpu::{Isa, Pool, RowParts, RowsMut, gemm, int8, multiversion, packed};
+use crate::kernels::attention::scratch_len;
 use crate::kernels::rounding::ActRows;
-use crate::kernels::{attention, elementwise, loss, norm, optimizer, rounding};
+use crate::kernels::{elementwise, loss, norm, optimizer, rounding};
 use crate::memory::{Arena, Buf, Category, Plan};
 use crate::ops::ActBuf;
 use crate::real::Real;
@@ -65,7 +67,7 @@ impl<R: Real> HostWorkspace<R> {
     pub fn reserve(plan: &mut Plan, threads: usize, limits: Limits) -> Self {
         let threads = threads.max(1);
         let sums = 2 * limits.head_dim * TILE;
-        let attention = attention::scratch_len(limits.head_dim, TILE) + sums;
+        let attention = scratch_len(limits.head_dim, TILE) + sums;
         let real_len = gemm::SCRATCH.max(attention).max(2 * limits.width);
         let int8_len = int8::scratch_len(limits.width, limits.group_size)
             .max(packed::scratch_len(limits.width, limits.group_size));
@@ -210,11 +212,6 @@ multiversion! {
         share: R,
         y: &mut [R],
     ) = elementwise::blend_row;
-}
-multiversion! {
-    /// [`attention::row_deltas`]
-    fn row_deltas[R: Real][R](dout: &[R], out: &[R], width: usize, delta: &mut [R])
-        = attention::row_deltas;
 }
 multiversion! {
     /// [`elementwise::swiglu`]

@@ -16,7 +16,7 @@ use crate::schedule::Schedule;
 use crate::settings::{
     Assignment, DrafterSettings, Override, SETTINGS_FILE, Settings, SettingsError, allow_only,
 };
-use crate::trainer::clip_scale;
+use crate::trainer::{clip_scale, muon_options};
 use setun_backend::ops::IGNORE_TARGET;
 use setun_backend::philox::Philox;
 use setun_backend::{Host, HostWorkspace, Plan, Segment};
@@ -49,13 +49,16 @@ const TIMED: usize = 6;
 
 /// Sections and keys that the training of a drafter reads.
 const SECTIONS: [&str; 4] = ["data", "tokenizer", "drafter", "sample"];
-const KEYS: [&str; 20] = [
+const KEYS: [&str; 23] = [
     "run.seed",
     "run.threads",
     "train.steps",
     "train.batch_size",
     "train.seq_len",
+    "train.optimizer",
     "train.lr",
+    "train.adamw_lr",
+    "train.muon_momentum",
     "train.min_lr_ratio",
     "train.warmup_steps",
     "train.schedule",
@@ -92,6 +95,7 @@ pub fn drafter_settings(target: &Path, overrides: &[Override]) -> Result<Setting
         "train.warmup_steps" = 30
         "train.schedule" = "cosine"
         "train.min_lr_ratio" = 0.05
+        "train.muon_momentum" = 0.95
         "train.weight_decay" = 0.0
         "train.blend_steps" = 0
         "train.freeze" = []
@@ -350,7 +354,9 @@ impl DrafterTrainer {
             eps: train.eps,
             state: train.optimizer_state,
         };
-        let optimizer = Optimizer::reserve(&mut plan, &drafter.body.parameters, constants);
+        let parameters = &drafter.body.parameters;
+        let optimizer =
+            Optimizer::reserve_with(&mut plan, parameters, constants, muon_options(train));
         let threads = crate::machine::threads(settings.run.threads);
         let workspace = HostWorkspace::reserve(&mut plan, threads, limits);
         let mut backend = Host::new(&plan, workspace, options.isa);

@@ -122,7 +122,7 @@ impl Layout {
 }
 
 /// Muon's constants, where it is asked for.
-fn muon_options(train: &TrainSettings) -> Option<MuonOptions> {
+pub(crate) fn muon_options(train: &TrainSettings) -> Option<MuonOptions> {
     (train.optimizer == OptimizerKind::Muon).then(|| MuonOptions {
         momentum: train.muon_momentum,
         adamw_share: match train.adamw_lr {

@@ -1,12 +1,10 @@
 //! The operations of [`Host`]: leases, a split over threads, a kernel.
 
-use super::cache::assert_disjoint;
 use super::scratch::Scratch;
 use super::*;
 use crate::cache::{CacheBuf, CacheStore, CachedAttention};
 use crate::cpu::multiversion;
 use crate::cpu::packed::{self, PackedShape};
-use crate::kernels::attention::{Saved, Sight, Store, View, dkdv_tile, dq_block, forward_block};
 use crate::kernels::norm::Rotation;
 use crate::memory::{Extent, Lease, Shared};
 use crate::ops::*;
@@ -303,24 +301,7 @@ impl<R: Real> Backend for Host<R> {
     }
 
     fn attention(&mut self, op: Attention<'_, R>) {
-        let mut lease = self.arena.lease();
-        let width = op.num_heads * op.head_dim;
-        let out = RowsMut::new(lease.write(op.out), op.head_dim);
-        let lse = RowsMut::new(lease.write(op.lse), 1);
-        let scratch = Scratch::lease(&mut lease, &self.workspace);
-        let (isa, pool) = (self.isa, &self.pool);
-        debug_assert!(op.out.len().is_multiple_of(width));
-        match (op.q, op.k, op.v) {
-            (AttnBuf::Real(q), AttnBuf::Real(k), AttnBuf::Real(v)) => {
-                let view = view(isa, &op, lease.read(q), lease.read(k), lease.read(v));
-                attention_forward(pool, isa, view, op.segments, (out, lse), &scratch);
-            }
-            (AttnBuf::Bf16(q), AttnBuf::Bf16(k), AttnBuf::Bf16(v)) => {
-                let view = view(isa, &op, lease.read(q), lease.read(k), lease.read(v));
-                attention_forward(pool, isa, view, op.segments, (out, lse), &scratch);
-            }
-            _ => panic!("queries, keys and values must be stored alike"),
-        }
+        self.attention_op(op);
     }
 
     fn cache_store(&mut self, op: CacheStore<'_, R>) {
@@ -336,39 +317,7 @@ impl<R: Real> Backend for Host<R> {
     }
 
     fn attention_backward(&mut self, op: AttentionBackward<'_, R>) {
-        let forward = op.forward;
-        let mut lease = self.arena.lease();
-        let (dout, out) = (lease.read(op.dout), lease.read(forward.out));
-        let lse = lease.read(forward.lse);
-        let delta = lease.write(op.delta);
-        let e = forward.head_dim;
-        self.pool.by_rows(
-            delta.len(),
-            64,
-            RowsMut::new(&mut *delta, 1),
-            |rows, delta| {
-                let (dout, out) = (rows_of(dout, &rows, e), rows_of(out, &rows, e));
-                row_deltas(self.isa, dout, out, e, delta);
-            },
-        );
-        let saved = Saved { lse, dout, delta };
-        let dq = RowsMut::new(lease.write(op.dq), e);
-        let dk = RowsMut::new(lease.write(op.dk), e);
-        let dv = RowsMut::new(lease.write(op.dv), e);
-        let scratch = Scratch::lease(&mut lease, &self.workspace);
-        let grads = Gradients { dq, dk, dv };
-        let (isa, pool, segments) = (self.isa, &self.pool, forward.segments);
-        match (forward.q, forward.k, forward.v) {
-            (AttnBuf::Real(q), AttnBuf::Real(k), AttnBuf::Real(v)) => {
-                let view = view(isa, &forward, lease.read(q), lease.read(k), lease.read(v));
-                attention_gradients(pool, isa, view, saved, segments, grads, &scratch);
-            }
-            (AttnBuf::Bf16(q), AttnBuf::Bf16(k), AttnBuf::Bf16(v)) => {
-                let view = view(isa, &forward, lease.read(q), lease.read(k), lease.read(v));
-                attention_gradients(pool, isa, view, saved, segments, grads, &scratch);
-            }
-            _ => panic!("queries, keys and values must be stored alike"),
-        }
+        self.attention_backward_op(op);
     }
 
     fn swiglu(&mut self, gate: Buf<R>, up: Buf<R>, width: usize, y: ActBuf<R>) {
@@ -615,172 +564,4 @@ fn norm_rope_rows_kernel<R: Real>(
         norm::norm_rope_row(x, part.weight, part.eps, at, inv, scratch);
         y.write_row(i, scratch);
     }
-}
-
-fn view<'a, R, S>(
-    isa: Isa,
-    op: &Attention<'a, R>,
-    q: &'a [S],
-    k: &'a [S],
-    v: &'a [S],
-) -> View<'a, S> {
-    View {
-        q,
-        k,
-        v,
-        num_heads: op.num_heads,
-        num_kv_heads: op.num_kv_heads,
-        head_dim: op.head_dim,
-        tile: TILE,
-        isa,
-        sight: op.blocks.map_or(Sight::Causal, Sight::Blocks),
-    }
-}
-
-/// One piece of an attention: a segment and the first of its rows or keys.
-fn piece(
-    segments: &[Segment],
-    mut index: usize,
-    len: impl Fn(&Segment) -> usize,
-) -> (Segment, usize) {
-    for segment in segments {
-        let blocks = len(segment).div_ceil(TILE);
-        if index < blocks {
-            return (*segment, index * TILE);
-        }
-        index -= blocks;
-    }
-    unreachable!("a task outside of the segments")
-}
-
-fn pieces(segments: &[Segment], len: impl Fn(&Segment) -> usize) -> usize {
-    segments.iter().map(|s| len(s).div_ceil(TILE)).sum()
-}
-
-fn attention_forward<R: Real, S: Store<R>>(
-    pool: &Pool,
-    isa: Isa,
-    view: View<'_, S>,
-    segments: &[Segment],
-    (out, lse): (RowsMut<'_, R>, RowsMut<'_, R>),
-    scratch: &Scratch<'_, R>,
-) {
-    assert_disjoint(segments.iter().map(|s| (s.q_start, s.q_len)));
-    let heads = view.num_heads;
-    pool.run(pieces(segments, |s| s.q_len) * heads, &|task, worker| {
-        let (segment, start) = piece(segments, task / heads, |s| s.q_len);
-        let head = task % heads;
-        let rows = (start, segment.q_len.min(start + TILE));
-        let mut put = |row: usize, values: &[R], log_sum: R| {
-            let at = (segment.q_start + row) * heads + head;
-            // SAFETY: row `at` of this head belongs to this task alone: segments share none.
-            unsafe {
-                out.part(at..at + 1).copy_from_slice(values);
-                lse.part(at..at + 1)[0] = log_sum;
-            }
-        };
-        forward_task(isa, view, segment, head, rows, &mut put, scratch.of(worker));
-    });
-}
-
-struct Gradients<'a, R> {
-    dq: RowsMut<'a, R>,
-    dk: RowsMut<'a, R>,
-    dv: RowsMut<'a, R>,
-}
-
-fn attention_gradients<R: Real, S: Store<R>>(
-    pool: &Pool,
-    isa: Isa,
-    view: View<'_, S>,
-    saved: Saved<'_, R>,
-    segments: &[Segment],
-    grads: Gradients<'_, R>,
-    scratch: &Scratch<'_, R>,
-) {
-    assert_disjoint(segments.iter().map(|s| (s.q_start, s.q_len)));
-    assert_disjoint(segments.iter().map(|s| (s.kv_start, s.kv_len)));
-    let heads = view.num_heads;
-    let grads = &grads;
-    pool.run(pieces(segments, |s| s.q_len) * heads, &|task, worker| {
-        let (segment, start) = piece(segments, task / heads, |s| s.q_len);
-        let head = task % heads;
-        let rows = (start, segment.q_len.min(start + TILE));
-        let mut put = |row: usize, values: &[R]| {
-            let at = (segment.q_start + row) * heads + head;
-            // SAFETY: row `at` of this head belongs to this task alone: segments share none.
-            unsafe { grads.dq.part(at..at + 1) }.copy_from_slice(values);
-        };
-        dq_task(
-            isa,
-            view,
-            saved,
-            segment,
-            head,
-            rows,
-            &mut put,
-            scratch.of(worker),
-        );
-    });
-    let kv_heads = view.num_kv_heads;
-    pool.run(
-        pieces(segments, |s| s.kv_len) * kv_heads,
-        &|task, worker| {
-            let (segment, j0) = piece(segments, task / kv_heads, |s| s.kv_len);
-            let key_head = task % kv_heads;
-            let mut put = |position: usize, dk: &[R], dv: &[R]| {
-                let at = (segment.kv_start + position) * kv_heads + key_head;
-                // SAFETY: key `at` of this head belongs to this task alone, likewise.
-                unsafe {
-                    grads.dk.part(at..at + 1).copy_from_slice(dk);
-                    grads.dv.part(at..at + 1).copy_from_slice(dv);
-                }
-            };
-            let sums = 2 * view.head_dim * TILE;
-            let (sums, scratch) = scratch.of(worker).split_at_mut(sums);
-            dkdv_task(
-                isa, view, saved, segment, key_head, j0, &mut put, scratch, sums,
-            );
-        },
-    );
-}
-
-multiversion! {
-    /// [`forward_block`]
-    fn forward_task[R: Real, S: Store<R>][R, S](
-        view: View<'_, S>,
-        segment: Segment,
-        head: usize,
-        rows: (usize, usize),
-        put: &mut dyn FnMut(usize, &[R], R),
-        scratch: &mut [R],
-    ) = forward_block;
-}
-multiversion! {
-    /// [`dq_block`]
-    fn dq_task[R: Real, S: Store<R>][R, S](
-        view: View<'_, S>,
-        saved: Saved<'_, R>,
-        segment: Segment,
-        head: usize,
-        rows: (usize, usize),
-        put: &mut dyn FnMut(usize, &[R]),
-        scratch: &mut [R],
-    ) = dq_block;
-}
-/// Takes the gradients of the key and the value at a position.
-type PutKeyGradients<'a, R> = dyn FnMut(usize, &[R], &[R]) + 'a;
-
-multiversion! {
-    /// [`dkdv_tile`]
-    fn dkdv_task[R: Real, S: Store<R>][R, S](
-        view: View<'_, S>,
-        saved: Saved<'_, R>,
-        segment: Segment,
-        key_head: usize,
-        j0: usize,
-        put: &mut PutKeyGradients<'_, R>,
-        scratch: &mut [R],
-        sums: &mut [R],
-    ) = dkdv_tile;
 }

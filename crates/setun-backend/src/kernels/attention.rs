@@ -11,6 +11,12 @@
 //! their gradient and `dout` are rounded to bf16 before they enter products. The
 //! denominator sums the unrounded probabilities.
 
+mod backward;
+
+pub use backward::{
+    QueryGradients, Saved, dkdv_tile, dq_block, head_gradients, row_delta, row_deltas,
+};
+
 use crate::cpu::Isa;
 use crate::kernels::loss::row_max;
 use crate::kernels::product::{
@@ -20,6 +26,7 @@ use crate::ops::{DraftBlocks, Segment};
 use crate::real::{Real, sum_slices};
 use bytemuck::Pod;
 use half::bf16;
+use std::ops::Range;
 
 /// How queries, keys and values are stored, and what follows from it.
 pub trait Store<R: Real>: Pod + Send + Sync {
@@ -99,18 +106,7 @@ struct Visible {
     end: usize,
 }
 
-/// What the backward pass reads beside [`View`].
-#[derive(Clone, Copy)]
-pub struct Saved<'a, R> {
-    /// `[q rows, num_heads]`.
-    pub lse: &'a [R],
-    /// `[q rows, num_heads, head_dim]`.
-    pub dout: &'a [R],
-    /// `[q rows, num_heads]`: `rowsum(dout * out)` over the whole row.
-    pub delta: &'a [R],
-}
-
-/// Scratch values that [`forward_block`], [`dq_block`] and [`dkdv_tile`] need.
+/// Scratch values that [`forward_block`], [`dq_block`], [`dkdv_tile`] and [`head_gradients`] need.
 pub fn scratch_len(head_dim: usize, tile: usize) -> usize {
     7 * head_dim * tile + 4 * tile * tile + 2 * tile
 }
@@ -136,6 +132,12 @@ impl<S> View<'_, S> {
         Visible { first, gap, end }
     }
 
+    /// The query heads that share a key head.
+    fn query_heads(&self, key_head: usize) -> Range<usize> {
+        let group = self.num_heads / self.num_kv_heads;
+        key_head * group..(key_head + 1) * group
+    }
+
     /// Queries `rows` of one head, `[rows, head_dim]`.
     #[inline(always)]
     fn pack_queries<'b, R: Real>(
@@ -144,7 +146,7 @@ impl<S> View<'_, S> {
         head: usize,
         rows: (usize, usize),
         to: &'b mut [R],
-    ) -> &'b [R]
+    ) -> Panel<'b, R>
     where
         S: Store<R>,
     {
@@ -154,7 +156,7 @@ impl<S> View<'_, S> {
             head * self.head_dim,
             self.head_dim,
         );
-        pack_rows(self.q, from, at, S::load, to).values
+        pack_rows(self.q, from, at, S::load, to)
     }
 
     fn scale<R: Real>(&self) -> R {
@@ -317,7 +319,7 @@ pub fn forward_block<R: Real, S: Store<R>>(
     acc.fill(R::ZERO);
     max[..num_rows].fill(R::NEG_INFINITY);
     sum[..num_rows].fill(R::ZERO);
-    let queries = view.pack_queries(segment, head, rows, q_rows);
+    let queries = view.pack_queries(segment, head, rows, q_rows).values;
     let kv_at = (view.num_kv_heads * e, view.key_head(head) * e, e);
     let scale = view.scale::<R>();
     let last_end = view.visible(segment, end_row - 1).end;
@@ -448,240 +450,5 @@ pub(super) fn online_softmax<R: Real, S: Store<R>>(
                 *x = (*x * shrink).flush();
             }
         }
-    }
-}
-
-/// `delta = rowsum(dout * out)` of one row of one head: over the whole row, not per tile.
-#[inline(always)]
-pub fn row_delta<R: Real>(dout: &[R], out: &[R]) -> R {
-    sum_slices([dout, out], |[dout, out]| dout * out)
-}
-
-/// [`row_delta`] of each row of `width` values.
-#[inline(always)]
-pub fn row_deltas<R: Real>(dout: &[R], out: &[R], width: usize, delta: &mut [R]) {
-    let rows = dout.chunks(width).zip(out.chunks(width));
-    for (delta, (dout, out)) in delta.iter_mut().zip(rows) {
-        *delta = row_delta(dout, out);
-    }
-}
-
-/// A block of queries against one tile of keys.
-#[derive(Clone, Copy)]
-struct QueryBlock {
-    segment: Segment,
-    head: usize,
-    /// First and last query.
-    rows: (usize, usize),
-    /// Position of the tile's first key.
-    j0: usize,
-}
-
-impl QueryBlock {
-    /// Row of `lse` and `delta` of query `r` of the block.
-    fn row_head<S>(&self, view: View<'_, S>, r: usize) -> usize {
-        (self.segment.q_start + self.rows.0 + r) * view.num_heads + self.head
-    }
-
-    /// Whether query `r` sees a key at or behind the tile's first.
-    #[inline(always)]
-    fn sees<R: Real, S>(&self, view: View<'_, S>, saved: Saved<'_, R>, r: usize) -> bool {
-        let end = view.visible(self.segment, self.rows.0 + r).end;
-        end > self.j0 && saved.lse[self.row_head(view, r)] != R::NEG_INFINITY
-    }
-
-    /// `p = exp(s - lse)` and `ds = p * (dp - delta)`, rounded, `[rows, tile]` each; zeros
-    /// for queries that see nothing.
-    #[inline(always)]
-    fn gradients<R: Real, S: Store<R>>(
-        &self,
-        view: View<'_, S>,
-        saved: Saved<'_, R>,
-        (queries, douts): (&[R], &[R]),
-        (keys_t, values_t): (&Panel<'_, R>, &Panel<'_, R>),
-        (p, ds): (&mut [R], &mut [R]),
-    ) {
-        let (e, tile) = (view.head_dim, view.tile);
-        p.fill(R::ZERO);
-        ds.fill(R::ZERO);
-        multiply_rows::<R, S>(view.isa, queries, (e, e), keys_t, tile, p);
-        multiply_rows::<R, S>(view.isa, douts, (e, e), values_t, tile, ds);
-        for (r, (p, ds)) in p.chunks_mut(tile).zip(ds.chunks_mut(tile)).enumerate() {
-            if !self.sees(view, saved, r) {
-                p.fill(R::ZERO);
-                ds.fill(R::ZERO);
-                continue;
-            }
-            let visible = view.visible(self.segment, self.rows.0 + r);
-            visible.mask(p, view.scale(), self.j0);
-            let row_head = self.row_head(view, r);
-            let (lse, delta) = (saved.lse[row_head], saved.delta[row_head]);
-            // One step a loop: all in one, compilers do not vectorise it.
-            for p in p.iter_mut() {
-                *p = (*p - lse).exp_small();
-            }
-            for (ds, &p) in ds.iter_mut().zip(&*p) {
-                *ds = p * (*ds - delta);
-            }
-            ds.iter_mut().for_each(|x| *x = S::round(*x));
-            p.iter_mut().for_each(|x| *x = S::round(*x));
-        }
-    }
-
-    /// `dout` of the block's rows, rounded, `[rows, head_dim]`.
-    #[inline(always)]
-    fn pack_douts<'b, R: Real, S: Store<R>>(
-        &self,
-        view: View<'_, S>,
-        saved: Saved<'_, R>,
-        to: &'b mut [R],
-    ) -> Panel<'b, R> {
-        let e = view.head_dim;
-        let from = (
-            self.segment.q_start + self.rows.0,
-            self.rows.1 - self.rows.0,
-        );
-        let at = (view.num_heads * e, self.head * e, e);
-        pack_rows(saved.dout, from, at, S::round, to)
-    }
-}
-
-/// `dq` of queries `rows` of `segment` for one head; `put(row, dq)`.
-#[inline(always)]
-pub fn dq_block<R: Real, S: Store<R>>(
-    view: View<'_, S>,
-    saved: Saved<'_, R>,
-    segment: Segment,
-    head: usize,
-    rows: (usize, usize),
-    mut put: impl FnMut(usize, &[R]),
-    scratch: &mut [R],
-) {
-    let (e, tile) = (view.head_dim, view.tile);
-    let num_rows = rows.1 - rows.0;
-    let (k_rows, scratch) = scratch.split_at_mut(e * tile);
-    let (k_t, scratch) = scratch.split_at_mut(e * tile);
-    let (v_rows, scratch) = scratch.split_at_mut(e * tile);
-    let (v_t, scratch) = scratch.split_at_mut(e * tile);
-    let (q_rows, scratch) = scratch.split_at_mut(e * tile);
-    let (dout_rows, scratch) = scratch.split_at_mut(e * tile);
-    let (acc, scratch) = scratch.split_at_mut(e * tile);
-    let (p, scratch) = scratch.split_at_mut(tile * tile);
-    let (p, ds) = (&mut p[..num_rows * tile], &mut scratch[..num_rows * tile]);
-    let acc = &mut acc[..num_rows * e];
-    acc.fill(R::ZERO);
-    let mut block = QueryBlock {
-        segment,
-        head,
-        rows,
-        j0: 0,
-    };
-    let queries = view.pack_queries(segment, head, rows, q_rows);
-    let douts = block.pack_douts(view, saved, dout_rows).values;
-    let kv_at = (view.num_kv_heads * e, view.key_head(head) * e, e);
-    for j0 in (0..view.visible(segment, rows.1 - 1).end).step_by(tile) {
-        block.j0 = j0;
-        let n = tile.min(segment.kv_len - j0);
-        let keys = pack_rows(view.k, (segment.kv_start + j0, n), kv_at, S::load, k_rows);
-        let keys_t = turned(view.isa, &keys, e, tile, k_t);
-        let values = pack_rows(view.v, (segment.kv_start + j0, n), kv_at, S::load, v_rows);
-        let values_t = turned(view.isa, &values, e, tile, v_t);
-        let panels = (&keys_t, &values_t);
-        block.gradients(view, saved, (queries, douts), panels, (&mut *p, &mut *ds));
-        let sees = |r| block.sees(view, saved, r);
-        multiply_active::<R, S>(view.isa, ds, (tile, n), &keys, e, acc, sees);
-    }
-    let scale = view.scale::<R>();
-    for (r, acc) in acc.chunks_mut(e).enumerate() {
-        acc.iter_mut().for_each(|x| *x = *x * scale);
-        put(rows.0 + r, acc);
-    }
-}
-
-/// `dk` and `dv` `[n, head_dim]` of the keys of one tile from position `j0`: sums over
-/// the query heads of the group, ascending, and over all query blocks, ascending.
-#[allow(clippy::too_many_arguments)]
-#[inline(always)]
-pub fn dkdv_tile<R: Real, S: Store<R>>(
-    view: View<'_, S>,
-    saved: Saved<'_, R>,
-    segment: Segment,
-    key_head: usize,
-    j0: usize,
-    mut put: impl FnMut(usize, &[R], &[R]),
-    scratch: &mut [R],
-    sums: &mut [R],
-) {
-    let (e, tile) = (view.head_dim, view.tile);
-    let (k_t, scratch) = scratch.split_at_mut(e * tile);
-    let (v_t, scratch) = scratch.split_at_mut(e * tile);
-    let (rows_a, scratch) = scratch.split_at_mut(e * tile);
-    let (rows_b, scratch) = scratch.split_at_mut(e * tile);
-    let kv_at = (view.num_kv_heads * e, key_head * e, e);
-    let n = tile.min(segment.kv_len - j0);
-    let keys = pack_rows(view.k, (segment.kv_start + j0, n), kv_at, S::load, rows_a);
-    let keys_t = turned(view.isa, &keys, e, tile, k_t);
-    let values = pack_rows(view.v, (segment.kv_start + j0, n), kv_at, S::load, rows_b);
-    let values_t = turned(view.isa, &values, e, tile, v_t);
-    let (dk, dv) = sums[..2 * e * tile].split_at_mut(e * tile);
-    dk.fill(R::ZERO);
-    dv.fill(R::ZERO);
-    let group = view.num_heads / view.num_kv_heads;
-    for head in key_head * group..(key_head + 1) * group {
-        for i0 in (0..segment.q_len).step_by(tile) {
-            let i1 = segment.q_len.min(i0 + tile);
-            if view.visible(segment, i1 - 1).end <= j0 {
-                continue;
-            }
-            let block = QueryBlock {
-                segment,
-                head,
-                rows: (i0, i1),
-                j0,
-            };
-            let panels = (&keys_t, &values_t);
-            let rows = (&mut *rows_a, &mut *rows_b);
-            let sums = (&mut dk[..n * e], &mut dv[..n * e]);
-            block.add_key_gradients(view, saved, panels, rows, scratch, sums);
-        }
-    }
-    let scale = view.scale::<R>();
-    for (lane, (dk, dv)) in dk.chunks_mut(e).zip(dv.chunks(e)).take(n).enumerate() {
-        dk.iter_mut().for_each(|x| *x = *x * scale);
-        put(j0 + lane, dk, dv);
-    }
-}
-
-impl QueryBlock {
-    /// Adds the block's share to `dk` (unscaled) and `dv`, `[keys, head_dim]`.
-    #[inline(always)]
-    fn add_key_gradients<R: Real, S: Store<R>>(
-        &self,
-        view: View<'_, S>,
-        saved: Saved<'_, R>,
-        panels: (&Panel<'_, R>, &Panel<'_, R>),
-        (q_rows, dout_rows): (&mut [R], &mut [R]),
-        scratch: &mut [R],
-        (dk, dv): (&mut [R], &mut [R]),
-    ) {
-        let (e, tile) = (view.head_dim, view.tile);
-        let num_rows = self.rows.1 - self.rows.0;
-        let (p, scratch) = scratch.split_at_mut(tile * tile);
-        let (ds, scratch) = scratch.split_at_mut(tile * tile);
-        let (p_t, scratch) = scratch.split_at_mut(tile * tile);
-        let ds_t = &mut scratch[..tile * tile];
-        let (p, ds) = (&mut p[..num_rows * tile], &mut ds[..num_rows * tile]);
-        let from = (self.segment.q_start + self.rows.0, num_rows);
-        let at = (view.num_heads * e, self.head * e, e);
-        let queries = pack_rows(view.q, from, at, S::load, q_rows);
-        let douts = self.pack_douts(view, saved, dout_rows);
-        let operands = (queries.values, douts.values);
-        self.gradients(view, saved, operands, panels, (&mut *p, &mut *ds));
-        transpose(view.isa, p, tile, tile, p_t);
-        transpose(view.isa, ds, tile, tile, ds_t);
-        let keys = dk.len() / e * tile;
-        let depth = (tile, num_rows);
-        multiply_rows::<R, S>(view.isa, &p_t[..keys], depth, &douts, e, dv);
-        multiply_rows::<R, S>(view.isa, &ds_t[..keys], depth, &queries, e, dk);
     }
 }
