@@ -43,6 +43,12 @@ pub trait Real:
     fn abs(self) -> Self;
     /// The larger one; NaN if either is.
     fn maximum(self, other: Self) -> Self;
+    /// The largest of some values, NaN if there is one, minus infinity for none. Of zeros of
+    /// both signs either.
+    fn largest(values: &[Self]) -> Self {
+        let max = |max: Self, &x: &Self| max.maximum(x);
+        values.iter().fold(Self::NEG_INFINITY, max)
+    }
     /// e^x; at f32 the one polynomial that every instruction set uses.
     fn exp(self) -> Self;
     /// As [`Real::exp`], to the bit, for what is at most 88, as differences from a maximum are;
@@ -110,6 +116,22 @@ impl Real for f32 {
         } else {
             other
         }
+    }
+    // With integers in the order of the numbers, whose maximum has no order of its own, so that
+    // compilers vectorise it.
+    #[inline(always)]
+    fn largest(values: &[Self]) -> Self {
+        const INFINITY: u32 = f32::INFINITY.to_bits();
+        let swapped = |bits: i32| bits ^ ((bits >> 31) & i32::MAX);
+        let ordered = |x: &f32| swapped(x.to_bits() as i32);
+        let magnitude = |x: &f32| x.to_bits() & !(1 << 31);
+        let least = swapped(f32::NEG_INFINITY.to_bits() as i32);
+        let max = values.iter().fold(least, |max, x| max.max(ordered(x)));
+        let most = values.iter().fold(0, |max, x| max.max(magnitude(x)));
+        if most > INFINITY {
+            return f32::NAN;
+        }
+        f32::from_bits(swapped(max) as u32)
     }
     #[inline(always)]
     fn exp(self) -> Self {
@@ -366,15 +388,12 @@ pub fn sum_lane_array<R: Real>(lanes: [R; 16]) -> R {
 }
 
 #[inline(always)]
-fn tree<R: Real>(mut lanes: [R; 16]) -> R {
-    let mut width = 8;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
+fn tree<R: Real>(lanes: [R; 16]) -> R {
+    // Written out, compilers see four additions of vectors.
+    let eight: [R; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
+    let four: [R; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
+    let two: [R; 2] = std::array::from_fn(|i| four[i] + four[i + 2]);
+    two[0] + two[1]
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 mod dots;
 mod pack;
+pub(crate) mod rows;
 pub(crate) mod stored;
 
 pub(crate) use dots::Dots;
@@ -23,7 +24,7 @@ use std::ops::Range;
 /// Rows and columns of a tile of sums.
 pub(super) const TILE: usize = 16;
 /// Rows and columns that advance together, two tiles of each.
-pub(super) const PAIR: usize = 2 * TILE;
+pub(crate) const PAIR: usize = 2 * TILE;
 
 /// What multiplies tiles, and how it wants them.
 pub(crate) trait Unit {

@@ -12,13 +12,13 @@
 //! denominator sums the unrounded probabilities.
 
 mod backward;
+mod units;
 
 pub use backward::{
     QueryGradients, Saved, dkdv_tile, dq_block, head_gradients, row_delta, row_deltas,
 };
 
 use crate::cpu::Isa;
-use crate::kernels::loss::row_max;
 use crate::kernels::product::{
     Order, ROWS_TOGETHER, needs_flush, rows_mat, tiles_mat, transpose, vec_mat,
 };
@@ -162,6 +162,28 @@ impl<S> View<'_, S> {
     fn scale<R: Real>(&self) -> R {
         R::ONE / R::from_f64(self.head_dim as f64).sqrt()
     }
+
+    /// From products of rows from `first_row` with the keys from `j0` to probabilities.
+    #[inline(always)]
+    fn soften<R: Real>(
+        &self,
+        segment: Segment,
+        (first_row, j0): (usize, usize),
+        scores: &mut [R],
+        running: Running<'_, R>,
+    ) where
+        S: Store<R>,
+    {
+        let sees = |r: usize| self.visible(segment, first_row + r).end > j0;
+        let scale = self.scale();
+        for (r, scores) in scores.chunks_mut(self.tile).enumerate() {
+            if sees(r) {
+                let visible = self.visible(segment, first_row + r);
+                visible.mask(scores, scale, j0);
+            }
+        }
+        online_softmax::<R, S>(scores, self.tile, running, sees);
+    }
 }
 
 impl Visible {
@@ -303,6 +325,9 @@ pub fn forward_block<R: Real, S: Store<R>>(
     mut put: impl FnMut(usize, &[R], R),
     scratch: &mut [R],
 ) {
+    if units::forward(&view, segment, head, rows, &mut put, scratch) {
+        return;
+    }
     let (e, tile) = (view.head_dim, view.tile);
     let (first_row, end_row) = rows;
     let num_rows = end_row - first_row;
@@ -321,7 +346,6 @@ pub fn forward_block<R: Real, S: Store<R>>(
     sum[..num_rows].fill(R::ZERO);
     let queries = view.pack_queries(segment, head, rows, q_rows).values;
     let kv_at = (view.num_kv_heads * e, view.key_head(head) * e, e);
-    let scale = view.scale::<R>();
     let last_end = view.visible(segment, end_row - 1).end;
     for j0 in (0..last_end).step_by(tile) {
         let n = tile.min(segment.kv_len - j0);
@@ -330,34 +354,33 @@ pub fn forward_block<R: Real, S: Store<R>>(
         let values = pack_rows(view.v, (segment.kv_start + j0, n), kv_at, S::load, v_rows);
         scores.fill(R::ZERO);
         multiply_rows::<R, S>(view.isa, queries, (e, e), &keys, tile, scores);
-        let sees = |r: usize| view.visible(segment, first_row + r).end > j0;
-        for (r, scores) in scores.chunks_mut(tile).enumerate() {
-            if sees(r) {
-                let visible = view.visible(segment, first_row + r);
-                visible.mask(scores, scale, j0);
-            }
-        }
         let running = Running {
             max: &mut max[..num_rows],
             sum: &mut sum[..num_rows],
             acc,
         };
-        online_softmax::<R, S>(scores, tile, running, sees);
+        view.soften(segment, (first_row, j0), scores, running);
         // A row that has seen no key yet has no maximum; it takes no part.
+        let sees = |r: usize| view.visible(segment, first_row + r).end > j0;
         let seen = |r: usize| sees(r) && max[r] != R::NEG_INFINITY;
         multiply_active::<R, S>(view.isa, scores, (tile, n), &values, e, acc, seen);
     }
-    for r in 0..num_rows {
-        let acc = &mut acc[r * e..(r + 1) * e];
-        let nothing = sum[r] == R::ZERO;
-        let factor = if nothing { R::ZERO } else { R::ONE / sum[r] };
-        acc.iter_mut().for_each(|x| *x = *x * factor);
-        let lse = if nothing {
-            R::NEG_INFINITY
-        } else {
-            max[r] + sum[r].ln()
-        };
+    for (r, acc) in acc.chunks_mut(e).enumerate() {
+        let lse = finish(acc, max[r], sum[r]);
         put(first_row + r, acc, lse);
+    }
+}
+
+/// Divides the output of a row by its denominator; the logarithm of the sum of exponentials.
+#[inline(always)]
+fn finish<R: Real>(acc: &mut [R], max: R, sum: R) -> R {
+    let nothing = sum == R::ZERO;
+    let factor = if nothing { R::ZERO } else { R::ONE / sum };
+    acc.iter_mut().for_each(|x| *x = *x * factor);
+    if nothing {
+        R::NEG_INFINITY
+    } else {
+        max + sum.ln()
     }
 }
 
@@ -419,7 +442,7 @@ pub(super) fn online_softmax<R: Real, S: Store<R>>(
             if !sees(block * TOGETHER + r) {
                 continue;
             }
-            let new_max = max[r].maximum(row_max(scores));
+            let new_max = max[r].maximum(R::largest(scores));
             if new_max != R::NEG_INFINITY {
                 is_active[r] = true;
                 shrink[r] = max[r] - new_max;
@@ -446,6 +469,10 @@ pub(super) fn online_softmax<R: Real, S: Store<R>>(
         }
         for (r, acc) in acc.chunks_mut(e).enumerate().filter(active) {
             let shrink = shrink[r];
+            // The maximum is the old one, and products in this order leave nothing to flush.
+            if S::ORDER == Order::EvenOdd && shrink == R::ONE {
+                continue;
+            }
             for x in acc {
                 *x = (*x * shrink).flush();
             }

@@ -28,7 +28,7 @@ pub fn capped_cross_entropy_row<R: Real>(
     let tanh = |x: R| R::ONE - two / ((two * x).exp() + R::ONE);
     let capped = |x: R| softcap * tanh(x / softcap);
     // The cap keeps the order.
-    let max = capped(row_max(logits));
+    let max = capped(R::largest(logits));
     let sum = sum_slices([&*logits], |[x]| (capped(x) - max).exp());
     let loss = max + sum.ln() - capped(logits[target]);
     let Some(RowGradient { scale, z_loss }) = gradient else {
@@ -59,7 +59,7 @@ pub fn cross_entropy_row<R: Real>(
         ignore_row(logits, gradient.map(|g| g.scale));
         return R::ZERO;
     }
-    let max = row_max(logits);
+    let max = R::largest(logits);
     let of_target = logits[target];
     let Some(RowGradient { scale, z_loss }) = gradient else {
         let sum = sum_slices([&*logits], |[x]| (x - max).exp_small());
@@ -110,7 +110,7 @@ pub fn distill_row<R: Real>(
     }
     let n = logits.len();
     let inverse = R::ONE / mix.temperature;
-    let (max, teacher_max) = (row_max(logits), row_max(teacher));
+    let (max, teacher_max) = (R::largest(logits), R::largest(teacher));
     let soft = |x: R, max: R| ((x - max) * inverse).exp();
     let sum = sum_indexed(n, |i| (logits[i] - max).exp());
     let soft_sum = sum_indexed(n, |i| soft(logits[i], max));
@@ -142,30 +142,6 @@ fn ignore_row<R: Real>(logits: &mut [R], gradient_scale: Option<R>) {
     if gradient_scale.is_some() {
         logits.fill(R::ZERO);
     }
-}
-
-/// Largest value of a row; NaN where there is one. 16 lanes, which changes nothing about
-/// a maximum but lets compilers vectorise it.
-#[inline(always)]
-pub fn row_max<R: Real>(x: &[R]) -> R {
-    let mut lanes = [R::NEG_INFINITY; 16];
-    let mut chunks = x.chunks_exact(16);
-    for chunk in &mut chunks {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            *lane = lane.maximum(x);
-        }
-    }
-    for (lane, &x) in lanes.iter_mut().zip(chunks.remainder()) {
-        *lane = lane.maximum(x);
-    }
-    let mut width = lanes.len() / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] = lanes[i].maximum(lanes[i + width]);
-        }
-        width /= 2;
-    }
-    lanes[0]
 }
 
 #[cfg(test)]

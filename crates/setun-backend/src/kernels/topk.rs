@@ -84,7 +84,7 @@ impl TileSum {
     /// Of the values of a tile.
     #[inline(always)]
     pub fn of(tile: &[f32]) -> Self {
-        let max = crate::kernels::loss::row_max(tile);
+        let max = f32::largest(tile);
         let sum = sum_slices([tile], |[x]| Real::exp_small(x - max));
         Self { max, sum }
     }

@@ -47,19 +47,19 @@ impl Pairs {
     }
 
     /// The step whose values lie there.
-    const fn step(self, place: usize) -> usize {
+    pub(super) const fn step(self, place: usize) -> usize {
         match self {
             Self::Neighbours => place,
             Self::OfOneChain => place % TILE / 2 * 4 + (1 - place % 2) * 2 + place / TILE,
         }
     }
 
-    /// The upper halves of 32 numbers of 32 bits, in order of their places, as words of 16 bits.
-    const fn upper_halves(self) -> [u16; BLOCK] {
+    /// The steps in order of their places, each `factor` times and `shift` more.
+    const fn order(self, factor: u16, shift: u16) -> [u16; BLOCK] {
         let mut words = [0; BLOCK];
         let mut place = 0;
         while place < BLOCK {
-            words[place] = 2 * self.step(place) as u16 + 1;
+            words[place] = factor * self.step(place) as u16 + shift;
             place += 1;
         }
         words
@@ -310,19 +310,35 @@ fn halves(x: &[f32; BLOCK]) -> [&[f32; TILE]; 2] {
 /// The bits of sixteen values.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn as_bits(x: &[f32; TILE]) -> __m512i {
+pub(super) fn as_bits(x: &[f32; TILE]) -> __m512i {
     // SAFETY: sixteen values are there; the load needs no alignment.
     unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
 }
 
-/// [`Pairs::upper_halves`] as the operand of a permutation.
+/// The upper halves of 32 numbers of 32 bits, in order of their places, as words of 16 bits: the
+/// operand of a permutation.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn upper_halves(pairs: Pairs) -> __m512i {
-    let order = match pairs {
-        Pairs::Neighbours => const { &Pairs::Neighbours.upper_halves() },
-        Pairs::OfOneChain => const { &Pairs::OfOneChain.upper_halves() },
-    };
+    load_order(match pairs {
+        Pairs::Neighbours => const { &Pairs::Neighbours.order(2, 1) },
+        Pairs::OfOneChain => const { &Pairs::OfOneChain.order(2, 1) },
+    })
+}
+
+/// 32 numbers of 16 bits in order of their places, likewise.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn in_order(pairs: Pairs) -> __m512i {
+    load_order(match pairs {
+        Pairs::Neighbours => const { &Pairs::Neighbours.order(1, 0) },
+        Pairs::OfOneChain => const { &Pairs::OfOneChain.order(1, 0) },
+    })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_order(order: &[u16; BLOCK]) -> __m512i {
     // SAFETY: 32 words are there; the load needs no alignment.
     unsafe { _mm512_loadu_si512(order.as_ptr().cast()) }
 }

@@ -152,7 +152,7 @@ fn add_chains<const M: usize>(sums: &mut [__m512; M], chains: &mut [[__m512; M];
 /// They are there.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn interleaved(earlier: *const bf16, later: *const bf16) -> __m512i {
+pub(super) unsafe fn interleaved(earlier: *const bf16, later: *const bf16) -> __m512i {
     const ORDER: [u16; 2 * W] = {
         let mut order = [0; 2 * W];
         let mut lane = 0;

@@ -5,7 +5,7 @@
 //! five products for each pair of tiles, and is one task. [`dq_block`] and [`dkdv_tile`] compute scores
 //! and their gradients each for itself, seven products, in as many tasks as there are tiles.
 
-use super::{Panel, Store, View, multiply_active, multiply_rows, pack_rows, turned};
+use super::{Panel, Store, View, multiply_active, multiply_rows, pack_rows, turned, units};
 use crate::kernels::product::transpose;
 use crate::ops::Segment;
 use crate::real::{Real, sum_slices};
@@ -38,16 +38,20 @@ pub fn row_deltas<R: Real>(dout: &[R], out: &[R], width: usize, delta: &mut [R])
 
 /// A block of queries against one tile of keys.
 #[derive(Clone, Copy)]
-struct QueryBlock {
-    segment: Segment,
-    head: usize,
-    /// First and last query.
-    rows: (usize, usize),
+pub(super) struct QueryBlock {
+    pub(super) segment: Segment,
+    pub(super) head: usize,
+    /// First query, and the end.
+    pub(super) rows: (usize, usize),
     /// Position of the tile's first key.
     j0: usize,
 }
 
 impl QueryBlock {
+    pub(super) fn num_rows(&self) -> usize {
+        self.rows.1 - self.rows.0
+    }
+
     /// Row of `lse` and `delta` of query `r` of the block.
     fn row_head<S>(&self, view: View<'_, S>, r: usize) -> usize {
         (self.segment.q_start + self.rows.0 + r) * view.num_heads + self.head
@@ -55,7 +59,12 @@ impl QueryBlock {
 
     /// Whether query `r` sees a key at or behind the tile's first.
     #[inline(always)]
-    fn sees<R: Real, S>(&self, view: View<'_, S>, saved: Saved<'_, R>, r: usize) -> bool {
+    pub(super) fn sees<R: Real, S>(
+        &self,
+        view: View<'_, S>,
+        saved: Saved<'_, R>,
+        r: usize,
+    ) -> bool {
         let end = view.visible(self.segment, self.rows.0 + r).end;
         end > self.j0 && saved.lse[self.row_head(view, r)] != R::NEG_INFINITY
     }
@@ -76,6 +85,18 @@ impl QueryBlock {
         ds.fill(R::ZERO);
         multiply_rows::<R, S>(view.isa, queries, (e, e), keys_t, tile, p);
         multiply_rows::<R, S>(view.isa, douts, (e, e), values_t, tile, ds);
+        self.soften(view, saved, (p, ds));
+    }
+
+    /// From products of queries with keys, and of `dout` with values, to `p` and `ds`.
+    #[inline(always)]
+    pub(super) fn soften<R: Real, S: Store<R>>(
+        &self,
+        view: View<'_, S>,
+        saved: Saved<'_, R>,
+        (p, ds): (&mut [R], &mut [R]),
+    ) {
+        let tile = view.tile;
         for (r, (p, ds)) in p.chunks_mut(tile).zip(ds.chunks_mut(tile)).enumerate() {
             if !self.sees(view, saved, r) {
                 p.fill(R::ZERO);
@@ -195,8 +216,12 @@ pub fn head_gradients<R: Real, S: Store<R>>(
         }
     }
     for j0 in (0..segment.kv_len).step_by(view.tile) {
-        let keys = (segment, key_head, j0);
-        key_tile(view, saved, keys, Some(&mut *dq), &mut put, scratch, sums);
+        let tile = KeyTile {
+            segment,
+            key_head,
+            j0,
+        };
+        key_tile(view, saved, tile, Some(&mut *dq), &mut put, scratch, sums);
     }
     let scale = view.scale::<R>();
     for head in heads {
@@ -220,8 +245,50 @@ pub fn dkdv_tile<R: Real, S: Store<R>>(
     scratch: &mut [R],
     sums: &mut [R],
 ) {
-    let keys = (segment, key_head, j0);
-    key_tile(view, saved, keys, None, put, scratch, sums);
+    let tile = KeyTile {
+        segment,
+        key_head,
+        j0,
+    };
+    key_tile(view, saved, tile, None, put, scratch, sums);
+}
+
+/// A tile of keys.
+#[derive(Clone, Copy)]
+pub(super) struct KeyTile {
+    pub(super) segment: Segment,
+    pub(super) key_head: usize,
+    /// Position of the first key.
+    pub(super) j0: usize,
+}
+
+impl KeyTile {
+    /// Keys of the tile, which are at most `tile`.
+    pub(super) fn len(&self, tile: usize) -> usize {
+        tile.min(self.segment.kv_len - self.j0)
+    }
+
+    /// The blocks of queries that see keys of the tile.
+    pub(super) fn blocks<S>(self, view: &View<'_, S>) -> impl Iterator<Item = QueryBlock> {
+        let Self {
+            segment,
+            key_head,
+            j0,
+        } = self;
+        let starts = move |head| {
+            (0..segment.q_len)
+                .step_by(view.tile)
+                .map(move |i0| (head, i0))
+        };
+        let blocks = view.query_heads(key_head).flat_map(starts);
+        let blocks = blocks.map(move |(head, i0)| QueryBlock {
+            segment,
+            head,
+            rows: (i0, segment.q_len.min(i0 + view.tile)),
+            j0,
+        });
+        blocks.filter(move |block| view.visible(segment, block.rows.1 - 1).end > j0)
+    }
 }
 
 /// [`dkdv_tile`], and with `dq` the tile's share of that, unscaled.
@@ -229,19 +296,47 @@ pub fn dkdv_tile<R: Real, S: Store<R>>(
 fn key_tile<R: Real, S: Store<R>>(
     view: View<'_, S>,
     saved: Saved<'_, R>,
-    (segment, key_head, j0): (Segment, usize, usize),
+    tile: KeyTile,
     mut dq: Option<&mut dyn QueryGradients<R>>,
     mut put: impl FnMut(usize, &[R], &[R]),
     scratch: &mut [R],
     sums: &mut [R],
+) {
+    let e = view.head_dim;
+    let of_sum = tile.len(view.tile) * e;
+    let (dk, dv) = sums[..2 * of_sum].split_at_mut(of_sum);
+    dk.fill(R::ZERO);
+    dv.fill(R::ZERO);
+    if !units::add_gradients(&view, saved, tile, &mut dq, scratch, (&mut *dk, &mut *dv)) {
+        add_gradients(view, saved, tile, dq, scratch, (&mut *dk, &mut *dv));
+    }
+    let scale = view.scale::<R>();
+    for (lane, (dk, dv)) in dk.chunks_mut(e).zip(dv.chunks(e)).enumerate() {
+        dk.iter_mut().for_each(|x| *x = *x * scale);
+        put(tile.j0 + lane, dk, dv);
+    }
+}
+
+/// The sums of [`key_tile`], unscaled.
+#[inline(always)]
+fn add_gradients<R: Real, S: Store<R>>(
+    view: View<'_, S>,
+    saved: Saved<'_, R>,
+    KeyTile {
+        segment,
+        key_head,
+        j0,
+    }: KeyTile,
+    mut dq: Option<&mut dyn QueryGradients<R>>,
+    scratch: &mut [R],
+    (dk, dv): (&mut [R], &mut [R]),
 ) {
     let (e, tile) = (view.head_dim, view.tile);
     let (k_rows, scratch) = scratch.split_at_mut(e * tile);
     let (k_t, scratch) = scratch.split_at_mut(e * tile);
     let (v_t, scratch) = scratch.split_at_mut(e * tile);
     let kv_at = (view.num_kv_heads * e, key_head * e, e);
-    let n = tile.min(segment.kv_len - j0);
-    let from = (segment.kv_start + j0, n);
+    let from = (segment.kv_start + j0, dk.len() / e);
     // The rows of values are needed no longer than the queries that come there.
     let values = pack_rows(view.v, from, kv_at, S::load, scratch);
     let values_t = turned(view.isa, &values, e, tile, v_t);
@@ -252,29 +347,14 @@ fn key_tile<R: Real, S: Store<R>>(
         keys_t,
         values_t,
     };
-    let (dk, dv) = sums[..2 * e * tile].split_at_mut(e * tile);
-    dk.fill(R::ZERO);
-    dv.fill(R::ZERO);
-    for head in view.query_heads(key_head) {
-        for i0 in (0..segment.q_len).step_by(tile) {
-            let i1 = segment.q_len.min(i0 + tile);
-            if view.visible(segment, i1 - 1).end <= j0 {
-                continue;
-            }
-            let block = QueryBlock {
-                segment,
-                head,
-                rows: (i0, i1),
-                j0,
-            };
-            let sums = (&mut dk[..n * e], &mut dv[..n * e]);
-            block.add_key_gradients(view, saved, &panels, &mut dq, scratch, sums);
-        }
-    }
-    let scale = view.scale::<R>();
-    for (lane, (dk, dv)) in dk.chunks_mut(e).zip(dv.chunks(e)).take(n).enumerate() {
-        dk.iter_mut().for_each(|x| *x = *x * scale);
-        put(j0 + lane, dk, dv);
+    let keys = KeyTile {
+        segment,
+        key_head,
+        j0,
+    };
+    for block in keys.blocks(&view) {
+        let sums = (&mut *dk, &mut *dv);
+        block.add_gradients(view, saved, &panels, &mut dq, scratch, sums);
     }
 }
 
@@ -292,7 +372,7 @@ impl QueryBlock {
     /// Adds the block's share to `dk` (unscaled) and `dv`, `[keys, head_dim]`, and the tile's to
     /// `dq` (unscaled), if it is asked for.
     #[inline(always)]
-    fn add_key_gradients<R: Real, S: Store<R>>(
+    fn add_gradients<R: Real, S: Store<R>>(
         &self,
         view: View<'_, S>,
         saved: Saved<'_, R>,
@@ -302,7 +382,7 @@ impl QueryBlock {
         (dk, dv): (&mut [R], &mut [R]),
     ) {
         let (e, tile) = (view.head_dim, view.tile);
-        let num_rows = self.rows.1 - self.rows.0;
+        let num_rows = self.num_rows();
         let (q_rows, scratch) = scratch.split_at_mut(e * tile);
         let (dout_rows, scratch) = scratch.split_at_mut(e * tile);
         let (p, scratch) = scratch.split_at_mut(tile * tile);
@@ -338,15 +418,28 @@ impl QueryBlock {
         acc: &mut [R],
     ) {
         let (e, tile) = (view.head_dim, view.tile);
-        let rows = self.rows.0..self.rows.1;
-        for (row, acc) in rows.clone().zip(acc.chunks_mut(e)) {
-            acc.copy_from_slice(dq.of(row, self.head));
-        }
+        self.load_dq(dq, acc);
         let depth = (tile, keys.values.len() / e);
         let sees = |r| self.sees(view, saved, r);
         multiply_active::<R, S>(view.isa, ds, depth, keys, e, acc, sees);
-        for (row, acc) in rows.zip(acc.chunks(e)) {
-            dq.of(row, self.head).copy_from_slice(acc);
+        self.store_dq(dq, acc);
+    }
+
+    /// Reads the gradients of the block's queries, `[rows, head_dim]`.
+    #[inline(always)]
+    pub(super) fn load_dq<R: Copy>(&self, dq: &mut dyn QueryGradients<R>, to: &mut [R]) {
+        let e = to.len() / self.num_rows();
+        for (row, to) in (self.rows.0..).zip(to.chunks_mut(e)) {
+            to.copy_from_slice(dq.of(row, self.head));
+        }
+    }
+
+    /// Writes them.
+    #[inline(always)]
+    pub(super) fn store_dq<R: Copy>(&self, dq: &mut dyn QueryGradients<R>, from: &[R]) {
+        let e = from.len() / self.num_rows();
+        for (row, from) in (self.rows.0..).zip(from.chunks(e)) {
+            dq.of(row, self.head).copy_from_slice(from);
         }
     }
 }
