@@ -137,6 +137,26 @@ pub struct CacheStore<'a, R> {
 /// A node whose parent is the last token before the segment's rows.
 pub const ROOT: u32 = u32::MAX;
 
+/// Whom the rows of a segment see among themselves.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Among<'a> {
+    /// Row `i` sees the rows up to itself.
+    #[default]
+    Chain,
+    /// The parent of each row, a smaller row or [`ROOT`]; a row sees itself and its ancestors, each
+    /// at position `past + depth`, in which place it enters the sums (ARCHITECTURE.md, Numbers).
+    Tree(&'a [u32]),
+    /// Each row sees all of them: the block of a block drafter.
+    All,
+}
+
+impl<'a> From<Option<&'a [u32]>> for Among<'a> {
+    /// A tree of these parents, a chain without.
+    fn from(parents: Option<&'a [u32]>) -> Self {
+        parents.map_or(Self::Chain, Self::Tree)
+    }
+}
+
 /// Queries of one sequence: `q_len` rows behind `past` tokens of the cache. Row `i` has
 /// been stored at position `past + i` of the block table.
 #[derive(Clone, Copy, Debug)]
@@ -149,10 +169,8 @@ pub struct CachedSegment<'a> {
     pub past: usize,
     /// Block of the pool for each run of [`CACHE_BLOCK`] positions.
     pub blocks: &'a [u32],
-    /// None: a chain, row `i` sees the rows up to itself. Else a tree: the parent of each
-    /// row, a smaller row or [`ROOT`]; a row sees itself and its ancestors, each at
-    /// position `past + depth`, in which place it enters the sums (ARCHITECTURE.md, Numbers).
-    pub parents: Option<&'a [u32]>,
+    /// Which of each other the queries see.
+    pub among: Among<'a>,
 }
 
 impl CachedSegment<'_> {
@@ -164,29 +182,48 @@ impl CachedSegment<'_> {
     /// With a tree that is a chain as a chain: the same bits, sooner.
     #[must_use]
     pub fn simplified(self) -> Self {
-        let is_chain = |parents: &&[u32]| {
+        let is_chain = |parents: &[u32]| {
             let before = std::iter::once(ROOT).chain(0..);
             parents.iter().zip(before).all(|(&p, before)| p == before)
         };
-        Self {
-            parents: self.parents.filter(|p| !is_chain(p)),
-            ..self
+        match self.among {
+            Among::Tree(parents) if is_chain(parents) => Self {
+                among: Among::Chain,
+                ..self
+            },
+            _ => self,
         }
     }
 
-    /// The parent of row `i`, if that is a row of the segment.
+    /// The position behind the last one that row `i` sees.
+    pub fn end(&self, i: usize) -> usize {
+        let own = match self.among {
+            Among::Chain => i + 1,
+            Among::Tree(_) => self.depth(i) + 1,
+            Among::All => self.q_len,
+        };
+        self.past + own
+    }
+
+    /// The position up to which the rows from `i` on see everything.
+    pub(crate) fn common_end(&self, i: usize) -> usize {
+        match self.among {
+            Among::Tree(_) => self.past,
+            Among::Chain | Among::All => self.end(i),
+        }
+    }
+
+    /// The row before row `i` in the text, if that is a row of the segment.
     pub fn parent(&self, i: usize) -> Option<usize> {
-        match self.parents {
-            None => i.checked_sub(1),
-            Some(parents) => (parents[i] != ROOT).then_some(parents[i] as usize),
+        match self.among {
+            Among::Tree(parents) => (parents[i] != ROOT).then_some(parents[i] as usize),
+            Among::Chain | Among::All => i.checked_sub(1),
         }
     }
 
     /// Number of the row's ancestors in the segment.
     pub fn depth(&self, mut i: usize) -> usize {
-        if self.parents.is_none() {
-            return i;
-        }
+        let Among::Tree(_) = self.among else { return i };
         let mut depth = 0;
         while let Some(parent) = self.parent(i) {
             assert!(parent < i, "a parent comes before its children");

@@ -24,7 +24,8 @@ pub mod real;
 pub mod topk;
 
 pub use cache::{
-    CACHE_BLOCK, CacheBuf, CacheKind, CacheShape, CacheStore, CachedAttention, CachedSegment, ROOT,
+    Among, CACHE_BLOCK, CacheBuf, CacheKind, CacheShape, CacheStore, CachedAttention,
+    CachedSegment, ROOT,
 };
 pub use cpu::Isa;
 pub use host::{Host, HostWorkspace, Limits};

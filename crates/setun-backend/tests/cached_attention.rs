@@ -6,7 +6,7 @@ mod rig;
 use half::bf16;
 use rig::{Rig, content_bits, machines, randoms};
 use setun_backend::{
-    AttnBuf, Backend, CACHE_BLOCK, CacheKind, CacheShape, CacheStore, CachedAttention,
+    Among, AttnBuf, Backend, CACHE_BLOCK, CacheKind, CacheShape, CacheStore, CachedAttention,
     CachedSegment, Isa, Limits,
 };
 
@@ -38,10 +38,18 @@ fn stored(stream: u64, len: usize, size: f32) -> Vec<bf16> {
 }
 
 fn attend(case: &Case, machine: (Isa, usize)) -> Vec<u32> {
-    attend_to(case, None, machine)
+    attend_to(case, Rows::Together(Among::Chain), machine)
 }
 
-fn attend_to(case: &Case, parents: Option<&[u32]>, (isa, threads): (Isa, usize)) -> Vec<u32> {
+/// How queries are handed over.
+#[derive(Clone, Copy)]
+enum Rows<'a> {
+    Together(Among<'a>),
+    /// Each as the last of a segment of its own.
+    Alone,
+}
+
+fn attend_to(case: &Case, rows: Rows<'_>, (isa, threads): (Isa, usize)) -> Vec<u32> {
     let tokens = case.past + case.q_len;
     let num_blocks = tokens.div_ceil(CACHE_BLOCK);
     let row = case.num_kv_heads * case.head_dim;
@@ -71,12 +79,18 @@ fn attend_to(case: &Case, parents: Option<&[u32]>, (isa, threads): (Isa, usize))
     let mut host = rig.host(isa, threads, limits);
     // Last block first, as a cache that has been used for a while.
     let blocks: Vec<u32> = (0..num_blocks as u32).rev().collect();
-    let segment = CachedSegment {
-        q_start: 0,
-        q_len: case.q_len,
-        past: case.past,
+    let segment = |q_start, q_len, among| CachedSegment {
+        q_start,
+        q_len,
+        past: tokens - q_len,
         blocks: &blocks,
-        parents,
+        among,
+    };
+    let segments: Vec<CachedSegment<'_>> = match rows {
+        Rows::Together(among) => vec![segment(0, case.q_len, among)],
+        Rows::Alone => (0..case.q_len)
+            .map(|row| segment(row, 1, Among::Chain))
+            .collect(),
     };
     if case.memory == Memory::Used {
         host.cache_store(CacheStore {
@@ -86,7 +100,7 @@ fn attend_to(case: &Case, parents: Option<&[u32]>, (isa, threads): (Isa, usize))
             cache,
         });
     }
-    let slots: Vec<u32> = (0..tokens).map(|p| segment.slot(p) as u32).collect();
+    let slots: Vec<u32> = (0..tokens).map(|p| segments[0].slot(p) as u32).collect();
     host.cache_store(CacheStore {
         k,
         v,
@@ -97,7 +111,7 @@ fn attend_to(case: &Case, parents: Option<&[u32]>, (isa, threads): (Isa, usize))
         q,
         out,
         cache,
-        segments: &[segment],
+        segments: &segments,
         num_heads: case.num_heads,
     });
     content_bits(&host, out)
@@ -159,15 +173,37 @@ fn rows_of_a_chain_see_their_own_past_alone() {
         let expected = attend(&case(Memory::New), (Isa::Reference, 1));
         let row = 4 * 32;
         let parents: Vec<u32> = (0..q_len as u32).map(|i| i.wrapping_sub(1)).collect();
+        let tree = Rows::Together(Among::Tree(&parents));
         for machine in machines() {
             let name = format!("{past} + {q_len} tokens, {machine:?}");
             let used = attend(&case(Memory::Used), machine);
             assert!(used == expected, "used, {name}");
-            let tree = attend_to(&case(Memory::Used), Some(&parents), machine);
+            let tree = attend_to(&case(Memory::Used), tree, machine);
             assert!(tree == expected, "tree, {name}");
             let spoilt = attend(&case(Memory::Spoilt), machine);
             let others = (q_len - 1) * row;
             assert!(spoilt[..others] == expected[..others], "spoilt, {name}");
+        }
+    }
+}
+
+/// A block's rows see what they would see if each was the last of them.
+#[test]
+fn rows_of_a_block_see_each_other() {
+    for (past, q_len) in [(0, 1), (0, 6), (60, 4), (60, 9), (130, 17), (250, 70)] {
+        let case = Case {
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 32,
+            past,
+            q_len,
+            sizes: [1.0; 3],
+            memory: Memory::Used,
+        };
+        let expected = attend_to(&case, Rows::Alone, (Isa::Reference, 1));
+        for machine in machines() {
+            let together = attend_to(&case, Rows::Together(Among::All), machine);
+            assert!(together == expected, "{past} + {q_len} tokens, {machine:?}");
         }
     }
 }

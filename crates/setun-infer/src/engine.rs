@@ -663,7 +663,7 @@ impl Engine {
             q_len: n,
             past,
             blocks: &[],
-            parents: chunk.parents,
+            among: chunk.parents.into(),
         };
         for i in 0..n {
             self.batch.ids.push(chunk.tokens[first + i]);
@@ -687,7 +687,7 @@ impl Engine {
                 q_len: n,
                 past: self.tables.tokens(chunk.sequence)?.len(),
                 blocks: self.tables.blocks(chunk.sequence)?,
-                parents: chunk.parents,
+                among: chunk.parents.into(),
             });
             q_start += n;
         }

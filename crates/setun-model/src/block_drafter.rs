@@ -349,8 +349,8 @@ impl<R: Real> BlockDrafter<R> {
     }
 
     /// Guesses behind `anchor`, which is at `position`: for each of the first masks the `k`
-    /// best entries of its logits. `cached` has a row for each of the block, and a segment for each row, so
-    /// that it sees all of them.
+    /// best entries of its logits. `cached` has the rows of the block, each of which sees all of
+    /// them.
     pub fn draft<B: Backend<Real = R>>(
         &self,
         b: &mut B,

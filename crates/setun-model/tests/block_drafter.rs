@@ -4,8 +4,8 @@ use setun_backend::ops::IGNORE_TARGET;
 use setun_backend::philox::Philox;
 use setun_backend::topk::Kept;
 use setun_backend::{
-    Backend, CACHE_BLOCK, CacheKind, CachedSegment, Host, HostWorkspace, Isa, Limits, Plan, Real,
-    Segment,
+    Among, Backend, CACHE_BLOCK, CacheKind, CachedSegment, Host, HostWorkspace, Isa, Limits, Plan,
+    Real, Segment,
 };
 use setun_formats::{Qwen3Config, RopeConfig};
 use setun_model::{
@@ -203,7 +203,7 @@ fn decoded(at: usize) -> Vec<Vec<f64>> {
         q_len,
         past,
         blocks: &blocks,
-        parents: None,
+        among: Among::Chain,
     };
     let b = &mut pair.backend;
     // The text in two calls, so that the drafter's context comes in two parts.
@@ -222,10 +222,13 @@ fn decoded(at: usize) -> Vec<Vec<f64>> {
         pair.target.forward_cached(b, cached);
         pair.drafter.absorb(b, cached.slots, positions);
     }
-    let segments: Vec<_> = (0..BLOCK).map(|i| segment(i, 1, at + BLOCK - 1)).collect();
+    let block = CachedSegment {
+        among: Among::All,
+        ..segment(0, BLOCK, at)
+    };
     let cached = CachedRows {
         slots: &slots[at..],
-        segments: &segments,
+        segments: &[block],
     };
     let mut kept = Kept::default();
     let anchor = (TEXT[at], at as u32);

@@ -13,7 +13,7 @@ use super::attention::{
     Panel, Running, Store, load_row, mask, multiply_active, multiply_rows, online_softmax,
 };
 use super::product::{Order, StoredRows, most_stored_rows, needs_flush, stored_mat};
-use crate::cache::{CACHE_BLOCK, CachedSegment};
+use crate::cache::{Among, CACHE_BLOCK, CachedSegment};
 use crate::cpu::{Isa, prefetch};
 use crate::real::{Real, min_exponent_bf16};
 use half::bf16;
@@ -293,20 +293,16 @@ pub fn cached_block<R: Real, S: Store<R>>(
         min_key: i32::MAX,
         min_value: i32::MAX,
     };
-    let ends = (rows.0..rows.1).map(|i| segment.past + segment.depth(i) + 1);
+    let ends = (rows.0..rows.1).map(|i| segment.end(i));
     let last_end = ends.max().unwrap_or(0);
     // Every row sees all keys below this.
-    let shared = segment.past
-        + if segment.parents.is_none() {
-            rows.0 + 1
-        } else {
-            0
-        };
+    let shared = segment.common_end(rows.0);
+    let is_tree = matches!(segment.among, Among::Tree(_));
     for j0 in (0..last_end).step_by(tile) {
-        let own_lanes = segment.parents.is_some() && j0 + tile > segment.past;
+        let own_lanes = is_tree && j0 + tile > segment.past;
         let end = if own_lanes { segment.past } else { last_end };
         let n = end.saturating_sub(j0).min(tile);
-        let end_of = |i: usize| (segment.past + segment.depth(i) + 1).saturating_sub(j0);
+        let end_of = |i: usize| segment.end(i).saturating_sub(j0);
         let is_same = j0 + tile <= shared;
         let end_of_pair = |pair| match is_same {
             true => tile,
@@ -451,7 +447,9 @@ impl<R: Real> Sums<'_, R> {
             // Values that not all pairs see are multiplied with zeros.
             let seen = end_of(0).saturating_sub(i * CACHE_BLOCK).min(CACHE_BLOCK);
             let unseen = &v[place(block)][seen * e..];
-            if !unseen.iter().all(|v| v.is_finite()) {
+            // Not `all`, which looks at one after the other.
+            let magnitudes = unseen.iter().map(|v| v.to_bits() & 0x7fff);
+            if magnitudes.fold(0, u16::max) >= bf16::INFINITY.to_bits() {
                 return false;
             }
         }
@@ -459,17 +457,19 @@ impl<R: Real> Sums<'_, R> {
             return false;
         }
         self.scores.fill(R::ZERO);
+        let [mut keys, mut values] = [[&[] as &[bf16]; STORED_BLOCKS]; 2];
         for (i, &block) in now.iter().enumerate() {
-            let keys = StoredRows {
-                pieces: &[&k[place(block)]],
-                steps: e,
-                lanes: CACHE_BLOCK,
-                ahead: &[&v[place(block)]],
-            };
-            let scores = &mut self.scores[i * CACHE_BLOCK..];
-            if !stored_mat(view.isa, pairs, (self.q, e), keys, (scores, lanes)) {
-                return false;
-            }
+            (keys[i], values[i]) = (&k[place(block)], &v[place(block)]);
+        }
+        let blocks: [StoredRows<'_>; STORED_BLOCKS] = std::array::from_fn(|i| StoredRows {
+            pieces: &keys[i..=i],
+            steps: e,
+            lanes: CACHE_BLOCK,
+            ahead: &values[i..=i],
+        });
+        let scores = (&mut *self.scores, lanes);
+        if !stored_mat(view.isa, pairs, (self.q, e), &blocks[..now.len()], scores) {
+            return false;
         }
         self.soften::<S>(view, 0..pairs, &end_of);
         let mut pieces: [&[bf16]; STORED_BLOCKS] = [&[]; STORED_BLOCKS];
@@ -491,7 +491,7 @@ impl<R: Real> Sums<'_, R> {
         let all_seen = self.max.iter().all(|&max| max != R::NEG_INFINITY);
         let is_calm = !needs_flush(S::ORDER, R::min_exponent(self.scores), min_value);
         let (scores, acc) = ((&*self.scores, lanes), (&mut *self.acc, e));
-        if !(all_seen && is_calm && stored_mat(view.isa, pairs, scores, values, acc)) {
+        if !(all_seen && is_calm && stored_mat(view.isa, pairs, scores, &[values], acc)) {
             view.load(segment, kv_head, (j0, n), loaded);
             self.add_values::<S>(view, 0..pairs, n, end_of, loaded);
         }

@@ -122,33 +122,40 @@ pub fn most_stored_rows<R: Real>(isa: Isa) -> usize {
 }
 
 /// [`rows_mat`] for `rows` rows of `x` and `acc`, which are `x_stride` and `acc_stride` apart, with
-/// `y` as it is stored: widening it beforehand takes longer than so few products. False for more
-/// than [`most_stored_rows`] and where the sizes do not suit; nothing is done then.
+/// each of `ys` as it is stored: widening them beforehand takes longer than so few products. They
+/// have the same sizes, and their results lie beside each other. False for more than
+/// [`most_stored_rows`] and where the sizes do not suit; nothing is done then.
 #[inline(always)]
 pub fn stored_mat<R: Real>(
     isa: Isa,
     rows: usize,
     (x, x_stride): (&[R], usize),
-    y: StoredRows<'_>,
+    ys: &[StoredRows<'_>],
     (acc, acc_stride): (&mut [R], usize),
 ) -> bool {
     #[cfg(target_arch = "x86_64")]
-    if (1..=most_stored_rows::<R>(isa)).contains(&rows) && y.lanes.is_multiple_of(16) {
+    if (1..=most_stored_rows::<R>(isa)).contains(&rows)
+        && ys.iter().all(|y| y.lanes.is_multiple_of(16))
+    {
         let (x, acc) = (bytemuck::cast_slice(x), bytemuck::cast_slice_mut(acc));
         if isa == Isa::Avx512Bf16 {
             // SAFETY: it is made by `Isa::available` only, after CPUID has shown AVX512-BF16.
-            let is_done =
-                unsafe { units::stored::even_odd(rows, (x, x_stride), y, (&mut *acc, acc_stride)) };
+            let is_done = unsafe {
+                units::stored::even_odd(rows, (x, x_stride), ys, (&mut *acc, acc_stride))
+            };
             if is_done || rows > avx2::MOST_STORED {
                 return is_done;
             }
         }
-        // SAFETY: `most_stored_rows` is 0 without AVX2. An `Isa` that has it is made by
-        // `Isa::available` only, after CPUID has shown it.
-        unsafe { avx2::stored_even_odd(rows, (x, x_stride), y, (acc, acc_stride)) };
+        for (i, &y) in ys.iter().enumerate() {
+            let acc = (&mut acc[i * y.lanes..], acc_stride);
+            // SAFETY: `most_stored_rows` is 0 without AVX2. An `Isa` that has it is made by
+            // `Isa::available` only, after CPUID has shown it.
+            unsafe { avx2::stored_even_odd(rows, (x, x_stride), y, acc) };
+        }
         return true;
     }
-    let _ = (isa, rows, x, x_stride, y, acc, acc_stride);
+    let _ = (isa, rows, x, x_stride, ys, acc, acc_stride);
     false
 }
 
@@ -469,7 +476,7 @@ mod tests {
                     let x: Vec<f32> = x.iter().map(|x| x.round_bf16()).collect();
                     let mut got = values(rows * apart, 2.0);
                     let mut expected = got.clone();
-                    if stored_mat(isa, rows, (&x, depth + 3), stored, (&mut got, apart)) {
+                    if stored_mat(isa, rows, (&x, depth + 3), &[stored], (&mut got, apart)) {
                         for (x, acc) in x.chunks(depth + 3).zip(expected.chunks_mut(apart)) {
                             let (isa, order) = (Isa::Reference, Order::EvenOdd);
                             let acc = &mut acc[..lanes];

@@ -1,6 +1,6 @@
 use super::*;
-use setun_backend::CachedSegment;
 use setun_backend::philox::Philox;
+use setun_backend::{Among, CachedSegment};
 
 const R: u32 = ROOT;
 
@@ -94,7 +94,7 @@ fn the_engine_gathers_what_the_mask_shows() {
             q_len: nodes,
             past,
             blocks: &[],
-            parents: Some(&parents),
+            among: Among::Tree(&parents),
         };
         for node in 0..nodes {
             let mut seen: Vec<usize> = (0..past).collect();

@@ -5,7 +5,7 @@
 use super::{Engine, EngineError, EngineOptions, load_parameters, spec_of};
 use crate::kv::Sequence;
 use setun_backend::topk::Candidate;
-use setun_backend::{CachedSegment, Host};
+use setun_backend::{Among, CachedSegment, Host};
 use setun_io::{OpenDrafter, OpenModel};
 use setun_model::{BlockDrafter, CachedRows, DrafterSpec, ModelSpec, Parameters};
 
@@ -95,19 +95,16 @@ impl Engine {
             .map(|p| self.tables.slot(sequence, p))
             .collect();
         let blocks = self.tables.blocks(sequence)?;
-        // Each row is the last of its own segment, which is the text and the whole block.
-        let segments: Vec<_> = (0..n)
-            .map(|q_start| CachedSegment {
-                q_start,
-                q_len: 1,
-                past: past + n - 1,
-                blocks,
-                parents: None,
-            })
-            .collect();
+        let block = CachedSegment {
+            q_start: 0,
+            q_len: n,
+            past,
+            blocks,
+            among: Among::All,
+        };
         let cached = CachedRows {
             slots: &slots?,
-            segments: &segments,
+            segments: &[block],
         };
         let Some(drafter) = &self.drafter else {
             return Ok(Vec::new());

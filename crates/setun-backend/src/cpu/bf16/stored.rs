@@ -9,6 +9,7 @@ use crate::cpu::avx512::flush;
 use crate::kernels::product::{BLOCK, StoredRows};
 use half::bf16;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 /// Lanes that advance together.
 const W: usize = 16;
@@ -24,18 +25,21 @@ const LINE: usize = 32;
 const FOUR: usize = 4;
 
 /// `acc[i, l] += sum over r of x[i, r] * y[r, l]` for `rows` rows of `x` and of `acc`, which are
-/// `x_stride` and `acc_stride` apart, of values whose products cannot be denormal. False, and
+/// `x_stride` and `acc_stride` apart, and for each of `ys`, which have the same sizes and whose
+/// results lie beside each other, of values whose products cannot be denormal. False, and
 /// nothing is done, where the sizes do not suit.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 pub(crate) fn even_odd(
     rows: usize,
     (x, x_stride): (&[f32], usize),
-    y: StoredRows<'_>,
+    ys: &[StoredRows<'_>],
     (acc, acc_stride): (&mut [f32], usize),
 ) -> bool {
-    let depth = y.pieces.len() * y.steps;
-    let suits = y.steps.is_multiple_of(FOUR) && y.lanes.is_multiple_of(W);
-    if !suits || rows > MOST_ROWS || depth > MOST_STEPS {
+    let suits = |y: &StoredRows<'_>| {
+        let depth = y.pieces.len() * y.steps;
+        y.steps.is_multiple_of(FOUR) && y.lanes.is_multiple_of(W) && depth <= MOST_STEPS
+    };
+    if rows > MOST_ROWS || !ys.iter().all(suits) {
         return false;
     }
     let (mut first, runs) = (0, rows.div_ceil(ROWS));
@@ -44,30 +48,32 @@ pub(crate) fn even_odd(
         let x = (&x[first * x_stride..], x_stride);
         let acc = (&mut acc[first * acc_stride..], acc_stride);
         // The first run asks for what comes next.
-        let ahead = if run == 0 { y.ahead } else { &[] };
-        let y = StoredRows { ahead, ..y };
+        let asks = run == 0;
         match n {
-            1 => rows_of::<1>(x, y, acc),
-            2 => rows_of::<2>(x, y, acc),
-            3 => rows_of::<3>(x, y, acc),
-            4 => rows_of::<4>(x, y, acc),
-            5 => rows_of::<5>(x, y, acc),
-            6 => rows_of::<6>(x, y, acc),
-            7 => rows_of::<7>(x, y, acc),
-            _ => rows_of::<8>(x, y, acc),
+            1 => rows_of::<1>(x, (ys, asks), acc),
+            2 => rows_of::<2>(x, (ys, asks), acc),
+            3 => rows_of::<3>(x, (ys, asks), acc),
+            4 => rows_of::<4>(x, (ys, asks), acc),
+            5 => rows_of::<5>(x, (ys, asks), acc),
+            6 => rows_of::<6>(x, (ys, asks), acc),
+            7 => rows_of::<7>(x, (ys, asks), acc),
+            _ => rows_of::<8>(x, (ys, asks), acc),
         }
         first += n;
     }
     true
 }
 
+/// Rows as dots want them, written as far as there are steps.
+type PackedRows<const M: usize> = [[MaybeUninit<u16>; MOST_STEPS]; M];
+
 /// A row's values, whole pairs of steps of one chain side by side, block by block.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn pack_row(x: &[f32], to: &mut [u16; MOST_STEPS]) {
+fn pack_row(x: &[f32], to: &mut [MaybeUninit<u16>; MOST_STEPS]) {
     let order = upper_halves(Pairs::OfOneChain);
     for (x, to) in x.chunks(BLOCK).zip(to.chunks_exact_mut(BLOCK)) {
-        // SAFETY: 32 values are there; the store needs no alignment.
+        // SAFETY: there is room for 32 values; the store needs no alignment.
         unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), row_halves(order, x)) };
     }
 }
@@ -76,14 +82,34 @@ fn pack_row(x: &[f32], to: &mut [u16; MOST_STEPS]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn rows_of<const M: usize>(
     (x, x_stride): (&[f32], usize),
+    (ys, asks): (&[StoredRows<'_>], bool),
+    (acc, acc_stride): (&mut [f32], usize),
+) {
+    let Some(first) = ys.first() else { return };
+    let depth = first.pieces.len() * first.steps;
+    let mut rows: PackedRows<M> = [const { [const { MaybeUninit::uninit() }; MOST_STEPS] }; M];
+    for (i, to) in rows.iter_mut().enumerate() {
+        pack_row(&x[i * x_stride..][..depth], to);
+    }
+    for (i, &y) in ys.iter().enumerate() {
+        assert_eq!(y.pieces.len() * y.steps, depth);
+        let ahead = if asks { y.ahead } else { &[] };
+        let acc = (&mut acc[i * y.lanes..], acc_stride);
+        // SAFETY: so many steps of all rows are written, to the end of their block.
+        unsafe { multiply(&rows, StoredRows { ahead, ..y }, acc) };
+    }
+}
+
+/// # Safety
+/// The steps of `y` are written in all rows.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn multiply<const M: usize>(
+    rows: &PackedRows<M>,
     y: StoredRows<'_>,
     (acc, acc_stride): (&mut [f32], usize),
 ) {
     let (steps, lanes) = (y.steps, y.lanes);
-    let mut pairs = [[0u16; MOST_STEPS]; M];
-    for (i, to) in pairs.iter_mut().enumerate() {
-        pack_row(&x[i * x_stride..][..y.pieces.len() * steps], to);
-    }
     assert!(acc.len() >= (M - 1) * acc_stride + lanes);
     assert!(y.pieces.iter().all(|piece| piece.len() >= steps * lanes));
     for at in (0..lanes).step_by(W) {
@@ -112,7 +138,7 @@ fn rows_of<const M: usize>(
                     unsafe {
                         let from = piece.as_ptr().add((row + parity) * lanes + at);
                         let values = as_bf16(interleaved(from, from.add(2 * lanes)));
-                        for (chain, x) in chain.iter_mut().zip(&pairs) {
+                        for (chain, x) in chain.iter_mut().zip(rows) {
                             let x = x.as_ptr().add(place).cast::<i32>().read_unaligned();
                             let x = as_bf16(_mm512_set1_epi32(x));
                             *chain = _mm512_dpbf16_ps(*chain, values, x);
