@@ -322,11 +322,7 @@ fn key_tile<R: Real, S: Store<R>>(
 fn add_gradients<R: Real, S: Store<R>>(
     view: View<'_, S>,
     saved: Saved<'_, R>,
-    KeyTile {
-        segment,
-        key_head,
-        j0,
-    }: KeyTile,
+    of_tile: KeyTile,
     mut dq: Option<&mut dyn QueryGradients<R>>,
     scratch: &mut [R],
     (dk, dv): (&mut [R], &mut [R]),
@@ -335,8 +331,8 @@ fn add_gradients<R: Real, S: Store<R>>(
     let (k_rows, scratch) = scratch.split_at_mut(e * tile);
     let (k_t, scratch) = scratch.split_at_mut(e * tile);
     let (v_t, scratch) = scratch.split_at_mut(e * tile);
-    let kv_at = (view.num_kv_heads * e, key_head * e, e);
-    let from = (segment.kv_start + j0, dk.len() / e);
+    let kv_at = (view.num_kv_heads * e, of_tile.key_head * e, e);
+    let from = (of_tile.segment.kv_start + of_tile.j0, of_tile.len(tile));
     // The rows of values are needed no longer than the queries that come there.
     let values = pack_rows(view.v, from, kv_at, S::load, scratch);
     let values_t = turned(view.isa, &values, e, tile, v_t);
@@ -347,12 +343,7 @@ fn add_gradients<R: Real, S: Store<R>>(
         keys_t,
         values_t,
     };
-    let keys = KeyTile {
-        segment,
-        key_head,
-        j0,
-    };
-    for block in keys.blocks(&view) {
+    for block in of_tile.blocks(&view) {
         let sums = (&mut *dk, &mut *dv);
         block.add_gradients(view, saved, &panels, &mut dq, scratch, sums);
     }
