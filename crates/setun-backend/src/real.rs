@@ -401,6 +401,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_largest_of_some_values() {
+        let inf = f32::INFINITY;
+        for (values, expected) in [
+            (&[][..], -inf),
+            (&[-inf, -inf], -inf),
+            (&[-3.5, -0.25, -1e-40, -2.0], -1e-40),
+            (&[-1.0, 7.0, 6.5], 7.0),
+            (&[2.0, inf, -inf], inf),
+        ] {
+            assert_eq!(f32::largest(values), expected, "{values:?}");
+        }
+        for nan in [f32::NAN, -f32::NAN] {
+            for at in 0..3 {
+                let mut values = [inf, -inf, 1.0];
+                values[at] = nan;
+                assert!(f32::largest(&values).is_nan(), "{values:?}");
+            }
+        }
+    }
+
+    #[test]
     fn exp_is_accurate_over_its_range() {
         let mut worst = 0.0f64;
         for i in -870_000..=887_000 {

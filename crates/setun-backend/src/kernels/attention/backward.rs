@@ -128,10 +128,7 @@ impl QueryBlock {
         to: &'b mut [R],
     ) -> Panel<'b, R> {
         let e = view.head_dim;
-        let from = (
-            self.segment.q_start + self.rows.0,
-            self.rows.1 - self.rows.0,
-        );
+        let from = (self.segment.q_start + self.rows.0, self.num_rows());
         let at = (view.num_heads * e, self.head * e, e);
         pack_rows(saved.dout, from, at, S::round, to)
     }
