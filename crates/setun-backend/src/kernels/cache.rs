@@ -472,18 +472,15 @@ impl<R: Real> Sums<'_, R> {
             return false;
         }
         self.soften::<S>(view, 0..pairs, &end_of);
-        let mut pieces: [&[bf16]; STORED_BLOCKS] = [&[]; STORED_BLOCKS];
-        let mut ahead = pieces;
+        let mut ahead: [&[bf16]; STORED_BLOCKS] = [&[]; STORED_BLOCKS];
         for (piece, &block) in ahead.iter_mut().zip(next) {
             *piece = &k[place(block)];
         }
-        let mut min_value = i32::MAX;
-        for (piece, &block) in pieces.iter_mut().zip(now) {
-            *piece = &v[place(block)];
-            min_value = min_value.min(min_exponent_bf16(piece));
-        }
+        let pieces = &values[..now.len()];
+        let exponents = pieces.iter().map(|piece| min_exponent_bf16(piece));
+        let min_value = exponents.min().unwrap_or(i32::MAX);
         let values = StoredRows {
-            pieces: &pieces[..now.len()],
+            pieces,
             steps: CACHE_BLOCK,
             lanes: e,
             ahead: &ahead[..next.len().min(now.len())],
