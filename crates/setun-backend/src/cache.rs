@@ -128,7 +128,7 @@ pub struct CacheStore<'a, R> {
     pub k: AttnBuf<R>,
     /// `[rows, num_kv_heads, head_dim]`.
     pub v: AttnBuf<R>,
-    /// Slot of each row; no two alike.
+    /// Slot of each row; of rows of the same slot the last one stays.
     pub slots: &'a [u32],
     /// Where they go.
     pub cache: CacheBuf,

@@ -21,6 +21,8 @@ use thiserror::Error;
 
 mod blocks;
 
+use blocks::Unread;
+
 /// Rows of logits that exist at a time.
 const HEAD_ROWS: usize = 64;
 
@@ -328,6 +330,7 @@ pub struct Engine {
     model: Qwen3<f32>,
     /// A block drafter, whose cache has the slots of the model's.
     drafter: Option<BlockDrafter<f32>>,
+    unread: Unread,
     context: usize,
     tables: KvTables,
     /// The tree of each sequence that waits for its commit.
@@ -432,6 +435,7 @@ impl Engine {
             backend,
             model,
             drafter,
+            unread: Unread::default(),
             context,
             tables: KvTables::new(shape.num_blocks),
             pending: Vec::new(),
@@ -643,6 +647,10 @@ impl Engine {
 
     /// Copies what the tables have moved.
     fn move_cached(&mut self) {
+        if self.batch.moves.is_empty() {
+            return;
+        }
+        self.read_hidden_states();
         self.model.move_cached(&mut self.backend, &self.batch.moves);
         if let Some(drafter) = &self.drafter {
             drafter.move_cached(&mut self.backend, &self.batch.moves);
@@ -677,6 +685,7 @@ impl Engine {
 
     /// Runs the batch through the model and counts its tokens to their sequences.
     fn run(&mut self, chunks: &[Chunk<'_>]) -> Result<(), EngineError> {
+        self.make_room_for_hidden_states();
         let batch = &self.batch;
         let mut segments = Vec::with_capacity(batch.pieces.len());
         let mut q_start = 0;
@@ -696,10 +705,11 @@ impl Engine {
         let rows = CachedRows {
             slots: &batch.slots,
             segments: &segments,
+            unread: self.unread.slots.len(),
         };
         self.model.forward_cached(&mut self.backend, rows);
-        if let Some(drafter) = &self.drafter {
-            drafter.absorb(&mut self.backend, &batch.slots, &batch.positions);
+        if self.drafter.is_some() {
+            self.unread.extend(&batch.slots, &batch.positions);
         }
         for &(index, first, n) in &self.batch.pieces {
             let chunk = &chunks[index];

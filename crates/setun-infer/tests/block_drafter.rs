@@ -232,3 +232,38 @@ fn guesses_depend_on_the_text_alone() {
         }
     }
 }
+
+/// Slots whose hidden states still wait come to hold other tokens: of a path that was rejected,
+/// of a tree that nobody committed, of a sequence that was given back.
+#[test]
+fn slots_that_are_used_again_keep_what_came_last() {
+    for max_rows in [4, 7, 64] {
+        let mut numbers = Numbers::new(200);
+        let model = target(&mut numbers, Numerics::Int8);
+        let new = || with_drafter(&model, &mut Numbers::new(201), options(max_rows));
+        let text = numbers.tokens(40, model.spec.config.vocab_size);
+        let mut plain = new();
+        let sequence = plain.start(&[]);
+        step(&mut plain, sequence, &text[..39], None);
+        let expected = guesses(&mut plain, sequence, text[39]);
+
+        let mut engine = new();
+        let gone = engine.start(&[]);
+        step(&mut engine, gone, &text[20..37], None);
+        engine.free(gone).unwrap();
+        let sequence = engine.start(&[]);
+        step(&mut engine, sequence, &text[..30], None);
+        let wrong = &text[3..7];
+        for at in 30..37 {
+            step(&mut engine, sequence, wrong, Some(&[ROOT, 0, 1, 2]));
+            if at % 2 == 0 {
+                engine.commit(sequence, &[0]).unwrap();
+                engine.truncate(sequence, at).unwrap();
+            }
+            step(&mut engine, sequence, &text[at..=at], None);
+        }
+        step(&mut engine, sequence, &text[37..39], Some(&[ROOT, 0]));
+        engine.commit(sequence, &[0, 1]).unwrap();
+        assert_eq!(guesses(&mut engine, sequence, text[39]), expected);
+    }
+}

@@ -178,7 +178,7 @@ impl<R: Real> BlockDrafter<R> {
         }
     }
 
-    /// The sum of products of the target's hidden states, for the rows of its last call.
+    /// The sum of products of the target's hidden states.
     fn read_states<B: Backend<Real = R>>(&self, b: &mut B, rows: usize) {
         let d = self.width();
         let states = self.states.part(0, rows * d);
@@ -339,8 +339,13 @@ impl<R: Real> BlockDrafter<R> {
         b.read(rows_of(self.body.buffers.losses, rows, 1), losses);
     }
 
-    /// Adds the rows of the target's last call to the drafter's cache: `slots` and
-    /// `positions` are those of the target's rows.
+    /// Most rows of the target's calls whose hidden states can wait to be read.
+    pub fn max_unread(&self) -> usize {
+        self.context
+    }
+
+    /// Adds rows of the target's last calls to the drafter's cache: `slots` and `positions` are
+    /// those of the target's rows, from the call on in which [`CachedRows::unread`] was 0.
     pub fn absorb<B: Backend<Real = R>>(&self, b: &mut B, slots: &[u32], positions: &[u32]) {
         let rows = slots.len();
         b.write(self.body.buffers.positions.part(0, rows), positions);

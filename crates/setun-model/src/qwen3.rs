@@ -136,6 +136,8 @@ pub struct CachedRows<'a> {
     pub slots: &'a [u32],
     /// Sequences.
     pub segments: &'a [CachedSegment<'a>],
+    /// Rows of earlier calls whose hidden states a drafter has not read yet.
+    pub unread: usize,
 }
 
 pub(crate) fn rows_of<R>(buf: Buf<R>, rows: Rows, width: usize) -> Buf<R> {
@@ -151,6 +153,14 @@ impl<'a, R> Call<'a, R> {
         Self {
             rows: Rows { first: 0, len },
             keys: Keys::Own(segments),
+        }
+    }
+
+    /// Rows of hidden states that are kept before those of this call.
+    fn unread(&self) -> usize {
+        match self.keys {
+            Keys::Cached(cached) => cached.unread,
+            Keys::Own(_) | Keys::Draft(_) => 0,
         }
     }
 
@@ -278,7 +288,8 @@ impl<R: Real> Qwen3<R> {
             self.layer_forward(b, l, call);
             for tap in self.taps.iter().filter(|tap| tap.layer == l) {
                 let x = rows_of(self.residual(l + 1), rows, d);
-                b.round_activation(x, d, act_rows(tap.act, rows, d));
+                let to = tap.act.rows(call.unread(), rows.len, d);
+                b.round_activation(x, d, to);
             }
         }
         let y = act_rows(self.buffers.act_head, rows, d);

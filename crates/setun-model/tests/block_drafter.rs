@@ -183,8 +183,9 @@ fn gradients_equal_central_differences() {
     }
 }
 
-/// Log-probabilities of all tokens for each mask behind the anchor `at`, by decoding.
-fn decoded(at: usize) -> Vec<Vec<f64>> {
+/// Log-probabilities of all tokens for each mask behind the anchor `at`, by decoding; `waiting`:
+/// the drafter reads hidden states of both calls at the end.
+fn decoded(at: usize, waiting: bool) -> Vec<Vec<f64>> {
     let shape = DecodeShape {
         rows: TEXT.len(),
         positions: 64,
@@ -206,7 +207,8 @@ fn decoded(at: usize) -> Vec<Vec<f64>> {
         among: Among::Chain,
     };
     let b = &mut pair.backend;
-    // The text in two calls, so that the drafter's context comes in two parts.
+    // The text in two calls, so that the drafter's context comes in two parts, or the first waits
+    // for the second.
     for (first, end) in [(0, at / 2), (at / 2, at)] {
         if first == end {
             continue;
@@ -215,12 +217,18 @@ fn decoded(at: usize) -> Vec<Vec<f64>> {
         let cached = CachedRows {
             slots: &slots[first..end],
             segments: &segments,
+            unread: if waiting { first } else { 0 },
         };
-        let positions = &positions[first..end];
         pair.target
-            .write_batch(b, &TEXT[first..end], positions, &[]);
+            .write_batch(b, &TEXT[first..end], &positions[first..end], &[]);
         pair.target.forward_cached(b, cached);
-        pair.drafter.absorb(b, cached.slots, positions);
+        if !waiting {
+            let slots = &slots[first..end];
+            pair.drafter.absorb(b, slots, &positions[first..end]);
+        }
+    }
+    if waiting {
+        pair.drafter.absorb(b, &slots[..at], &positions);
     }
     let block = CachedSegment {
         among: Among::All,
@@ -229,6 +237,7 @@ fn decoded(at: usize) -> Vec<Vec<f64>> {
     let cached = CachedRows {
         slots: &slots[at..],
         segments: &[block],
+        unread: 0,
     };
     let mut kept = Kept::default();
     let anchor = (TEXT[at], at as u32);
@@ -249,7 +258,8 @@ fn decoded(at: usize) -> Vec<Vec<f64>> {
 fn decoding_says_what_training_says() {
     let mut pair = Pair::<f32>::in_training();
     for (block, &anchor) in ANCHORS.iter().enumerate() {
-        let rows = decoded(anchor as usize);
+        let rows = decoded(anchor as usize, false);
+        assert_eq!(rows, decoded(anchor as usize, true));
         assert_eq!(rows.len(), BLOCK - 1);
         for (i, row) in rows.iter().enumerate() {
             for (token, log_probability) in row.iter().enumerate() {

@@ -1,6 +1,9 @@
 //! A block drafter on the engine of its target: it reads the hidden states of every step,
 //! and its cache has the slots of the target's, so that what is forked, kept or forgotten
 //! there is here too.
+//!
+//! Hidden states wait until a block is guessed: read together, many rows cost little more than
+//! one, and a text whose drafts do not pay hardly pays for its drafter.
 
 use super::{Engine, EngineError, EngineOptions, load_parameters, spec_of};
 use crate::kv::Sequence;
@@ -9,7 +12,43 @@ use setun_backend::{Among, CachedSegment, Host};
 use setun_io::{OpenDrafter, OpenModel};
 use setun_model::{BlockDrafter, CachedRows, DrafterSpec, ModelSpec, Parameters};
 
+/// Rows whose hidden states wait for the drafter. A slot that came to hold another token in the
+/// meantime occurs twice, and keeps the later row.
+#[derive(Default)]
+pub(super) struct Unread {
+    pub(super) slots: Vec<u32>,
+    positions: Vec<u32>,
+}
+
+impl Unread {
+    pub(super) fn extend(&mut self, slots: &[u32], positions: &[u32]) {
+        self.slots.extend_from_slice(slots);
+        self.positions.extend_from_slice(positions);
+    }
+}
+
 impl Engine {
+    /// Lets the drafter read the hidden states that wait for it: before slots of the cache are
+    /// read or moved.
+    pub(super) fn read_hidden_states(&mut self) {
+        let Unread { slots, positions } = &mut self.unread;
+        if let Some(drafter) = &self.drafter
+            && !slots.is_empty()
+        {
+            drafter.absorb(&mut self.backend, slots, positions);
+        }
+        slots.clear();
+        positions.clear();
+    }
+
+    /// Before the batch is run.
+    pub(super) fn make_room_for_hidden_states(&mut self) {
+        let rows = self.unread.slots.len() + self.batch.slots.len();
+        if self.drafter.as_ref().is_some_and(|d| rows > d.max_unread()) {
+            self.read_hidden_states();
+        }
+    }
+
     /// As [`load`](Self::load), with a block drafter, for
     /// [`BlockGuesses`](crate::BlockGuesses).
     ///
@@ -91,6 +130,7 @@ impl Engine {
             return Ok(Vec::new());
         }
         self.move_cached();
+        self.read_hidden_states();
         let slots: Result<Vec<u32>, _> = (past..past + n)
             .map(|p| self.tables.slot(sequence, p))
             .collect();
@@ -105,6 +145,7 @@ impl Engine {
         let cached = CachedRows {
             slots: &slots?,
             segments: &[block],
+            unread: 0,
         };
         let Some(drafter) = &self.drafter else {
             return Ok(Vec::new());
