@@ -7,15 +7,8 @@
 use crate::draft::{Budget, Draft, MAX_NODES, NUM_EVIDENCE};
 use std::collections::BTreeMap;
 
-/// Times that a median is taken of.
-const SAMPLES: usize = 9;
-
-/// Times that a number of rows needs to count: the median of three stands one outlier.
+/// Times that a number of rows needs to count.
 const ENOUGH: usize = 3;
-
-/// Steps after which a number of rows that did not occur is forgotten. What was too dear is
-/// tried again then.
-const REMEMBERED: u64 = 512;
 
 /// What a further row costs, as a share of a step of one row, before it is measured.
 const PRIOR_SLOPE: f64 = 0.2;
@@ -24,23 +17,58 @@ const PRIOR_SLOPE: f64 = 0.2;
 /// times may be flat or fall, and would promise the widest step for nothing.
 const LEAST_SLOPE: f64 = 0.1;
 
-/// Seconds of a step by its number of rows: the median of the last nine for each number
-/// that occurred three times, a straight line between them. Beyond them the line goes on, but
-/// with a tenth of a step for a row at least; what was never measured is guessed, one step as the unit.
+/// Variance of the logarithm of a time around what is expected.
+const NOISE: f64 = 0.01;
+
+/// By how much the variance of the host's pace grows with each step.
+const PACE_DRIFT: f64 = 0.003;
+
+/// By how much that of a cost does.
+const COST_DRIFT: f64 = 1e-4;
+
+/// Deviations beyond which a time is taken for disturbed, and for no longer than so many.
+const OUTLIER: f64 = 2.0;
+
+/// Seconds of a step by its number of rows, a straight line between those that occurred three
+/// times. Beyond them the line goes on, but with a tenth of a step for a row at least; what
+/// was never measured is guessed, one step as the unit.
+///
+/// The logarithm of a time is that of the host's pace and that of the cost of its rows, and noise.
+/// Both are followed by a Kalman filter each: what a time has beyond expectation goes to pace and
+/// cost by their variances. So a host that is slow for a while changes no cost that is
+/// well known, and costs that were measured at different moments can be compared.
 #[derive(Clone, Debug, Default)]
 pub struct CostModel {
-    times: BTreeMap<usize, Times>,
+    costs: BTreeMap<usize, Cost>,
     /// Number of observations.
     now: u64,
 }
 
-#[derive(Clone, Debug, Default)]
-struct Times {
-    /// The last ones, oldest first.
-    recent: Vec<f64>,
-    median: f64,
-    /// When the last one came.
+/// What is known of the cost of a number of rows.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    /// Logarithm of seconds.
+    log: f64,
+    variance: f64,
+    count: usize,
+    /// The first logarithms, ascending.
+    first: [f64; ENOUGH],
+    /// When it was last observed.
     at: u64,
+}
+
+/// How many times as long steps take now as when they were first measured: a host that others use,
+/// too, changes its speed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pace {
+    log: f64,
+    variance: f64,
+}
+
+impl Pace {
+    fn value(&self) -> f64 {
+        libm::exp(self.log)
+    }
 }
 
 impl CostModel {
@@ -52,41 +80,66 @@ impl CostModel {
     /// Counts a step of `rows` rows that took `seconds`. Times that are no positive numbers
     /// are left out.
     pub fn observe(&mut self, rows: usize, seconds: f64) {
+        self.observe_at(&mut Pace::default(), rows, seconds);
+    }
+
+    /// As [`observe`](Self::observe), at the pace of the host, which learns from it.
+    fn observe_at(&mut self, pace: &mut Pace, rows: usize, seconds: f64) {
         if rows == 0 || !seconds.is_finite() || seconds <= 0.0 {
             return;
         }
         self.now += 1;
-        let times = self.times.entry(rows).or_default();
-        if times.recent.len() == SAMPLES {
-            times.recent.remove(0);
+        let log = libm::log(seconds) - pace.log;
+        let cost = self.costs.entry(rows).or_insert(Cost {
+            log,
+            variance: NOISE,
+            count: 0,
+            first: [f64::INFINITY; ENOUGH],
+            at: self.now,
+        });
+        let age = (self.now - cost.at) as f64;
+        cost.count += 1;
+        cost.at = self.now;
+        if let Some(first) = cost.first.get_mut(cost.count - 1) {
+            *first = log;
+            cost.first.sort_by(f64::total_cmp);
+            // The least until there is a median: what is the very first to be timed is often
+            // long, for reasons that do not come again.
+            cost.log = cost.first[if cost.counts() { ENOUGH / 2 } else { 0 }];
+            return;
         }
-        times.recent.push(seconds);
-        times.at = self.now;
-        let mut sorted = times.recent.clone();
-        sorted.sort_by(f64::total_cmp);
-        times.median = sorted[sorted.len() / 2];
-        let now = self.now;
-        self.times.retain(|_, times| now - times.at < REMEMBERED);
+        cost.variance += age * COST_DRIFT;
+        let variance = cost.variance + pace.variance + NOISE;
+        let most = OUTLIER * variance.sqrt();
+        let beyond = (log - cost.log).clamp(-most, most);
+        for (log, own) in [
+            (&mut cost.log, &mut cost.variance),
+            (&mut pace.log, &mut pace.variance),
+        ] {
+            let share = *own / variance;
+            *log += share * beyond;
+            *own *= 1.0 - share;
+        }
     }
 
     /// Whether `rows` rows were measured often enough to count.
     pub fn is_measured(&self, rows: usize) -> bool {
-        self.times.get(&rows).is_some_and(Times::count)
+        self.costs.get(&rows).is_some_and(Cost::counts)
     }
 
     /// Expected seconds of a step of `rows` rows, at least 1.
     pub fn predict(&self, rows: usize) -> f64 {
         let rows = rows.max(1);
-        let point = |(&rows, times): (&usize, &Times)| (rows as f64, times.median);
-        let known = |(_, times): &(&usize, &Times)| times.count();
-        let below = self.times.range(..=rows).rev().find(known).map(point);
-        let above = self.times.range(rows..).find(known).map(point);
+        let point = |(&rows, cost): (&usize, &Cost)| (rows as f64, libm::exp(cost.log));
+        let known = |(_, cost): &(&usize, &Cost)| cost.counts();
+        let below = self.costs.range(..=rows).rev().find(known).map(point);
+        let above = self.costs.range(rows..).find(known).map(point);
         let at = rows as f64;
         match (below, above) {
             (Some((x0, y0)), Some((x1, _))) if x0 == x1 => y0,
             (Some((x0, y0)), Some((x1, y1))) => y0 + (y1 - y0) * (at - x0) / (x1 - x0),
             (None, None) => Self::guess(at),
-            (Some((x, y)), None) => match self.times.iter().find(known).map(point) {
+            (Some((x, y)), None) => match self.costs.iter().find(known).map(point) {
                 Some((x0, y0)) if x0 < x => {
                     y + ((y - y0) / (x - x0)).max(LEAST_SLOPE * y0) * (at - x)
                 }
@@ -96,13 +149,14 @@ impl CostModel {
         }
     }
 
-    /// As [`predict`](Self::predict), and the longest time seen, or none, while no number of rows
+    /// As [`predict`](Self::predict), and the shortest time seen, or none, while no number of rows
     /// counts: a guess has no unit that could be held against seconds.
     fn predict_seconds(&self, rows: usize) -> f64 {
-        if self.times.values().any(Times::count) {
+        if self.costs.values().any(Cost::counts) {
             return self.predict(rows);
         }
-        self.times.values().map(|t| t.median).fold(0.0, f64::max)
+        let all = self.costs.values().map(|cost| libm::exp(cost.log));
+        all.reduce(f64::min).unwrap_or(0.0)
     }
 
     fn guess(rows: f64) -> f64 {
@@ -110,38 +164,9 @@ impl CostModel {
     }
 }
 
-impl Times {
-    fn count(&self) -> bool {
-        self.recent.len() >= ENOUGH
-    }
-}
-
-/// How many times as long steps take now as their costs say: a host that others use, too, changes
-/// its speed, and numbers of rows are measured at different moments. The median of the last few.
-#[derive(Clone, Debug, Default)]
-struct Pace {
-    /// Oldest first.
-    recent: Vec<f64>,
-}
-
-impl Pace {
-    /// Steps that count.
-    const MEMORY: usize = 5;
-
-    fn observe(&mut self, ratio: f64) {
-        if !ratio.is_finite() || ratio <= 0.0 {
-            return;
-        }
-        if self.recent.len() == Self::MEMORY {
-            self.recent.remove(0);
-        }
-        self.recent.push(ratio);
-    }
-
-    fn value(&self) -> f64 {
-        let mut sorted = self.recent.clone();
-        sorted.sort_by(f64::total_cmp);
-        sorted.get(sorted.len() / 2).copied().unwrap_or(1.0)
+impl Cost {
+    fn counts(&self) -> bool {
+        self.count >= ENOUGH
     }
 }
 
@@ -221,6 +246,19 @@ pub struct Planner {
     /// Plain steps that drafts have saved, or lost where it is negative; then plain steps pay it
     /// back, a little each.
     credit: f64,
+    /// Drafts that were asked for.
+    asked: usize,
+}
+
+/// Of so many drafts, one is for a [`Probe`].
+const PROBED: usize = 16;
+
+/// Trees beside the best, whose costs and acceptances would not be heard of any more.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Probe {
+    Plain,
+    Smaller,
+    Larger,
 }
 
 /// A draft with the tokens that came behind its context.
@@ -282,6 +320,7 @@ impl Planner {
             deeper: [Rate::new(0.7); DEPTHS],
             waiting: Vec::new(),
             credit: FIRST_CREDIT,
+            asked: 0,
         }
     }
 
@@ -306,14 +345,26 @@ impl Planner {
     pub fn budget(&mut self, room: Budget) -> Budget {
         let limit = self.limit.min(room);
         let none = Budget { nodes: 0, ..limit };
-        if !self.cost.is_measured(1) {
+        if !self.cost.is_measured(1) || self.credit < 0.0 {
             return none;
         }
-        if self.credit < 0.0 {
+        self.asked += 1;
+        if self.probe() == Some(Probe::Plain) {
             return none;
         }
-        let depth = self.best_depth(limit.depth);
-        Budget { depth, ..limit }
+        let best = self.best_depth(limit.depth);
+        let more = usize::from(self.probe() == Some(Probe::Larger));
+        Budget {
+            depth: limit.depth.min(best + more),
+            ..limit
+        }
+    }
+
+    /// Whether the cycle tries something else than what seems best.
+    fn probe(&self) -> Option<Probe> {
+        let kinds = [Probe::Plain, Probe::Larger, Probe::Smaller, Probe::Larger];
+        let is_due = self.asked.is_multiple_of(PROBED);
+        is_due.then(|| kinds[self.asked / PROBED % kinds.len()])
     }
 
     /// The depth whose path promises the most tokens for the time of drafting and verifying
@@ -359,14 +410,20 @@ impl Planner {
             .map(|(_, tokens, cost)| tokens / (cost + seconds));
         let rate = rates.fold(MARGIN / plain, f64::max);
         let mut best = (1.0 - rate * plain, 0);
-        for (nodes, tokens, cost) in offers {
+        for &(nodes, tokens, cost) in &offers {
             let gain = tokens - rate * cost;
             if gain > best.0 {
                 best = (gain, nodes);
             }
         }
+        let sizes = [0].into_iter().chain(offers.iter().map(|offer| offer.0));
+        let nodes = match self.probe() {
+            None | Some(Probe::Plain) => best.1,
+            Some(Probe::Smaller) => sizes.take_while(|&n| n < best.1).last().unwrap_or(0),
+            Some(Probe::Larger) => sizes.filter(|&n| n > best.1).min().unwrap_or(best.1),
+        };
         let mut chosen = vec![false; values.len()];
-        for &node in &order[..best.1] {
+        for &node in &order[..nodes] {
             chosen[node] = true;
         }
         chosen
@@ -391,12 +448,9 @@ impl Planner {
 
     /// Counts a cycle.
     pub fn observe(&mut self, cycle: Cycle<'_>) {
-        if self.cost.is_measured(cycle.rows) {
-            let ratio = cycle.step_seconds / self.cost.predict(cycle.rows);
-            self.pace.observe(ratio);
-        }
-        let pace = self.pace.value();
-        self.cost.observe(cycle.rows, cycle.step_seconds / pace);
+        self.pace.variance += PACE_DRIFT;
+        self.cost
+            .observe_at(&mut self.pace, cycle.rows, cycle.step_seconds);
         self.learn(cycle);
         if cycle.draft.is_none() {
             if self.credit < 0.0 {
@@ -405,7 +459,8 @@ impl Planner {
             return;
         }
         let depth = cycle.depth.max(1);
-        self.draft_cost.observe(depth, cycle.draft_seconds / pace);
+        let seconds = cycle.draft_seconds / self.pace.value();
+        self.draft_cost.observe(depth, seconds);
         self.count(cycle.tokens.len(), cycle.rows, depth);
     }
 
