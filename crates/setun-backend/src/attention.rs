@@ -25,6 +25,7 @@
 use crate::cpu::{Isa, multiversion};
 use crate::kernels::attention::{
     QueryGradients, Saved, Sight, View, forward_block, head_gradients, row_delta, scratch_len,
+    sums_len,
 };
 use crate::ops::Segment;
 use crate::real::Real;
@@ -157,7 +158,7 @@ pub fn backward<R: Real>(
     let saved = Saved { lse, dout, delta };
     let view = shape.view((q, k, v), first_key);
     let mut scratch = vec![R::ZERO; scratch_len(shape.head_dim, view.tile)];
-    let mut sums = vec![R::ZERO; 2 * shape.head_dim * view.tile];
+    let mut sums = vec![R::ZERO; sums_len(shape.head_dim, view.tile)];
     let (isa, heads, width) = (Isa::detect(), shape.num_kv_heads, shape.head_dim);
     for segment in shape.segments() {
         let mut dq = OfSegment {

@@ -9,7 +9,7 @@ mod scratch;
 mod transformer;
 
 use crate::cpu::{Isa, Pool, RowParts, RowsMut, gemm, int8, multiversion, packed};
-use crate::kernels::attention::scratch_len;
+use crate::kernels::attention::{scratch_len, sums_len};
 use crate::kernels::rounding::ActRows;
 use crate::kernels::{elementwise, loss, norm, optimizer, rounding};
 use crate::memory::{Arena, Buf, Category, Plan};
@@ -66,7 +66,7 @@ impl<R: Real> HostWorkspace<R> {
     /// Reserves the scratch memory of `threads` threads.
     pub fn reserve(plan: &mut Plan, threads: usize, limits: Limits) -> Self {
         let threads = threads.max(1);
-        let sums = 2 * limits.head_dim * TILE;
+        let sums = sums_len(limits.head_dim, TILE);
         let attention = scratch_len(limits.head_dim, TILE) + sums;
         let real_len = gemm::SCRATCH.max(attention).max(2 * limits.width);
         let int8_len = int8::scratch_len(limits.width, limits.group_size)

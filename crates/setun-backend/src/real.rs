@@ -275,13 +275,13 @@ fn bf16_bits(x: f32) -> u32 {
 /// denormal; above 88.7 it is infinite.
 #[inline(always)]
 pub fn exp_f32(x: f32) -> f32 {
-    let clamped = if x < -87.0 { -87.0 } else { x };
+    let clamped = if x < exp::LEAST { exp::LEAST } else { x };
     let clamped = if clamped > 88.7 { 88.7 } else { clamped };
     let (p, n) = exp_parts(clamped);
     // 2^n in two factors: n = 128 alone would overflow the exponent field.
     let half = n >> 1;
     let y = p * power_of_2(half) * power_of_2(n - half);
-    let y = if x < -87.0 { 0.0 } else { y };
+    let y = if x < exp::LEAST { 0.0 } else { y };
     if x > 88.7 { f32::INFINITY } else { y }
 }
 
@@ -289,31 +289,46 @@ pub fn exp_f32(x: f32) -> f32 {
 /// factor `2^n` nor the product leaves the normal numbers. Two thirds of the operations.
 #[inline(always)]
 pub fn exp_small_f32(x: f32) -> f32 {
-    let clamped = if x < -87.0 { -87.0 } else { x };
+    let clamped = if x < exp::LEAST { exp::LEAST } else { x };
     let (p, n) = exp_parts(clamped);
     let y = p * power_of_2(n);
-    if x < -87.0 { 0.0 } else { y }
+    if x < exp::LEAST { 0.0 } else { y }
+}
+
+/// Constants of e^x in f32.
+pub(crate) mod exp {
+    /// Adding it leaves the nearest integer in the low bits of the sum.
+    pub(crate) const ROUND: f32 = 12_582_912.0;
+    /// ln 2 in two parts, the first of few bits, so that its products with small integers are
+    /// exact.
+    pub(crate) const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+    /// Factors of r^7 to r^0.
+    pub(crate) const TERMS: [f32; 8] = [
+        1.0 / 5040.0,
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        0.5,
+        1.0,
+        1.0,
+    ];
+    /// Below, the result is 0.
+    pub(crate) const LEAST: f32 = -87.0;
 }
 
 /// `e^r` and `n` with `x = n ln 2 + r`, for `x` from -87 to 88.7.
 #[inline(always)]
 fn exp_parts(x: f32) -> (f32, i32) {
-    /// Adding it leaves the nearest integer in the low bits of the sum.
-    const ROUND: f32 = 12_582_912.0;
-    const LN_2_HIGH: f32 = 0.693_359_4;
-    const LN_2_LOW: f32 = -2.121_944_4e-4;
-    let shifted = f32::mul_add(x, std::f32::consts::LOG2_E, ROUND);
-    let n = shifted - ROUND;
-    let r = f32::mul_add(n, -LN_2_HIGH, x);
-    let r = f32::mul_add(n, -LN_2_LOW, r);
-    let p = f32::mul_add(r, 1.0 / 5040.0, 1.0 / 720.0);
-    let p = f32::mul_add(p, r, 1.0 / 120.0);
-    let p = f32::mul_add(p, r, 1.0 / 24.0);
-    let p = f32::mul_add(p, r, 1.0 / 6.0);
-    let p = f32::mul_add(p, r, 0.5);
-    let p = f32::mul_add(p, r, 1.0);
-    let p = f32::mul_add(p, r, 1.0);
-    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    let shifted = f32::mul_add(x, std::f32::consts::LOG2_E, exp::ROUND);
+    let n = shifted - exp::ROUND;
+    let r = f32::mul_add(n, -exp::LN_2[0], x);
+    let r = f32::mul_add(n, -exp::LN_2[1], r);
+    let [first, rest @ ..] = exp::TERMS;
+    let p = rest
+        .into_iter()
+        .fold(first, |p, term| f32::mul_add(p, r, term));
+    let n = shifted.to_bits().wrapping_sub(exp::ROUND.to_bits()) as i32;
     (p, n)
 }
 

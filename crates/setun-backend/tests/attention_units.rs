@@ -113,6 +113,8 @@ fn cases() -> Vec<Case> {
         case("own keys", 4, 2, 32, own(&[150, 1, 70])),
         case("whole tiles", 2, 2, 128, own(&[128])),
         case("few rows", 3, 1, 64, own(&[7, 33])),
+        // More than tasks take together, of queries and of keys.
+        case("many tiles and heads", 16, 8, 32, own(&[330])),
         case(
             "behind a context",
             2,

@@ -22,7 +22,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 /// Rows and columns of a tile of sums.
-pub(super) const TILE: usize = 16;
+pub(crate) const TILE: usize = 16;
 /// Rows and columns that advance together, two tiles of each.
 pub(crate) const PAIR: usize = 2 * TILE;
 

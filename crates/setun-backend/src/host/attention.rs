@@ -5,8 +5,8 @@ use super::scratch::Scratch;
 use super::*;
 use crate::cpu::multiversion;
 use crate::kernels::attention::{
-    self, QueryGradients, Saved, Sight, Store, View, dkdv_tile, dq_block, forward_block,
-    head_gradients,
+    self, QUERY_BLOCKS, QueryGradients, Saved, Sight, Store, View, dkdv_tile, dq_block,
+    forward_block, head_gradients,
 };
 use crate::ops::*;
 
@@ -89,24 +89,36 @@ fn view<'a, R, S>(
     }
 }
 
-/// One piece of an attention: a segment and the first of its rows or keys.
+/// One piece of an attention: a segment and the first of its rows or keys, of which a piece has
+/// `size`.
 fn piece(
     segments: &[Segment],
+    size: usize,
     mut index: usize,
     len: impl Fn(&Segment) -> usize,
 ) -> (Segment, usize) {
     for segment in segments {
-        let blocks = len(segment).div_ceil(TILE);
+        let blocks = len(segment).div_ceil(size);
         if index < blocks {
-            return (*segment, index * TILE);
+            return (*segment, index * size);
         }
         index -= blocks;
     }
     unreachable!("a task outside of the segments")
 }
 
-fn pieces(segments: &[Segment], len: impl Fn(&Segment) -> usize) -> usize {
-    segments.iter().map(|s| len(s).div_ceil(TILE)).sum()
+fn pieces(segments: &[Segment], size: usize, len: impl Fn(&Segment) -> usize) -> usize {
+    segments.iter().map(|s| len(s).div_ceil(size)).sum()
+}
+
+/// Rows of queries of a task of [`attention_forward`]: many, which share the work on a tile of
+/// keys, where there are tasks enough.
+fn query_rows(tiles: usize, threads: usize) -> usize {
+    const TASKS_OF_A_THREAD: usize = 16;
+    match tiles >= TASKS_OF_A_THREAD * QUERY_BLOCKS * threads {
+        true => QUERY_BLOCKS * TILE,
+        false => TILE,
+    }
 }
 
 fn attention_forward<R: Real, S: Store<R>>(
@@ -119,10 +131,12 @@ fn attention_forward<R: Real, S: Store<R>>(
 ) {
     assert_disjoint(segments.iter().map(|s| (s.q_start, s.q_len)));
     let heads = view.num_heads;
-    pool.run(pieces(segments, |s| s.q_len) * heads, &|task, worker| {
-        let (segment, start) = piece(segments, task / heads, |s| s.q_len);
+    let len = |s: &Segment| s.q_len;
+    let size = query_rows(pieces(segments, TILE, len) * heads, pool.threads());
+    pool.run(pieces(segments, size, len) * heads, &|task, worker| {
+        let (segment, start) = piece(segments, size, task / heads, len);
         let head = task % heads;
-        let rows = (start, segment.q_len.min(start + TILE));
+        let rows = (start, segment.q_len.min(start + size));
         let mut put = |row: usize, values: &[R], log_sum: R| {
             let at = (segment.q_start + row) * heads + head;
             // SAFETY: row `at` of this head belongs to this task alone: segments share none.
@@ -193,7 +207,7 @@ fn attention_gradients<R: Real, S: Store<R>>(
     assert_disjoint(segments.iter().map(|s| (s.q_start, s.q_len)));
     assert_disjoint(segments.iter().map(|s| (s.kv_start, s.kv_len)));
     let (heads, kv_heads) = (view.num_heads, view.num_kv_heads);
-    let sums = 2 * view.head_dim * TILE;
+    let sums = sums_len(view.head_dim, TILE);
     let grads = &grads;
     // A pass over the keys of a whole head takes five products instead of seven; where that
     // leaves threads without work, tiles are shared out instead. The bits are the same.
@@ -214,21 +228,24 @@ fn attention_gradients<R: Real, S: Store<R>>(
         });
         return;
     }
-    pool.run(pieces(segments, |s| s.q_len) * heads, &|task, worker| {
-        let (segment, start) = piece(segments, task / heads, |s| s.q_len);
-        let head = task % heads;
-        let rows = (start, segment.q_len.min(start + TILE));
-        let mut put = |row: usize, values: &[R]| {
-            grads
-                .query(segment, row, (head, heads))
-                .copy_from_slice(values);
-        };
-        let scratch = scratch.of(worker);
-        dq_task(isa, view, saved, segment, head, rows, &mut put, scratch);
-    });
-    let key_tiles = pieces(segments, |s| s.kv_len);
+    pool.run(
+        pieces(segments, TILE, |s| s.q_len) * heads,
+        &|task, worker| {
+            let (segment, start) = piece(segments, TILE, task / heads, |s| s.q_len);
+            let head = task % heads;
+            let rows = (start, segment.q_len.min(start + TILE));
+            let mut put = |row: usize, values: &[R]| {
+                grads
+                    .query(segment, row, (head, heads))
+                    .copy_from_slice(values);
+            };
+            let scratch = scratch.of(worker);
+            dq_task(isa, view, saved, segment, head, rows, &mut put, scratch);
+        },
+    );
+    let key_tiles = pieces(segments, TILE, |s| s.kv_len);
     pool.run(key_tiles * kv_heads, &|task, worker| {
-        let (segment, j0) = piece(segments, task / kv_heads, |s| s.kv_len);
+        let (segment, j0) = piece(segments, TILE, task / kv_heads, |s| s.kv_len);
         let key_head = task % kv_heads;
         let (sums, scratch) = scratch.of(worker).split_at_mut(sums);
         let mut put = grads.key(segment, (key_head, kv_heads));

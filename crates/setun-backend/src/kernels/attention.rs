@@ -15,7 +15,7 @@ mod backward;
 mod units;
 
 pub use backward::{
-    QueryGradients, Saved, dkdv_tile, dq_block, head_gradients, row_delta, row_deltas,
+    QueryGradients, Saved, dkdv_tile, dq_block, head_gradients, row_delta, row_deltas, sums_len,
 };
 
 use crate::cpu::Isa;
@@ -23,7 +23,7 @@ use crate::kernels::product::{
     Order, ROWS_TOGETHER, needs_flush, rows_mat, tiles_mat, transpose, vec_mat,
 };
 use crate::ops::{DraftBlocks, Segment};
-use crate::real::{Real, sum_slices};
+use crate::real::{Real, sum_lane_array};
 use bytemuck::Pod;
 use half::bf16;
 use std::ops::Range;
@@ -108,8 +108,11 @@ struct Visible {
 
 /// Scratch values that [`forward_block`], [`dq_block`], [`dkdv_tile`] and [`head_gradients`] need.
 pub fn scratch_len(head_dim: usize, tile: usize) -> usize {
-    7 * head_dim * tile + 4 * tile * tile + 2 * tile
+    (5 + 2 * backward::KEY_TILES) * head_dim * tile + 5 * tile * tile + 2 * QUERY_BLOCKS * tile
 }
+
+/// Most blocks of `tile` queries that [`forward_block`] takes.
+pub const QUERY_BLOCKS: usize = 4;
 
 impl<S> View<'_, S> {
     fn key_head(&self, head: usize) -> usize {
@@ -187,6 +190,12 @@ impl<S> View<'_, S> {
 }
 
 impl Visible {
+    /// Whether all positions of a tile from `j0` on are seen.
+    fn is_whole(self, j0: usize, tile: usize) -> bool {
+        let outside_gap = self.gap.1 <= j0 || self.gap.0 >= j0 + tile || self.gap.0 >= self.gap.1;
+        self.first <= j0 && self.end >= j0 + tile && outside_gap
+    }
+
     /// Scales the scores of a tile from position `j0`, before the end, and masks those that
     /// are not seen.
     #[inline(always)]
@@ -314,8 +323,8 @@ pub(super) fn multiply_active<R: Real, S: Store<R>>(
     }
 }
 
-/// Attention of queries `rows` of `segment` for one head into `out` and `lse`, which are
-/// those rows' `[rows, num_heads, head_dim]` and `[rows, num_heads]`.
+/// Attention of queries `rows` of `segment` for one head, at most [`QUERY_BLOCKS`] tiles of
+/// them; `put` takes a row, its output `[head_dim]` and its log-sum-exp.
 #[inline(always)]
 pub fn forward_block<R: Real, S: Store<R>>(
     view: View<'_, S>,
@@ -328,6 +337,22 @@ pub fn forward_block<R: Real, S: Store<R>>(
     if units::forward(&view, segment, head, rows, &mut put, scratch) {
         return;
     }
+    for start in (rows.0..rows.1).step_by(view.tile) {
+        let rows = (start, rows.1.min(start + view.tile));
+        forward_tile(view, segment, head, rows, &mut put, scratch);
+    }
+}
+
+/// [`forward_block`] of one tile.
+#[inline(always)]
+fn forward_tile<R: Real, S: Store<R>>(
+    view: View<'_, S>,
+    segment: Segment,
+    head: usize,
+    rows: (usize, usize),
+    put: &mut impl FnMut(usize, &[R], R),
+    scratch: &mut [R],
+) {
     let (e, tile) = (view.head_dim, view.tile);
     let (first_row, end_row) = rows;
     let num_rows = end_row - first_row;
@@ -413,6 +438,24 @@ pub(super) struct Running<'a, R> {
     pub(super) acc: &'a mut [R],
 }
 
+/// Puts exponentials of the scores less their maximum in the scores' place, rounded; the sum of
+/// those that are not rounded, in the order of [`sum_lanes`](crate::real::sum_lanes).
+#[inline(always)]
+fn exponentials<R: Real, S: Store<R>>(scores: &mut [R], max: R) -> R {
+    let mut lanes = [R::ZERO; 16];
+    let of_lane = |(score, lane): (&mut R, &mut R)| {
+        let p = (*score - max).exp_small();
+        *lane += p;
+        *score = S::round(p);
+    };
+    let (chunks, rest) = scores.as_chunks_mut::<16>();
+    for chunk in chunks {
+        chunk.iter_mut().zip(&mut lanes).for_each(of_lane);
+    }
+    rest.iter_mut().zip(&mut lanes).for_each(of_lane);
+    sum_lane_array(lanes)
+}
+
 /// Folds one tile of masked scores `[rows, tile]` into what is running, for the rows that see
 /// something of the tile, and leaves the probabilities that are to be multiplied with the values.
 ///
@@ -454,18 +497,7 @@ pub(super) fn online_softmax<R: Real, S: Store<R>>(
         }
         let active = |(r, _): &(usize, &mut [R])| is_active[*r];
         for (r, scores) in scores.chunks_mut(tile).enumerate().filter(active) {
-            let max = max[r];
-            for s in scores {
-                *s = (*s - max).exp_small();
-            }
-        }
-        for (r, scores) in scores.chunks_mut(tile).enumerate().filter(active) {
-            sum[r] = sum[r] * shrink[r] + sum_slices([&*scores], |[x]| x);
-        }
-        for (_, scores) in scores.chunks_mut(tile).enumerate().filter(active) {
-            for s in scores {
-                *s = S::round(*s);
-            }
+            sum[r] = sum[r] * shrink[r] + exponentials::<R, S>(scores, max[r]);
         }
         for (r, acc) in acc.chunks_mut(e).enumerate().filter(active) {
             let shrink = shrink[r];

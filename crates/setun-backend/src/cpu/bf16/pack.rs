@@ -13,7 +13,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Values of a tile.
-pub(super) const TILE_VALUES: usize = TILE * BLOCK;
+pub(crate) const TILE_VALUES: usize = TILE * BLOCK;
 /// Added to a chain as `-0 * 0`, it changes nothing, not even the sign of
 /// a zero.
 const NEGATIVE_ZERO: f32 = -0.0;
@@ -329,7 +329,7 @@ pub(super) fn upper_halves(pairs: Pairs) -> __m512i {
 /// 32 numbers of 16 bits in order of their places, likewise.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn in_order(pairs: Pairs) -> __m512i {
+pub(crate) fn in_order(pairs: Pairs) -> __m512i {
     load_order(match pairs {
         Pairs::Neighbours => const { &Pairs::Neighbours.order(1, 0) },
         Pairs::OfOneChain => const { &Pairs::OfOneChain.order(1, 0) },

@@ -3,9 +3,11 @@
 //! What [`pack`](super::pack) does for any matrix by way of f32, here for few rows and whole
 //! blocks of steps, on the 16 bits themselves.
 
-use super::pack::{Pairs, TILE_VALUES, as_bits, in_order, pack_plain_rows};
+use super::pack::pack_plain_rows;
+pub(crate) use super::pack::{TILE_VALUES, in_order};
 use super::stored::interleaved;
-use super::{PAIR, Panels, TILE, Unit, least_exponent, multiply_panel};
+pub(crate) use super::{PAIR, Pairs, TILE};
+use super::{Panels, Unit, least_exponent, multiply_panel};
 use crate::cpu::avx2::turn;
 use crate::cpu::prefetch;
 use crate::kernels::product::BLOCK;
@@ -65,7 +67,7 @@ pub(crate) const fn packed_len(outputs: usize, steps: usize) -> usize {
 impl<'a> Packed<'a> {
     /// Of tiles that are filled.
     #[target_feature(enable = "avx512f,avx512bw")]
-    fn of(tiles: &'a [u16], outputs: usize, steps: usize) -> Self {
+    pub(crate) fn of(tiles: &'a [u16], outputs: usize, steps: usize) -> Self {
         let along = steps.div_ceil(BLOCK);
         let mut exponents = [0; MOST_OUTPUTS / PAIR];
         let panels = tiles.chunks_exact(2 * along * TILE_VALUES);
@@ -166,32 +168,29 @@ impl<'a> Packed<'a> {
         )
     }
 
-    /// Rounded values whose rows are steps of the reduction, and whose first `outputs` columns
-    /// are rows of the result; their width is a multiple of 32.
-    #[target_feature(enable = "avx2,fma,avx512f,avx512bw")]
+    /// Rows as steps of the reduction, whose first `outputs` columns are rows of the result; their
+    /// width is a multiple of 32.
+    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
     pub(crate) fn turned(
         pairs: Pairs,
-        rows: Rows<'_, f32>,
+        rows: Rows<'_, bf16>,
         outputs: usize,
         to: &'a mut [u16],
     ) -> Self {
-        let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+        let none = [bf16::NEG_ZERO; TILE];
         let along = rows.len.div_ceil(BLOCK);
         let tiles = &mut to[..packed_len(rows.width, rows.len)];
         let mut square = [0u16; TILE_VALUES];
         for (i, tile) in tiles.chunks_exact_mut(TILE_VALUES).enumerate() {
             let (column, step) = (i / along * TILE, i % along * BLOCK);
-            let of_place = |place| {
-                let row = step + pairs.step(place);
-                match row < rows.len {
-                    true => as_bits(rows.row(row)[column..].first_chunk().expect("a tile")),
-                    false => _mm512_set1_epi32(i32::MIN),
-                }
+            let of_place = |place| match step + pairs.step(place) {
+                row if row < rows.len => &rows.row(row)[column..][..TILE],
+                _ => &none,
             };
             for (pair, to) in square.chunks_exact_mut(BLOCK).enumerate() {
-                let low = _mm512_srli_epi32::<16>(of_place(2 * pair));
-                let high = _mm512_and_si512(of_place(2 * pair + 1), upper);
-                store(to, _mm512_or_si512(low, high));
+                let (low, high) = (of_place(2 * pair), of_place(2 * pair + 1));
+                // SAFETY: both have sixteen values.
+                store(to, unsafe { interleaved(high.as_ptr(), low.as_ptr()) });
             }
             turn(
                 bytemuck::cast_slice(&square),

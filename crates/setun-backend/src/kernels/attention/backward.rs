@@ -10,6 +10,14 @@ use crate::kernels::product::transpose;
 use crate::ops::Segment;
 use crate::real::{Real, sum_slices};
 
+/// Tiles of keys that [`head_gradients`] works on together.
+pub const KEY_TILES: usize = 4;
+
+/// Values of sums that [`head_gradients`] and [`dkdv_tile`] need.
+pub fn sums_len(head_dim: usize, tile: usize) -> usize {
+    2 * KEY_TILES * head_dim * tile
+}
+
 /// What the backward pass reads beside [`View`].
 #[derive(Clone, Copy)]
 pub struct Saved<'a, R> {
@@ -44,7 +52,7 @@ pub(super) struct QueryBlock {
     /// First query, and the end.
     pub(super) rows: (usize, usize),
     /// Position of the tile's first key.
-    j0: usize,
+    pub(super) j0: usize,
 }
 
 impl QueryBlock {
@@ -52,8 +60,13 @@ impl QueryBlock {
         self.rows.1 - self.rows.0
     }
 
+    /// The end of what its last query sees, which sees most.
+    pub(super) fn last_end<S>(&self, view: &View<'_, S>) -> usize {
+        view.visible(self.segment, self.rows.1 - 1).end
+    }
+
     /// Row of `lse` and `delta` of query `r` of the block.
-    fn row_head<S>(&self, view: View<'_, S>, r: usize) -> usize {
+    pub(super) fn row_head<S>(&self, view: View<'_, S>, r: usize) -> usize {
         (self.segment.q_start + self.rows.0 + r) * view.num_heads + self.head
     }
 
@@ -194,6 +207,8 @@ pub trait QueryGradients<R> {
 
 /// `dq`, `dk` and `dv` of one key head of `segment` and of the query heads that share it, in one
 /// pass over the keys; `put(position, dk, dv)`.
+///
+/// `sums` has [`sums_len`] values.
 #[allow(clippy::too_many_arguments)]
 #[inline(always)]
 pub fn head_gradients<R: Real, S: Store<R>>(
@@ -212,13 +227,14 @@ pub fn head_gradients<R: Real, S: Store<R>>(
             dq.of(row, head).fill(R::ZERO);
         }
     }
-    for j0 in (0..segment.kv_len).step_by(view.tile) {
-        let tile = KeyTile {
+    for start in (0..segment.kv_len).step_by(KEY_TILES * view.tile) {
+        let end = segment.kv_len.min(start + KEY_TILES * view.tile);
+        let keys = Keys {
             segment,
             key_head,
-            j0,
+            range: (start, end),
         };
-        key_tile(view, saved, tile, Some(&mut *dq), &mut put, scratch, sums);
+        key_gradients(view, saved, keys, Some(&mut *dq), &mut put, scratch, sums);
     }
     let scale = view.scale::<R>();
     for head in heads {
@@ -242,85 +258,92 @@ pub fn dkdv_tile<R: Real, S: Store<R>>(
     scratch: &mut [R],
     sums: &mut [R],
 ) {
-    let tile = KeyTile {
+    let keys = Keys {
         segment,
         key_head,
-        j0,
+        range: (j0, segment.kv_len.min(j0 + view.tile)),
     };
-    key_tile(view, saved, tile, None, put, scratch, sums);
+    key_gradients(view, saved, keys, None, put, scratch, sums);
 }
 
-/// A tile of keys.
+/// Neighbouring keys of one head, those of a tile or of several.
 #[derive(Clone, Copy)]
-pub(super) struct KeyTile {
+pub(super) struct Keys {
     pub(super) segment: Segment,
     pub(super) key_head: usize,
-    /// Position of the first key.
-    pub(super) j0: usize,
+    /// Position of the first, and the end.
+    pub(super) range: (usize, usize),
 }
 
-impl KeyTile {
-    /// Keys of the tile, which are at most `tile`.
-    pub(super) fn len(&self, tile: usize) -> usize {
-        tile.min(self.segment.kv_len - self.j0)
+impl Keys {
+    pub(super) fn len(&self) -> usize {
+        self.range.1 - self.range.0
     }
 
-    /// The blocks of queries that see keys of the tile.
+    pub(super) fn tiles(self, tile: usize) -> impl Iterator<Item = Self> {
+        let starts = (self.range.0..self.range.1).step_by(tile);
+        starts.map(move |start| Self {
+            range: (start, self.range.1.min(start + tile)),
+            ..self
+        })
+    }
+
+    /// The blocks of queries that see keys at or behind the first.
     pub(super) fn blocks<S>(self, view: &View<'_, S>) -> impl Iterator<Item = QueryBlock> {
-        let Self {
-            segment,
-            key_head,
-            j0,
-        } = self;
+        let (segment, j0) = (self.segment, self.range.0);
         let starts = move |head| {
             (0..segment.q_len)
                 .step_by(view.tile)
                 .map(move |i0| (head, i0))
         };
-        let blocks = view.query_heads(key_head).flat_map(starts);
+        let blocks = view.query_heads(self.key_head).flat_map(starts);
         let blocks = blocks.map(move |(head, i0)| QueryBlock {
             segment,
             head,
             rows: (i0, segment.q_len.min(i0 + view.tile)),
             j0,
         });
-        blocks.filter(move |block| view.visible(segment, block.rows.1 - 1).end > j0)
+        blocks.filter(move |block| block.last_end(view) > j0)
     }
 }
 
-/// [`dkdv_tile`], and with `dq` the tile's share of that, unscaled.
+/// `dk` and `dv` of some keys, and with `dq` their share of that, unscaled.
 #[inline(always)]
-fn key_tile<R: Real, S: Store<R>>(
+fn key_gradients<R: Real, S: Store<R>>(
     view: View<'_, S>,
     saved: Saved<'_, R>,
-    tile: KeyTile,
+    keys: Keys,
     mut dq: Option<&mut dyn QueryGradients<R>>,
     mut put: impl FnMut(usize, &[R], &[R]),
     scratch: &mut [R],
     sums: &mut [R],
 ) {
     let e = view.head_dim;
-    let of_sum = tile.len(view.tile) * e;
+    let of_sum = keys.len() * e;
     let (dk, dv) = sums[..2 * of_sum].split_at_mut(of_sum);
     dk.fill(R::ZERO);
     dv.fill(R::ZERO);
-    if !units::add_gradients(&view, saved, tile, &mut dq, scratch, (&mut *dk, &mut *dv)) {
-        add_gradients(view, saved, tile, dq, scratch, (&mut *dk, &mut *dv));
+    if !units::add_gradients(&view, saved, keys, &mut dq, scratch, (&mut *dk, &mut *dv)) {
+        let of_tile = view.tile * e;
+        let sums = dk.chunks_mut(of_tile).zip(dv.chunks_mut(of_tile));
+        for (keys, sums) in keys.tiles(view.tile).zip(sums) {
+            add_gradients(view, saved, keys, &mut dq, scratch, sums);
+        }
     }
     let scale = view.scale::<R>();
     for (lane, (dk, dv)) in dk.chunks_mut(e).zip(dv.chunks(e)).enumerate() {
         dk.iter_mut().for_each(|x| *x = *x * scale);
-        put(tile.j0 + lane, dk, dv);
+        put(keys.range.0 + lane, dk, dv);
     }
 }
 
-/// The sums of [`key_tile`], unscaled.
+/// The sums of [`key_gradients`] for the keys of a tile, unscaled.
 #[inline(always)]
 fn add_gradients<R: Real, S: Store<R>>(
     view: View<'_, S>,
     saved: Saved<'_, R>,
-    of_tile: KeyTile,
-    mut dq: Option<&mut dyn QueryGradients<R>>,
+    of_tile: Keys,
+    dq: &mut Option<&mut dyn QueryGradients<R>>,
     scratch: &mut [R],
     (dk, dv): (&mut [R], &mut [R]),
 ) {
@@ -329,7 +352,7 @@ fn add_gradients<R: Real, S: Store<R>>(
     let (k_t, scratch) = scratch.split_at_mut(e * tile);
     let (v_t, scratch) = scratch.split_at_mut(e * tile);
     let kv_at = (view.num_kv_heads * e, of_tile.key_head * e, e);
-    let from = (of_tile.segment.kv_start + of_tile.j0, of_tile.len(tile));
+    let from = (of_tile.segment.kv_start + of_tile.range.0, of_tile.len());
     // The rows of values are needed no longer than the queries that come there.
     let values = pack_rows(view.v, from, kv_at, S::load, scratch);
     let values_t = turned(view.isa, &values, e, tile, v_t);
@@ -342,7 +365,7 @@ fn add_gradients<R: Real, S: Store<R>>(
     };
     for block in of_tile.blocks(&view) {
         let sums = (&mut *dk, &mut *dv);
-        block.add_gradients(view, saved, &panels, &mut dq, scratch, sums);
+        block.add_gradients(view, saved, &panels, dq, scratch, sums);
     }
 }
 

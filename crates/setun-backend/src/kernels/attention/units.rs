@@ -5,9 +5,11 @@
 //! stored as bf16, or where sizes do not suit.
 
 #[cfg(target_arch = "x86_64")]
+mod softmax;
+#[cfg(target_arch = "x86_64")]
 mod x86;
 
-use super::backward::{KeyTile, QueryGradients, Saved};
+use super::backward::{Keys, QueryGradients, Saved};
 use super::{Store, View};
 use crate::ops::Segment;
 use crate::real::Real;
@@ -35,12 +37,12 @@ pub(super) fn forward<R: Real, S: Store<R>>(
     false
 }
 
-/// The sums of [`dkdv_tile`](super::dkdv_tile), unscaled, and of `dq`.
+/// The sums of [`dkdv_tile`](super::dkdv_tile), unscaled, of all tiles of the keys, and of `dq`.
 #[inline(always)]
 pub(super) fn add_gradients<R: Real, S: Store<R>>(
     view: &View<'_, S>,
     saved: Saved<'_, R>,
-    tile: KeyTile,
+    keys: Keys,
     dq: &mut Option<&mut dyn QueryGradients<R>>,
     scratch: &mut [R],
     (dk, dv): (&mut [R], &mut [R]),
@@ -56,10 +58,10 @@ pub(super) fn add_gradients<R: Real, S: Store<R>>(
         let dq = dq.as_mut().map(|dq| dq as &mut dyn QueryGradients<f32>);
         let scratch = bytemuck::cast_slice_mut(scratch);
         let sums = (bytemuck::cast_slice_mut(dk), bytemuck::cast_slice_mut(dv));
-        x86::add_gradients(view, saved, tile, dq, scratch, sums);
+        x86::add_gradients(view, saved, keys, dq, scratch, sums);
         return true;
     }
-    let _ = (view, saved, tile, dq, scratch, dk, dv);
+    let _ = (view, saved, keys, dq, scratch, dk, dv);
     false
 }
 

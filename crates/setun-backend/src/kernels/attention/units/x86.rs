@@ -1,11 +1,13 @@
 //! Attention's loops on a [`Unit`].
 
+use super::softmax::{soften, soften_gradients};
 use crate::cpu::Isa;
 use crate::cpu::amx::Tiles;
 use crate::cpu::bf16::rows::{MOST_OUTPUTS, Packed, Rows, multiply, packed_len};
-use crate::cpu::bf16::{Dots, PAIR, Unit};
-use crate::kernels::attention::backward::{KeyTile, QueryBlock, QueryGradients, Saved};
+use crate::cpu::bf16::{Dots, PAIR, Pairs, Unit};
+use crate::kernels::attention::backward::{KEY_TILES, Keys, QueryBlock, QueryGradients, Saved};
 use crate::kernels::attention::{Running, Store, View, finish};
+use crate::kernels::product::BLOCK;
 use crate::ops::Segment;
 use crate::real::Real;
 use half::bf16;
@@ -54,7 +56,7 @@ pub(super) fn forward(
 pub(super) fn add_gradients(
     view: View<'_, bf16>,
     saved: Saved<'_, f32>,
-    tile: KeyTile,
+    keys: Keys,
     dq: Option<&mut dyn QueryGradients<f32>>,
     scratch: &mut [f32],
     sums: (&mut [f32], &mut [f32]),
@@ -64,7 +66,7 @@ pub(super) fn add_gradients(
         _ => add_gradients_on::<Dots>,
     };
     // SAFETY: as in `forward`.
-    unsafe { add(view, saved, tile, dq, scratch, sums) }
+    unsafe { add(view, saved, keys, dq, scratch, sums) }
 }
 
 /// Memory that operands and results are cut from.
@@ -94,19 +96,57 @@ impl<'a> View<'a, bf16> {
         }
     }
 
-    /// The tile's rows of `values`, which are keys or values.
-    fn key_rows(&self, values: &'a [bf16], tile: KeyTile) -> Rows<'a, bf16> {
-        let row = tile.segment.kv_start + tile.j0;
-        let at = (row * self.num_kv_heads + tile.key_head) * self.head_dim;
+    /// Rows of `values`, which are keys or values.
+    fn key_rows(&self, values: &'a [bf16], keys: Keys) -> Rows<'a, bf16> {
+        let row = keys.segment.kv_start + keys.range.0;
+        let at = (row * self.num_kv_heads + keys.key_head) * self.head_dim;
         Rows {
             values: &values[at..],
             stride: self.num_kv_heads * self.head_dim,
-            len: tile.len(self.tile),
+            len: keys.len(),
             width: self.head_dim,
         }
     }
 }
 
+/// Some rows of queries, with what is running for them.
+struct Queries<'a> {
+    rows: (usize, usize),
+    packed: Packed<'a>,
+    running: Running<'a, f32>,
+}
+
+impl<'a> Queries<'a> {
+    /// # Safety
+    /// The processor has AVX-512.
+    #[target_feature(enable = "avx2,fma,avx512f,avx512bw")]
+    fn pack(
+        pairs: Pairs,
+        view: View<'_, bf16>,
+        (segment, head): (Segment, usize),
+        rows: (usize, usize),
+        room: &mut Room<'a>,
+    ) -> Self {
+        let num_rows = rows.1 - rows.0;
+        let packed = room.halves(packed_len(view.tile, view.head_dim));
+        let running = Running {
+            max: room.numbers(num_rows),
+            sum: room.numbers(num_rows),
+            acc: room.numbers(num_rows * view.head_dim),
+        };
+        running.max.fill(f32::NEG_INFINITY);
+        running.sum.fill(0.0);
+        running.acc.fill(0.0);
+        Self {
+            rows,
+            packed: Packed::left(pairs, view.query_rows(segment, head, rows), packed),
+            running,
+        }
+    }
+}
+
+/// A tile of keys and values is packed once for all rows.
+///
 /// # Safety
 /// The processor has the unit, and AVX-512.
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
@@ -118,63 +158,90 @@ unsafe fn forward_on<U: Unit>(
     put: &mut PutRow<'_>,
     scratch: &mut [f32],
 ) {
-    let (e, tile, num_rows) = (view.head_dim, view.tile, rows.1 - rows.0);
+    let (e, tile) = (view.head_dim, view.tile);
     let mut room = Room(scratch);
-    let [queries, keys, values] = [(); 3].map(|()| room.halves(packed_len(tile, e)));
-    let probabilities = room.halves(packed_len(tile, tile));
-    let [acc, kept] = [(); 2].map(|()| room.numbers(num_rows * e));
-    let scores = room.numbers(num_rows * tile);
-    let [max, sum] = [(); 2].map(|()| room.numbers(num_rows));
-    acc.fill(0.0);
-    max.fill(f32::NEG_INFINITY);
-    sum.fill(0.0);
+    let [keys, values] = [(); 2].map(|()| room.halves(packed_len(tile, e)));
+    let starts = (rows.0..rows.1).step_by(tile);
+    let mut blocks: Vec<Queries<'_>> = starts
+        .map(|start| {
+            let rows = (start, rows.1.min(start + tile));
+            Queries::pack(U::PAIRS, view, (segment, head), rows, &mut room)
+        })
+        .collect();
     // SAFETY: the caller's promise.
     let unit = unsafe { U::start() };
-    let queries = Packed::left(U::PAIRS, view.query_rows(segment, head, rows), queries);
-    let key_head = view.key_head(head);
-    let end = view.visible(segment, rows.1 - 1).end;
-    for j0 in (0..end).step_by(tile) {
-        let of_tile = KeyTile {
-            segment,
-            key_head,
-            j0,
-        };
+    let seen = Keys {
+        segment,
+        key_head: view.key_head(head),
+        range: (0, view.visible(segment, rows.1 - 1).end),
+    };
+    let mut tiles = seen.tiles(tile).peekable();
+    while let Some(of_tile) = tiles.next() {
         let keys = Packed::columns(U::PAIRS, view.key_rows(view.k, of_tile), tile, keys);
         let values = Packed::steps(U::PAIRS, view.key_rows(view.v, of_tile), values);
-        if j0 + tile < end {
-            let next = KeyTile {
-                j0: j0 + tile,
-                ..of_tile
-            };
+        if let Some(&next) = tiles.peek() {
             view.key_rows(view.k, next).prefetch();
             view.key_rows(view.v, next).prefetch();
         }
-        scores.fill(0.0);
-        // SAFETY: the caller's promise.
-        unsafe { multiply(&unit, &queries, &keys, scores, tile) };
-        let running = Running {
-            max: &mut *max,
-            sum: &mut *sum,
-            acc: &mut *acc,
-        };
-        view.soften(segment, (rows.0, j0), scores, running);
+        let j0 = of_tile.range.0;
+        let sees = |block: &&mut Queries<'_>| view.visible(segment, block.rows.1 - 1).end > j0;
+        for block in blocks.iter_mut().filter(sees) {
+            let room = Room(&mut *room.0);
+            // SAFETY: the caller's promise.
+            unsafe { attend(&unit, view, of_tile, (&keys, &values), block, room) };
+        }
+    }
+    for Queries { rows, running, .. } in blocks {
+        for (r, acc) in running.acc.chunks_mut(e).enumerate() {
+            let lse = finish(acc, running.max[r], running.sum[r]);
+            put(rows.0 + r, acc, lse);
+        }
+    }
+}
+
+/// What the queries of a block take from a tile of keys and values.
+///
+/// # Safety
+/// The processor has the unit, and AVX-512.
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn attend<U: Unit>(
+    unit: &U,
+    view: View<'_, bf16>,
+    of_tile: Keys,
+    (keys, values): (&Packed<'_>, &Packed<'_>),
+    block: &mut Queries<'_>,
+    mut room: Room<'_>,
+) {
+    let (e, tile, num_rows) = (view.head_dim, view.tile, block.rows.1 - block.rows.0);
+    let (segment, j0) = (of_tile.segment, of_tile.range.0);
+    let probabilities = room.halves(packed_len(tile, tile));
+    let kept = room.numbers(num_rows * e);
+    let scores = room.numbers(num_rows * tile);
+    scores.fill(0.0);
+    // SAFETY: the caller's promise.
+    unsafe { multiply(unit, &block.packed, keys, scores, tile) };
+    let Running { max, sum, acc } = &mut block.running;
+    let running = Running { max, sum, acc };
+    let width = of_tile.len();
+    let p = if width == tile {
+        let at = (segment, block.rows.0, j0);
+        soften(U::PAIRS, view, at, scores, running, probabilities)
+    } else {
+        view.soften(segment, (block.rows.0, j0), scores, running);
         let scores = Rows {
             values: &*scores,
             stride: tile,
             len: num_rows,
-            width: of_tile.len(tile),
+            width,
         };
-        let p = Packed::rounded(U::PAIRS, scores, probabilities);
-        // A row that has seen no key yet has no maximum; it takes no part.
-        let sees = |r: usize| view.visible(segment, rows.0 + r).end > j0;
-        let seen = |r: usize| sees(r) && max[r] != f32::NEG_INFINITY;
-        // SAFETY: the caller's promise.
-        unsafe { multiply_seen(&unit, (&p, &values), (acc, e), kept, seen) };
-    }
-    for (r, acc) in acc.chunks_mut(e).enumerate() {
-        let lse = finish(acc, max[r], sum[r]);
-        put(rows.0 + r, acc, lse);
-    }
+        Packed::rounded(U::PAIRS, scores, probabilities)
+    };
+    // A row that has seen no key yet has no maximum; it takes no part.
+    let Running { max, acc, .. } = &mut block.running;
+    let sees = |r: usize| view.visible(segment, block.rows.0 + r).end > j0;
+    let seen = |r: usize| sees(r) && max[r] != f32::NEG_INFINITY;
+    // SAFETY: the caller's promise.
+    unsafe { multiply_seen(unit, (&p, values), (acc, e), kept, seen) };
 }
 
 /// `acc += left * right` in the rows that are seen; with `kept` as scratch for the others.
@@ -202,97 +269,165 @@ unsafe fn multiply_seen<U: Unit>(
 
 /// # Safety
 /// The processor has the unit, and AVX-512.
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn add_gradients_on<U: Unit>(
     view: View<'_, bf16>,
     saved: Saved<'_, f32>,
-    tile: KeyTile,
+    keys: Keys,
     mut dq: Option<&mut dyn QueryGradients<f32>>,
     scratch: &mut [f32],
     (dk, dv): (&mut [f32], &mut [f32]),
 ) {
-    let len = packed_len(view.tile, view.head_dim);
     let mut room = Room(scratch);
-    let [keys, keys_t, values_t] = [(); 3].map(|()| room.halves(len));
-    let (k, v) = (view.key_rows(view.k, tile), view.key_rows(view.v, tile));
-    let panels = Panels {
-        keys: Packed::steps(U::PAIRS, k, keys),
-        keys_t: Packed::columns(U::PAIRS, k, view.tile, keys_t),
-        values_t: Packed::columns(U::PAIRS, v, view.tile, values_t),
-    };
+    let mut tiles = Vec::with_capacity(KEY_TILES);
+    for keys in keys.tiles(view.tile) {
+        tiles.push(Panels::pack(U::PAIRS, view, keys, &mut room));
+    }
     // SAFETY: the caller's promise.
     let unit = unsafe { U::start() };
-    for block in tile.blocks(&view) {
+    for block in keys.blocks(&view) {
         let room = Room(&mut *room.0);
         // SAFETY: the caller's promise.
         unsafe {
             let sums = (&mut *dk, &mut *dv);
-            add_block((&unit, &panels), (view, saved), block, &mut dq, room, sums);
+            add_block((&unit, &tiles), (view, saved), block, &mut dq, room, sums);
         }
     }
 }
 
 /// A tile of keys and values.
 struct Panels<'a> {
+    range: (usize, usize),
     keys: Packed<'a>,
     keys_t: Packed<'a>,
     values_t: Packed<'a>,
 }
 
-/// What the queries of a block add.
+impl<'a> Panels<'a> {
+    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
+    fn pack(pairs: Pairs, view: View<'_, bf16>, of_tile: Keys, room: &mut Room<'a>) -> Self {
+        let len = packed_len(view.tile, view.head_dim);
+        let (k, v) = (
+            view.key_rows(view.k, of_tile),
+            view.key_rows(view.v, of_tile),
+        );
+        Self {
+            range: of_tile.range,
+            keys: Packed::steps(pairs, k, room.halves(len)),
+            keys_t: Packed::columns(pairs, k, view.tile, room.halves(len)),
+            values_t: Packed::columns(pairs, v, view.tile, room.halves(len)),
+        }
+    }
+}
+
+/// A block's queries and gradients of outputs, as rows and as steps.
+struct Operands<'a> {
+    queries: [Packed<'a>; 2],
+    douts: [Packed<'a>; 2],
+}
+
+/// What the queries of a block add, one tile of keys after the other.
 ///
 /// # Safety
 /// The processor has the unit, and AVX-512.
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn add_block<U: Unit>(
-    (unit, panels): (&U, &Panels<'_>),
+    (unit, tiles): (&U, &[Panels<'_>]),
     (view, saved): (View<'_, bf16>, Saved<'_, f32>),
-    block: QueryBlock,
+    mut block: QueryBlock,
     dq: &mut Option<&mut dyn QueryGradients<f32>>,
     mut room: Room<'_>,
     (dk, dv): (&mut [f32], &mut [f32]),
 ) {
     let (e, tile, pairs) = (view.head_dim, view.tile, U::PAIRS);
-    let (num_rows, keys) = (block.num_rows(), dk.len() / e);
-    let [q_left, q_steps, dout_left, dout_steps] =
-        [(); 4].map(|()| room.halves(packed_len(tile, e)));
-    let douts = room.halves(tile * e);
-    let [p_t, ds_t, ds_left] = [(); 3].map(|()| room.halves(packed_len(tile, tile)));
-    let [p, ds] = [(); 2].map(|()| room.numbers(num_rows * tile));
+    let len = packed_len(tile, e);
     let queries = view.query_rows(block.segment, block.head, block.rows);
-    let douts = block.round_douts(view, saved, douts);
-    p.fill(0.0);
-    ds.fill(0.0);
-    let left = Packed::left(pairs, queries, q_left);
-    let dout_left = Packed::left(pairs, douts, dout_left);
+    let douts = block.round_douts(view, saved, room.halves(tile * e));
+    let operands = Operands {
+        queries: [
+            Packed::left(pairs, queries, room.halves(len)),
+            Packed::steps(pairs, queries, room.halves(len)),
+        ],
+        douts: [
+            Packed::left(pairs, douts, room.halves(len)),
+            Packed::steps(pairs, douts, room.halves(len)),
+        ],
+    };
+    let acc = room.numbers(block.num_rows() * e);
+    if let Some(dq) = dq {
+        block.load_dq(&mut **dq, acc);
+    }
+    let (last_end, first) = (block.last_end(&view), block.j0);
+    for panels in tiles.iter().take_while(|tile| tile.range.0 < last_end) {
+        block.j0 = panels.range.0;
+        let [start, end] = [panels.range.0, panels.range.1].map(|at| (at - first) * e);
+        let sums = (&mut dk[start..end], &mut dv[start..end]);
+        let acc = dq.is_some().then_some(&mut *acc);
+        let room = Room(&mut *room.0);
+        // SAFETY: the caller's promise.
+        unsafe {
+            add_tile(
+                (unit, panels),
+                (view, saved),
+                (&block, &operands),
+                acc,
+                room,
+                sums,
+            )
+        };
+    }
+    if let Some(dq) = dq {
+        block.store_dq(&mut **dq, acc);
+    }
+}
+
+/// What the queries of a block add to the sums of a tile, and with `dq` the tile to theirs.
+///
+/// # Safety
+/// The processor has the unit, and AVX-512.
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn add_tile<U: Unit>(
+    (unit, panels): (&U, &Panels<'_>),
+    (view, saved): (View<'_, bf16>, Saved<'_, f32>),
+    (block, operands): (&QueryBlock, &Operands<'_>),
+    dq: Option<&mut [f32]>,
+    mut room: Room<'_>,
+    (dk, dv): (&mut [f32], &mut [f32]),
+) {
+    let (e, tile, pairs) = (view.head_dim, view.tile, U::PAIRS);
+    let (num_rows, keys) = (block.num_rows(), dk.len() / e);
+    let [scores, dp] = [(); 2].map(|()| room.numbers(num_rows * tile));
+    let [p, ds] = [(); 2].map(|()| room.halves(num_rows * tile));
+    let [p_t, ds_t, ds_left] = [(); 3].map(|()| room.halves(packed_len(tile, tile)));
+    scores.fill(0.0);
+    dp.fill(0.0);
+    let [queries, query_steps] = &operands.queries;
+    let [douts, dout_steps] = &operands.douts;
     // SAFETY: the caller's promise.
     unsafe {
-        multiply(unit, &left, &panels.keys_t, p, tile);
-        multiply(unit, &dout_left, &panels.values_t, ds, tile);
+        multiply(unit, queries, &panels.keys_t, scores, tile);
+        multiply(unit, douts, &panels.values_t, dp, tile);
     }
-    block.soften::<f32, bf16>(view, saved, (p, ds));
+    soften_gradients(view, saved, block, (scores, dp), keys, (&mut *p, &mut *ds));
     let rows = |values, width| Rows {
         values,
         stride: tile,
         len: num_rows,
         width,
     };
-    let (p, ds) = (&*p, &*ds);
     let p_t = Packed::turned(pairs, rows(p, tile), keys, p_t);
     let ds_t = Packed::turned(pairs, rows(ds, tile), keys, ds_t);
     // SAFETY: the caller's promise.
     unsafe {
-        multiply(unit, &p_t, &Packed::steps(pairs, douts, dout_steps), dv, e);
-        multiply(unit, &ds_t, &Packed::steps(pairs, queries, q_steps), dk, e);
+        multiply(unit, &p_t, dout_steps, dv, e);
+        multiply(unit, &ds_t, query_steps, dk, e);
     }
-    let Some(dq) = dq else { return };
-    let ds = Packed::rounded(pairs, rows(ds, keys), ds_left);
-    let [acc, kept] = [(); 2].map(|()| room.numbers(num_rows * e));
-    block.load_dq(&mut **dq, acc);
+    let Some(acc) = dq else { return };
+    let ds = Packed::left(pairs, rows(ds, keys.next_multiple_of(BLOCK)), ds_left);
+    let kept = room.numbers(num_rows * e);
     let seen = |r| block.sees(view, saved, r);
     // SAFETY: the caller's promise.
     unsafe { multiply_seen(unit, (&ds, &panels.keys), (acc, e), kept, seen) };
-    block.store_dq(&mut **dq, acc);
 }
 
 impl QueryBlock {
