@@ -122,7 +122,7 @@ fn every_machine_gives_the_same_bits() {
     let tiny = 2.0f32.powi(-70);
     for (num_heads, num_kv_heads) in [(2, 2), (4, 2), (3, 1), (4, 1)] {
         for head_dim in [20, 48, 128] {
-            for (past, q_len) in [(5, 1), (63, 1), (64, 1), (150, 1), (200, 2)] {
+            for (past, q_len) in [(5, 1), (63, 1), (64, 1), (150, 1), (200, 2), (30, 70)] {
                 for sizes in [[1.0; 3], [tiny, tiny, 1.0], [1.0, 1.0, tiny * tiny.sqrt()]] {
                     let case = Case {
                         num_heads,
@@ -148,7 +148,7 @@ fn every_machine_gives_the_same_bits() {
     }
 }
 
-/// As many rows as a draft has, over the end of a tile or not, as a chain and as a tree that is
+/// As many rows as a draft or a prompt has, over the end of a tile or not, as a chain and as a tree that is
 /// one; whatever lies in the slots that they do not see.
 #[test]
 fn rows_of_a_chain_see_their_own_past_alone() {
@@ -160,6 +160,9 @@ fn rows_of_a_chain_see_their_own_past_alone() {
         (60, 9),
         (130, 17),
         (40, 40),
+        (63, 65),
+        (250, 140),
+        (0, 300),
     ] {
         let case = |memory| Case {
             num_heads: 4,

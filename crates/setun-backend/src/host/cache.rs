@@ -5,7 +5,7 @@ use crate::cache::{CACHE_BLOCK, CacheBuf, CacheData, CacheStore, CachedAttention
 use crate::cpu::multiversion;
 use crate::cpu::{Isa, Pool, RowParts, RowsMut};
 use crate::kernels::attention::Store;
-use crate::kernels::cache::{CacheView, CachedView, cached_block, quantize_head};
+use crate::kernels::cache::{CacheView, CachedView, cached_block, most_rows, quantize_head};
 use crate::memory::Lease;
 use crate::ops::AttnBuf;
 use crate::real::Real;
@@ -249,19 +249,26 @@ fn attend<R: Real, S: Store<R>>(
     assert_disjoint(segments.iter().map(|s| (s.q_start, s.q_len)));
     let heads = view.num_heads;
     let group = heads / view.num_kv_heads;
-    let step = (TILE / group).max(1);
     let runs = group.div_ceil(TILE);
     let parts = view.num_kv_heads * runs;
-    let blocks = segments
-        .iter()
-        .map(|s| s.q_len.div_ceil(step))
-        .sum::<usize>();
-    pool.run(blocks * parts, &|task, worker| {
-        let (segment, start) = block_of(segments, step, task / parts);
+    let threads = pool.threads();
+    let rows = |segment: &CachedSegment<'_>| {
+        let most = most_rows::<R, S>(&view, segment, group.min(TILE));
+        // Many rows share the work on a tile of keys; but no thread is to be without any.
+        let of_thread = segment.q_len * parts / (2 * threads);
+        most.min(of_thread.next_multiple_of(TILE))
+            .max((TILE / group).max(1))
+    };
+    let blocks = |segment: &CachedSegment<'_>| segment.q_len.div_ceil(rows(segment));
+    let tasks = segments.iter().map(blocks).sum::<usize>() * parts;
+    pool.run(tasks, &|task, worker| {
+        let (segment, block) = block_of(segments, blocks, task / parts);
+        let rows = rows(segment);
+        let start = block * rows;
         let (kv_head, run) = (task % parts / runs, task % runs);
         let first = kv_head * group + run * TILE;
         let of_task = first..(first + TILE).min((kv_head + 1) * group);
-        let rows = (start, segment.q_len.min(start + step));
+        let rows = (start, segment.q_len.min(start + rows));
         let mut put = |row: usize, head: usize, values: &[R]| {
             let at = (segment.q_start + row) * heads + head;
             // SAFETY: row `at` of this head belongs to this task alone: segments share none.
@@ -283,16 +290,16 @@ pub(super) fn assert_disjoint(runs: impl Iterator<Item = (usize, usize)>) {
     }
 }
 
-/// The segment that holds block `index` of `step` rows, and the block's first row.
+/// The segment that holds block `index`, and which of its blocks that is.
 fn block_of<'a, 's>(
     segments: &'a [CachedSegment<'s>],
-    step: usize,
+    blocks: impl Fn(&CachedSegment<'s>) -> usize,
     mut index: usize,
 ) -> (&'a CachedSegment<'s>, usize) {
     for segment in segments {
-        let blocks = segment.q_len.div_ceil(step);
+        let blocks = blocks(segment);
         if index < blocks {
-            return (segment, index * step);
+            return (segment, index);
         }
         index -= blocks;
     }

@@ -12,7 +12,7 @@
 //! denominator sums the unrounded probabilities.
 
 mod backward;
-mod units;
+pub(super) mod units;
 
 pub use backward::{
     QueryGradients, Saved, dkdv_tile, dq_block, head_gradients, row_delta, row_deltas, sums_len,
@@ -190,12 +190,6 @@ impl<S> View<'_, S> {
 }
 
 impl Visible {
-    /// Whether all positions of a tile from `j0` on are seen.
-    fn is_whole(self, j0: usize, tile: usize) -> bool {
-        let outside_gap = self.gap.1 <= j0 || self.gap.0 >= j0 + tile || self.gap.0 >= self.gap.1;
-        self.first <= j0 && self.end >= j0 + tile && outside_gap
-    }
-
     /// Scales the scores of a tile from position `j0`, before the end, and masks those that
     /// are not seen.
     #[inline(always)]

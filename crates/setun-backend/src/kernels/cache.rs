@@ -10,7 +10,7 @@
 //! its path.
 
 use super::attention::{
-    Panel, Running, Store, load_row, mask, multiply_active, multiply_rows, online_softmax,
+    Panel, Running, Store, load_row, mask, multiply_active, multiply_rows, online_softmax, units,
 };
 use super::product::{Order, StoredRows, most_stored_rows, needs_flush, stored_mat};
 use crate::cache::{Among, CACHE_BLOCK, CachedSegment};
@@ -250,9 +250,26 @@ struct Sums<'a, R> {
     q: &'a mut [R],
 }
 
-/// Attention of the query heads `heads`, which share a key head, in rows `rows` of `segment`;
-/// `put(row, head, values)`. `scratch` has [`scratch_len`](super::attention::scratch_len)
-/// values; a block has at most `tile` pairs of a row and a head.
+/// Pairs of a row and a head from which on a unit for bf16 is worth packing tiles for it.
+const WORTH_A_UNIT: usize = 64;
+
+/// Most rows of a segment that [`cached_block`] takes for `heads` heads, which share a key head.
+pub fn most_rows<R: Real, S: Store<R>>(
+    view: &CachedView<'_, S>,
+    segment: &CachedSegment<'_>,
+    heads: usize,
+) -> usize {
+    let few = (view.tile / heads).max(1);
+    let is_worth_it = segment.q_len * heads >= WORTH_A_UNIT;
+    let is_chain = matches!(segment.among, Among::Chain);
+    let of_unit = units::cached_rows::<R, S>(view, heads).filter(|_| is_worth_it && is_chain);
+    of_unit.unwrap_or(few).max(few)
+}
+
+/// Attention of the query heads `heads`, which share a key head and are at most `tile`, in rows
+/// `rows` of `segment`, at most [`most_rows`]; `put(row, head, values)`. `scratch` has
+/// [`scratch_len`](super::attention::scratch_len) and [`sums_len`](super::attention::sums_len)
+/// values.
 #[inline(always)]
 pub fn cached_block<R: Real, S: Store<R>>(
     view: CachedView<'_, S>,
@@ -260,6 +277,30 @@ pub fn cached_block<R: Real, S: Store<R>>(
     heads: Range<usize>,
     rows: (usize, usize),
     mut put: impl FnMut(usize, usize, &[R]),
+    scratch: &mut [R],
+) {
+    let few = (view.tile / heads.len()).max(1);
+    let is_worth_it = (rows.1 - rows.0) * heads.len() >= WORTH_A_UNIT;
+    if is_worth_it && matches!(segment.among, Among::Chain) {
+        let (heads, scratch) = (heads.clone(), &mut *scratch);
+        if units::forward_cached(&view, segment, heads, rows, &mut put, scratch) {
+            return;
+        }
+    }
+    for start in (rows.0..rows.1).step_by(few) {
+        let (heads, rows) = (heads.clone(), (start, rows.1.min(start + few)));
+        cached_pairs(view, segment, heads, rows, &mut put, scratch);
+    }
+}
+
+/// [`cached_block`] of at most `tile` pairs of a row and a head.
+#[inline(always)]
+fn cached_pairs<R: Real, S: Store<R>>(
+    view: CachedView<'_, S>,
+    segment: &CachedSegment<'_>,
+    heads: Range<usize>,
+    rows: (usize, usize),
+    put: &mut impl FnMut(usize, usize, &[R]),
     scratch: &mut [R],
 ) {
     let (e, tile) = (view.head_dim, view.tile);

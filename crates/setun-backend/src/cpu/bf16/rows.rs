@@ -133,27 +133,38 @@ impl<'a> Packed<'a> {
     /// Rows as steps of the reduction, their width a multiple of 32.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     pub(crate) fn steps(pairs: Pairs, rows: Rows<'_, bf16>, to: &'a mut [u16]) -> Self {
-        let none = [bf16::ZERO; MOST_OUTPUTS];
-        let along = rows.len.div_ceil(BLOCK);
-        let tiles = &mut to[..packed_len(rows.width, rows.len)];
-        let no_row = &none[..rows.width];
-        for step in (0..along * BLOCK).step_by(2) {
-            let (block, pair) = (step / BLOCK, step % BLOCK / 2);
-            let of_place = |place| match block * BLOCK + pairs.step(place) {
-                row if row < rows.len => rows.row(row),
-                _ => no_row,
-            };
-            let (low, high) = (of_place(2 * pair), of_place(2 * pair + 1));
-            let mut at = block * TILE_VALUES + pair * 2 * TILE;
-            for (low, high) in low.chunks_exact(TILE).zip(high.chunks_exact(TILE)) {
-                // SAFETY: both have sixteen values.
-                store(&mut tiles[at..], unsafe {
-                    interleaved(high.as_ptr(), low.as_ptr())
-                });
-                at += along * TILE_VALUES;
-            }
+        Self::steps_of(pairs, (rows.len, rows.width), |row| rows.row(row), to)
+    }
+
+    /// As [`steps`](Self::steps), of `len` rows of `width` values, wherever they are.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub(crate) fn steps_of<'v>(
+        pairs: Pairs,
+        (len, width): (usize, usize),
+        row: impl Fn(usize) -> &'v [bf16],
+        to: &'a mut [u16],
+    ) -> Self {
+        let tiles = &mut to[..packed_len(width, len)];
+        put_steps(pairs, (len, width), row, tiles);
+        Self::of(tiles, width, len)
+    }
+
+    /// Columns of the result, sixteen of them from each of `blocks`, whose rows are steps: as many
+    /// as are asked for, zeros behind the last. The number of steps is a multiple of 32.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub(crate) fn columns_of<'v>(
+        pairs: Pairs,
+        blocks: impl Iterator<Item = &'v [bf16]>,
+        (columns, steps): (usize, usize),
+        to: &'a mut [u16],
+    ) -> Self {
+        let tiles = &mut to[..packed_len(columns, steps)];
+        let mut rest = tiles.chunks_exact_mut(steps * TILE);
+        for (block, to) in blocks.zip(&mut rest) {
+            put_steps(pairs, (steps, TILE), |row| &block[row * TILE..][..TILE], to);
         }
-        Self::of(tiles, rows.width, rows.len)
+        rest.for_each(|to| to.fill(0));
+        Self::of(tiles, columns, steps)
     }
 
     /// Rounded values as rows of the result.
@@ -198,6 +209,36 @@ impl<'a> Packed<'a> {
             );
         }
         Self::of(tiles, outputs, rows.len)
+    }
+}
+
+/// Tiles of columns from rows that are steps.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn put_steps<'v>(
+    pairs: Pairs,
+    (len, width): (usize, usize),
+    row: impl Fn(usize) -> &'v [bf16],
+    tiles: &mut [u16],
+) {
+    let none = [bf16::ZERO; MOST_OUTPUTS];
+    let along = len.div_ceil(BLOCK);
+    let no_row = &none[..width];
+    for step in (0..along * BLOCK).step_by(2) {
+        let (block, pair) = (step / BLOCK, step % BLOCK / 2);
+        let of_place = |place| match block * BLOCK + pairs.step(place) {
+            at if at < len => row(at),
+            _ => no_row,
+        };
+        let (low, high) = (of_place(2 * pair), of_place(2 * pair + 1));
+        let mut at = block * TILE_VALUES + pair * 2 * TILE;
+        for (low, high) in low.chunks_exact(TILE).zip(high.chunks_exact(TILE)) {
+            // SAFETY: both have sixteen values.
+            store(&mut tiles[at..], unsafe {
+                interleaved(high.as_ptr(), low.as_ptr())
+            });
+            at += along * TILE_VALUES;
+        }
     }
 }
 

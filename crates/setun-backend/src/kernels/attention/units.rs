@@ -5,14 +5,19 @@
 //! stored as bf16, or where sizes do not suit.
 
 #[cfg(target_arch = "x86_64")]
+mod keys;
+#[cfg(target_arch = "x86_64")]
 mod softmax;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 use super::backward::{Keys, QueryGradients, Saved};
 use super::{Store, View};
+use crate::cache::CachedSegment;
+use crate::kernels::cache::CachedView;
 use crate::ops::Segment;
 use crate::real::Real;
+use std::ops::Range;
 
 /// [`forward_block`](super::forward_block).
 #[inline(always)]
@@ -26,14 +31,52 @@ pub(super) fn forward<R: Real, S: Store<R>>(
 ) -> bool {
     #[cfg(target_arch = "x86_64")]
     if let Some(view) = x86::suited::<R, S>(view) {
-        let mut put = |row: usize, out: &[f32], lse: f32| {
+        let mut put = |row: usize, _: usize, out: &[f32], lse: f32| {
             put(row, bytemuck::cast_slice(out), R::from_f32(lse));
         };
         let scratch = bytemuck::cast_slice_mut(scratch);
-        x86::forward(view, segment, head, rows, &mut put, scratch);
+        let heads = head..head + 1;
+        let from = (view, keys::Source::Rows(view));
+        x86::forward(from, segment, heads, rows, &mut put, scratch);
         return true;
     }
     let _ = (view, segment, head, rows, put, scratch);
+    false
+}
+
+/// Rows of a chain that [`forward_cached`] takes for so many heads, where there is a unit.
+pub(crate) fn cached_rows<R: Real, S: Store<R>>(
+    view: &CachedView<'_, S>,
+    heads: usize,
+) -> Option<usize> {
+    #[cfg(target_arch = "x86_64")]
+    return x86::cached_rows::<R, S>(view, heads);
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = (view, heads);
+        None
+    }
+}
+
+/// [`cached_block`](crate::kernels::cache::cached_block) of rows of a chain.
+#[inline(always)]
+pub(crate) fn forward_cached<R: Real, S: Store<R>>(
+    view: &CachedView<'_, S>,
+    segment: &CachedSegment<'_>,
+    heads: Range<usize>,
+    rows: (usize, usize),
+    put: &mut impl FnMut(usize, usize, &[R]),
+    scratch: &mut [R],
+) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if cached_rows::<R, S>(view, heads.len()).is_some_and(|most| rows.1 - rows.0 <= most) {
+        let mut put = |row: usize, head: usize, out: &[f32]| {
+            put(row, head, bytemuck::cast_slice(out));
+        };
+        let scratch = bytemuck::cast_slice_mut(scratch);
+        return x86::forward_cached(view, segment, heads, rows, &mut put, scratch);
+    }
+    let _ = (view, segment, heads, rows, put, scratch);
     false
 }
 

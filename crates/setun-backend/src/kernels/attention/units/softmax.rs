@@ -3,7 +3,7 @@
 
 use crate::cpu::bf16::rows::{PAIR, Packed, Pairs, TILE, TILE_VALUES, in_order, packed_len};
 use crate::kernels::attention::backward::{QueryBlock, Saved};
-use crate::kernels::attention::{Running, View};
+use crate::kernels::attention::{Running, View, Visible};
 use crate::kernels::product::BLOCK;
 use crate::ops::Segment;
 use crate::real::{Real, exp};
@@ -15,6 +15,14 @@ const W: usize = 16;
 /// Rows that go step by step together: one alone would wait for its maximum, then for its
 /// exponentials.
 const TOGETHER: usize = 8;
+
+impl Visible {
+    /// Whether all positions of a tile from `j0` on are seen.
+    fn is_whole(self, j0: usize, tile: usize) -> bool {
+        let outside_gap = self.gap.1 <= j0 || self.gap.0 >= j0 + tile || self.gap.0 >= self.gap.1;
+        self.first <= j0 && self.end >= j0 + tile && outside_gap
+    }
+}
 
 /// What some neighbouring rows need between the two passes over their scores.
 #[derive(Clone, Copy, Default)]
@@ -291,7 +299,7 @@ mod tests {
             // SAFETY: the processor has AVX-512.
             let (found, sum): ([f32; W], f32) = unsafe {
                 let y = exp_small(load(&x));
-                (std::mem::transmute(y), sum_of_lanes(y))
+                (std::mem::transmute::<__m512, [f32; W]>(y), sum_of_lanes(y))
             };
             for (x, (found, expected)) in x.iter().zip(found.iter().zip(&expected)) {
                 let alike = found.to_bits() == expected.to_bits();

@@ -1,26 +1,29 @@
 //! Attention's loops on a [`Unit`].
 
+use super::keys::{CachedKeys, Source};
 use super::softmax::{soften, soften_gradients};
+use crate::cache::CachedSegment;
 use crate::cpu::Isa;
 use crate::cpu::amx::Tiles;
 use crate::cpu::bf16::rows::{MOST_OUTPUTS, Packed, Rows, multiply, packed_len};
 use crate::cpu::bf16::{Dots, PAIR, Pairs, Unit};
 use crate::kernels::attention::backward::{KEY_TILES, Keys, QueryBlock, QueryGradients, Saved};
-use crate::kernels::attention::{Running, Store, View, finish};
+use crate::kernels::attention::{QUERY_BLOCKS, Running, Sight, Store, View, finish};
+use crate::kernels::cache::{CacheView, CachedView};
 use crate::kernels::product::BLOCK;
 use crate::ops::Segment;
 use crate::real::Real;
 use half::bf16;
 use std::any::TypeId;
+use std::ops::Range;
 
-/// Takes a row, its output and its logarithm.
-type PutRow<'a> = dyn FnMut(usize, &[f32], f32) + 'a;
+/// Takes a row, a head, the output and its logarithm.
+type PutRow<'a> = dyn FnMut(usize, usize, &[f32], f32) + 'a;
 
 /// The view, where there is a unit for it.
 #[inline(always)]
 pub(super) fn suited<'a, R: Real, S: Store<R>>(view: &View<'a, S>) -> Option<View<'a, bf16>> {
-    let is_stored =
-        TypeId::of::<R>() == TypeId::of::<f32>() && TypeId::of::<S>() == TypeId::of::<bf16>();
+    let is_stored = is_same::<R, f32>() && is_same::<S, bf16>();
     let fits = |size: usize| size.is_multiple_of(PAIR) && size <= MOST_OUTPUTS;
     let suits = is_stored && view.isa.has_bf16() && fits(view.tile) && fits(view.head_dim);
     suits.then(|| View {
@@ -37,9 +40,9 @@ pub(super) fn suited<'a, R: Real, S: Store<R>>(view: &View<'a, S>) -> Option<Vie
 }
 
 pub(super) fn forward(
-    view: View<'_, bf16>,
+    (view, source): (View<'_, bf16>, Source<'_>),
     segment: Segment,
-    head: usize,
+    heads: Range<usize>,
     rows: (usize, usize),
     put: &mut PutRow<'_>,
     scratch: &mut [f32],
@@ -50,7 +53,82 @@ pub(super) fn forward(
     };
     // SAFETY: an `Isa` that has a unit for bf16 is made by `Isa::available` only, where the
     // processor has it, and AVX-512.
-    unsafe { forward(view, segment, head, rows, put, scratch) }
+    unsafe { forward((view, &source), segment, heads, rows, put, scratch) }
+}
+
+/// Blocks of queries that [`forward_cached`] takes: what fits into scratch.
+const CACHED_BLOCKS: usize = 2 * QUERY_BLOCKS;
+
+/// Whether [`forward_cached`] takes so many heads, and how many rows then.
+#[inline(always)]
+pub(super) fn cached_rows<R: Real, S: Store<R>>(
+    view: &CachedView<'_, S>,
+    heads: usize,
+) -> Option<usize> {
+    let is_stored = is_same::<R, f32>() && is_same::<S, bf16>();
+    let fits = |size: usize| size.is_multiple_of(PAIR) && size <= MOST_OUTPUTS;
+    let suits = is_stored && view.isa.has_bf16() && fits(view.tile) && fits(view.head_dim);
+    let is_bf16 = matches!(view.cache, CacheView::Bf16(..));
+    (suits && is_bf16 && heads <= CACHED_BLOCKS).then_some(CACHED_BLOCKS / heads * view.tile)
+}
+
+/// Attention to a cache of rows of a chain, as many as [`cached_rows`] says; `put(row, head,
+/// values)`. False, and nothing is done, where a value that some row does not see is no number.
+pub(super) fn forward_cached<S: bytemuck::Pod>(
+    of_cache: &CachedView<'_, S>,
+    segment: &CachedSegment<'_>,
+    heads: Range<usize>,
+    rows: (usize, usize),
+    put: &mut dyn FnMut(usize, usize, &[f32]),
+    scratch: &mut [f32],
+) -> bool {
+    let CacheView::Bf16(k, v) = of_cache.cache else {
+        return false;
+    };
+    let keys = CachedKeys {
+        k,
+        v,
+        blocks: segment.blocks,
+        num_kv_heads: of_cache.num_kv_heads,
+        head_dim: of_cache.head_dim,
+    };
+    let view = View {
+        q: bytemuck::cast_slice(of_cache.q),
+        k: &[],
+        v: &[],
+        num_heads: of_cache.num_heads,
+        num_kv_heads: of_cache.num_kv_heads,
+        head_dim: of_cache.head_dim,
+        tile: of_cache.tile,
+        isa: of_cache.isa,
+        sight: Sight::Causal,
+    };
+    let key_head = view.key_head(heads.start);
+    let mut unseen = segment.end(rows.0)..segment.end(rows.1 - 1);
+    let is_finite = |position| keys.value(position, key_head).iter().all(|v| v.is_finite());
+    if !unseen.all(is_finite) {
+        return false;
+    }
+    let segment = Segment {
+        q_start: segment.q_start,
+        q_len: segment.q_len,
+        kv_start: 0,
+        kv_len: segment.past + segment.q_len,
+    };
+    let mut put = |row: usize, head: usize, out: &[f32], _: f32| put(row, head, out);
+    forward(
+        (view, Source::Cache(keys)),
+        segment,
+        heads,
+        rows,
+        &mut put,
+        scratch,
+    );
+    true
+}
+
+fn is_same<A: 'static, B: 'static>() -> bool {
+    TypeId::of::<A>() == TypeId::of::<B>()
 }
 
 pub(super) fn add_gradients(
@@ -95,30 +173,17 @@ impl<'a> View<'a, bf16> {
             width: self.head_dim,
         }
     }
-
-    /// Rows of `values`, which are keys or values.
-    fn key_rows(&self, values: &'a [bf16], keys: Keys) -> Rows<'a, bf16> {
-        let row = keys.segment.kv_start + keys.range.0;
-        let at = (row * self.num_kv_heads + keys.key_head) * self.head_dim;
-        Rows {
-            values: &values[at..],
-            stride: self.num_kv_heads * self.head_dim,
-            len: keys.len(),
-            width: self.head_dim,
-        }
-    }
 }
 
 /// Some rows of queries, with what is running for them.
 struct Queries<'a> {
+    head: usize,
     rows: (usize, usize),
     packed: Packed<'a>,
     running: Running<'a, f32>,
 }
 
 impl<'a> Queries<'a> {
-    /// # Safety
-    /// The processor has AVX-512.
     #[target_feature(enable = "avx2,fma,avx512f,avx512bw")]
     fn pack(
         pairs: Pairs,
@@ -138,6 +203,7 @@ impl<'a> Queries<'a> {
         running.sum.fill(0.0);
         running.acc.fill(0.0);
         Self {
+            head,
             rows,
             packed: Packed::left(pairs, view.query_rows(segment, head, rows), packed),
             running,
@@ -145,15 +211,15 @@ impl<'a> Queries<'a> {
     }
 }
 
-/// A tile of keys and values is packed once for all rows.
+/// Heads that share a key head. A tile of keys and values is packed once for all heads and rows.
 ///
 /// # Safety
 /// The processor has the unit, and AVX-512.
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn forward_on<U: Unit>(
-    view: View<'_, bf16>,
+    (view, source): (View<'_, bf16>, &Source<'_>),
     segment: Segment,
-    head: usize,
+    heads: Range<usize>,
     rows: (usize, usize),
     put: &mut PutRow<'_>,
     scratch: &mut [f32],
@@ -161,27 +227,26 @@ unsafe fn forward_on<U: Unit>(
     let (e, tile) = (view.head_dim, view.tile);
     let mut room = Room(scratch);
     let [keys, values] = [(); 2].map(|()| room.halves(packed_len(tile, e)));
-    let starts = (rows.0..rows.1).step_by(tile);
-    let mut blocks: Vec<Queries<'_>> = starts
-        .map(|start| {
+    let mut blocks = Vec::with_capacity(heads.len() * QUERY_BLOCKS);
+    for head in heads.clone() {
+        for start in (rows.0..rows.1).step_by(tile) {
             let rows = (start, rows.1.min(start + tile));
-            Queries::pack(U::PAIRS, view, (segment, head), rows, &mut room)
-        })
-        .collect();
+            let of_block = Queries::pack(U::PAIRS, view, (segment, head), rows, &mut room);
+            blocks.push(of_block);
+        }
+    }
     // SAFETY: the caller's promise.
     let unit = unsafe { U::start() };
     let seen = Keys {
         segment,
-        key_head: view.key_head(head),
+        key_head: view.key_head(heads.start),
         range: (0, view.visible(segment, rows.1 - 1).end),
     };
     let mut tiles = seen.tiles(tile).peekable();
     while let Some(of_tile) = tiles.next() {
-        let keys = Packed::columns(U::PAIRS, view.key_rows(view.k, of_tile), tile, keys);
-        let values = Packed::steps(U::PAIRS, view.key_rows(view.v, of_tile), values);
+        let (keys, values) = source.pack(U::PAIRS, of_tile, tile, (keys, values));
         if let Some(&next) = tiles.peek() {
-            view.key_rows(view.k, next).prefetch();
-            view.key_rows(view.v, next).prefetch();
+            source.prefetch(next);
         }
         let j0 = of_tile.range.0;
         let sees = |block: &&mut Queries<'_>| view.visible(segment, block.rows.1 - 1).end > j0;
@@ -191,10 +256,11 @@ unsafe fn forward_on<U: Unit>(
             unsafe { attend(&unit, view, of_tile, (&keys, &values), block, room) };
         }
     }
-    for Queries { rows, running, .. } in blocks {
-        for (r, acc) in running.acc.chunks_mut(e).enumerate() {
-            let lse = finish(acc, running.max[r], running.sum[r]);
-            put(rows.0 + r, acc, lse);
+    for block in blocks {
+        let Running { max, sum, acc } = block.running;
+        for (r, acc) in acc.chunks_mut(e).enumerate() {
+            let lse = finish(acc, max[r], sum[r]);
+            put(block.rows.0 + r, block.head, acc, lse);
         }
     }
 }
