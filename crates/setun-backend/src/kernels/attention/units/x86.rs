@@ -20,13 +20,19 @@ use std::ops::Range;
 /// Takes a row, a head, the output and its logarithm.
 type PutRow<'a> = dyn FnMut(usize, usize, &[f32], f32) + 'a;
 
+/// Whether there is a unit for such numbers and sizes.
+#[inline(always)]
+fn has_unit<R: Real, S: Store<R>>(isa: Isa, sizes: [usize; 2]) -> bool {
+    let is_f32 = TypeId::of::<R>() == TypeId::of::<f32>();
+    let is_stored = TypeId::of::<S>() == TypeId::of::<bf16>();
+    let fits = |size: usize| size.is_multiple_of(PAIR) && size <= MOST_OUTPUTS;
+    is_f32 && is_stored && isa.has_bf16() && sizes.into_iter().all(fits)
+}
+
 /// The view, where there is a unit for it.
 #[inline(always)]
 pub(super) fn suited<'a, R: Real, S: Store<R>>(view: &View<'a, S>) -> Option<View<'a, bf16>> {
-    let is_stored = is_same::<R, f32>() && is_same::<S, bf16>();
-    let fits = |size: usize| size.is_multiple_of(PAIR) && size <= MOST_OUTPUTS;
-    let suits = is_stored && view.isa.has_bf16() && fits(view.tile) && fits(view.head_dim);
-    suits.then(|| View {
+    has_unit::<R, S>(view.isa, [view.tile, view.head_dim]).then(|| View {
         q: bytemuck::cast_slice(view.q),
         k: bytemuck::cast_slice(view.k),
         v: bytemuck::cast_slice(view.v),
@@ -56,7 +62,8 @@ pub(super) fn forward(
     unsafe { forward((view, &source), segment, heads, rows, put, scratch) }
 }
 
-/// Blocks of queries that [`forward_cached`] takes: what fits into scratch.
+/// Blocks of queries that [`forward_cached`] takes: what fits into the scratch of
+/// [`cached_block`](crate::kernels::cache::cached_block).
 const CACHED_BLOCKS: usize = 2 * QUERY_BLOCKS;
 
 /// Whether [`forward_cached`] takes so many heads, and how many rows then.
@@ -65,9 +72,7 @@ pub(super) fn cached_rows<R: Real, S: Store<R>>(
     view: &CachedView<'_, S>,
     heads: usize,
 ) -> Option<usize> {
-    let is_stored = is_same::<R, f32>() && is_same::<S, bf16>();
-    let fits = |size: usize| size.is_multiple_of(PAIR) && size <= MOST_OUTPUTS;
-    let suits = is_stored && view.isa.has_bf16() && fits(view.tile) && fits(view.head_dim);
+    let suits = has_unit::<R, S>(view.isa, [view.tile, view.head_dim]);
     let is_bf16 = matches!(view.cache, CacheView::Bf16(..));
     (suits && is_bf16 && heads <= CACHED_BLOCKS).then_some(CACHED_BLOCKS / heads * view.tile)
 }
@@ -125,10 +130,6 @@ pub(super) fn forward_cached<S: bytemuck::Pod>(
         scratch,
     );
     true
-}
-
-fn is_same<A: 'static, B: 'static>() -> bool {
-    TypeId::of::<A>() == TypeId::of::<B>()
 }
 
 pub(super) fn add_gradients(
