@@ -152,9 +152,9 @@ fn pack_rows<S: Source<f32>>(
         source.prefetch(output, step + BLOCK);
         source.prefetch(output, step + BLOCK + TILE);
         let at = (output, block.outputs.end);
-        let [low, high] = runs
-            .each_ref()
-            .map(|run| read(source, at, run, block.padding));
+        let [low, high] = &runs;
+        let low = read(source, at, low, block.padding);
+        let high = read(source, at, high, block.padding);
         let halves = _mm512_permutex2var_epi16(low, order, high);
         // SAFETY: a row has as many numbers; the store needs no alignment.
         unsafe { _mm512_storeu_si512(row.as_mut_ptr().cast(), halves) };
@@ -217,18 +217,35 @@ fn read<S: Source<f32>>(
     run: &Run,
     padding: f32,
 ) -> __m512i {
-    let mut values = [padding; TILE];
-    match run.group {
-        _ if row >= end => {}
-        Some(group) => source.run(row, run.columns.start, group, &mut values),
-        None => {
-            for (to, column) in values.iter_mut().zip(run.columns.clone()) {
-                *to = source.one(row, column);
-            }
+    let values = match run.group {
+        Some(group) if row < end => {
+            let mut values = [0.0; TILE];
+            source.run(row, run.columns.start, group, &mut values);
+            values
         }
-    }
+        _ => read_partly(source, (row, end), run, padding),
+    };
     // SAFETY: sixteen values are there; the load needs no alignment.
     unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
+}
+
+/// [`read`] at the end of an operand, or over the end of a group; apart, so that the rest is
+/// inlined.
+#[cold]
+#[inline(never)]
+fn read_partly<S: Source<f32>>(
+    source: &S,
+    (row, end): (usize, usize),
+    run: &Run,
+    padding: f32,
+) -> [f32; TILE] {
+    let mut values = [padding; TILE];
+    if row < end {
+        for (to, column) in values.iter_mut().zip(run.columns.clone()) {
+            *to = source.one(row, column);
+        }
+    }
+    values
 }
 
 /// [`pack`] of `rows` rows of the result, `stride` apart, with `depth` steps each, as they are.
