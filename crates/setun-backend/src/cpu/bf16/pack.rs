@@ -217,16 +217,13 @@ fn read<S: Source<f32>>(
     run: &Run,
     padding: f32,
 ) -> __m512i {
-    let values = match run.group {
-        Some(group) if row < end => {
-            let mut values = [0.0; TILE];
-            source.run(row, run.columns.start, group, &mut values);
-            values
-        }
-        _ => read_partly(source, (row, end), run, padding),
-    };
-    // SAFETY: sixteen values are there; the load needs no alignment.
-    unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
+    if let Some(group) = run.group.filter(|_| row < end) {
+        // In a register: an array that two branches fill would go through memory.
+        let mut values = [0.0; TILE];
+        source.run(row, run.columns.start, group, &mut values);
+        return as_bits(&values);
+    }
+    as_bits(&read_partly(source, (row, end), run, padding))
 }
 
 /// [`read`] at the end of an operand, or over the end of a group; apart, so that the rest is
