@@ -354,10 +354,19 @@ impl Planner {
         }
         let best = self.best_depth(limit.depth);
         let more = usize::from(self.probe() == Some(Probe::Larger));
+        let depth = limit.depth.min(best + more);
         Budget {
-            depth: limit.depth.min(best + more),
+            nodes: limit.nodes.min(self.most_nodes(depth)),
+            depth,
             ..limit
         }
+    }
+
+    /// More nodes cost more than a path of this depth is worth, were all of it right.
+    fn most_nodes(&self, depth: usize) -> usize {
+        let worth = (1 + depth) as f64 * self.cost.predict(1);
+        let pays = |&rows: &usize| self.cost.predict(rows) <= worth;
+        ROWS.into_iter().take_while(pays).last().unwrap_or(2) - 1
     }
 
     /// Whether the cycle tries something else than what seems best.
