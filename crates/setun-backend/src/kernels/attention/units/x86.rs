@@ -228,13 +228,19 @@ unsafe fn forward_on<U: Unit>(
     let (e, tile) = (view.head_dim, view.tile);
     let mut room = Room(scratch);
     let [keys, values] = [(); 2].map(|()| room.halves(packed_len(tile, e)));
-    let mut blocks = Vec::with_capacity(heads.len() * QUERY_BLOCKS);
-    for head in heads.clone() {
-        for start in (rows.0..rows.1).step_by(tile) {
-            let rows = (start, rows.1.min(start + tile));
-            let of_block = Queries::pack(U::PAIRS, view, (segment, head), rows, &mut room);
-            blocks.push(of_block);
-        }
+    // Not a `Vec`: training allocates nothing.
+    let mut blocks = [const { None::<Queries<'_>> }; CACHED_BLOCKS];
+    let of_head = (rows.1 - rows.0).div_ceil(tile);
+    for (i, block) in blocks[..heads.len() * of_head].iter_mut().enumerate() {
+        let (head, start) = (heads.start + i / of_head, rows.0 + i % of_head * tile);
+        let rows = (start, rows.1.min(start + tile));
+        *block = Some(Queries::pack(
+            U::PAIRS,
+            view,
+            (segment, head),
+            rows,
+            &mut room,
+        ));
     }
     // SAFETY: the caller's promise.
     let unit = unsafe { U::start() };
@@ -251,13 +257,13 @@ unsafe fn forward_on<U: Unit>(
         }
         let j0 = of_tile.range.0;
         let sees = |block: &&mut Queries<'_>| view.visible(segment, block.rows.1 - 1).end > j0;
-        for block in blocks.iter_mut().filter(sees) {
+        for block in blocks.iter_mut().flatten().filter(sees) {
             let room = Room(&mut *room.0);
             // SAFETY: the caller's promise.
             unsafe { attend(&unit, view, of_tile, (&keys, &values), block, room) };
         }
     }
-    for block in blocks {
+    for block in blocks.into_iter().flatten() {
         let Running { max, sum, acc } = block.running;
         for (r, acc) in acc.chunks_mut(e).enumerate() {
             let lse = finish(acc, max[r], sum[r]);
@@ -346,9 +352,10 @@ unsafe fn add_gradients_on<U: Unit>(
     (dk, dv): (&mut [f32], &mut [f32]),
 ) {
     let mut room = Room(scratch);
-    let mut tiles = Vec::with_capacity(KEY_TILES);
-    for keys in keys.tiles(view.tile) {
-        tiles.push(Panels::pack(U::PAIRS, view, keys, &mut room));
+    let mut tiles = [const { None }; KEY_TILES];
+    assert!(keys.len() <= KEY_TILES * view.tile);
+    for (tile, keys) in tiles.iter_mut().zip(keys.tiles(view.tile)) {
+        *tile = Some(Panels::pack(U::PAIRS, view, keys, &mut room));
     }
     // SAFETY: the caller's promise.
     let unit = unsafe { U::start() };
@@ -399,7 +406,7 @@ struct Operands<'a> {
 /// The processor has the unit, and AVX-512.
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn add_block<U: Unit>(
-    (unit, tiles): (&U, &[Panels<'_>]),
+    (unit, tiles): (&U, &[Option<Panels<'_>>]),
     (view, saved): (View<'_, bf16>, Saved<'_, f32>),
     mut block: QueryBlock,
     dq: &mut Option<&mut dyn QueryGradients<f32>>,
@@ -425,7 +432,11 @@ unsafe fn add_block<U: Unit>(
         block.load_dq(&mut **dq, acc);
     }
     let (last_end, first) = (block.last_end(&view), block.j0);
-    for panels in tiles.iter().take_while(|tile| tile.range.0 < last_end) {
+    for panels in tiles
+        .iter()
+        .flatten()
+        .take_while(|tile| tile.range.0 < last_end)
+    {
         block.j0 = panels.range.0;
         let [start, end] = [panels.range.0, panels.range.1].map(|at| (at - first) * e);
         let sums = (&mut dk[start..end], &mut dv[start..end]);
