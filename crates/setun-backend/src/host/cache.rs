@@ -5,7 +5,7 @@ use crate::cache::{CACHE_BLOCK, CacheBuf, CacheData, CacheStore, CachedAttention
 use crate::cpu::multiversion;
 use crate::cpu::{Isa, Pool, RowParts, RowsMut};
 use crate::kernels::attention::Store;
-use crate::kernels::cache::{CacheView, CachedView, cached_block, most_rows, quantize_head};
+use crate::kernels::cache::{CacheView, CachedView, cached_block, quantize_head, rows_together};
 use crate::memory::Lease;
 use crate::ops::AttnBuf;
 use crate::real::Real;
@@ -251,24 +251,19 @@ fn attend<R: Real, S: Store<R>>(
     let group = heads / view.num_kv_heads;
     let runs = group.div_ceil(TILE);
     let parts = view.num_kv_heads * runs;
-    let threads = pool.threads();
-    let rows = |segment: &CachedSegment<'_>| {
-        let most = most_rows::<R, S>(&view, segment, group.min(TILE));
-        // Many rows share the work on a tile of keys; but no thread is to be without any.
-        let of_thread = segment.q_len * parts / (2 * threads);
-        most.min(of_thread.next_multiple_of(TILE))
-            .max((TILE / group).max(1))
-    };
-    let blocks = |segment: &CachedSegment<'_>| segment.q_len.div_ceil(rows(segment));
-    let tasks = segments.iter().map(blocks).sum::<usize>() * parts;
-    pool.run(tasks, &|task, worker| {
-        let (segment, block) = block_of(segments, blocks, task / parts);
-        let rows = rows(segment);
-        let start = block * rows;
+    let (longest, all) = segments.iter().fold((0, 0), |(longest, all), s| {
+        (longest.max(s.q_len), all + s.q_len)
+    });
+    // Many rows share the work on a tile of keys; but no thread is to be without any.
+    let most = (all * parts / (2 * pool.threads())).next_multiple_of(TILE);
+    let step = rows_together::<R, S>(&view, longest, group.min(TILE)).min(most.max(TILE));
+    let blocks = segments.iter().map(|s| s.q_len.div_ceil(step));
+    pool.run(blocks.sum::<usize>() * parts, &|task, worker| {
+        let (segment, start) = block_of(segments, step, task / parts);
         let (kv_head, run) = (task % parts / runs, task % runs);
         let first = kv_head * group + run * TILE;
         let of_task = first..(first + TILE).min((kv_head + 1) * group);
-        let rows = (start, segment.q_len.min(start + rows));
+        let rows = (start, segment.q_len.min(start + step));
         let mut put = |row: usize, head: usize, values: &[R]| {
             let at = (segment.q_start + row) * heads + head;
             // SAFETY: row `at` of this head belongs to this task alone: segments share none.
@@ -290,16 +285,16 @@ pub(super) fn assert_disjoint(runs: impl Iterator<Item = (usize, usize)>) {
     }
 }
 
-/// The segment that holds block `index`, and which of its blocks that is.
+/// The segment that holds block `index` of `step` rows, and the block's first row.
 fn block_of<'a, 's>(
     segments: &'a [CachedSegment<'s>],
-    blocks: impl Fn(&CachedSegment<'s>) -> usize,
+    step: usize,
     mut index: usize,
 ) -> (&'a CachedSegment<'s>, usize) {
     for segment in segments {
-        let blocks = blocks(segment);
+        let blocks = segment.q_len.div_ceil(step);
         if index < blocks {
-            return (segment, index);
+            return (segment, index * step);
         }
         index -= blocks;
     }

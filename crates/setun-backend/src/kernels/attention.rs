@@ -23,7 +23,7 @@ use crate::kernels::product::{
     Order, ROWS_TOGETHER, needs_flush, rows_mat, tiles_mat, transpose, vec_mat,
 };
 use crate::ops::{DraftBlocks, Segment};
-use crate::real::{Real, sum_lane_array};
+use crate::real::{Real, sum_slices};
 use bytemuck::Pod;
 use half::bf16;
 use std::ops::Range;
@@ -432,24 +432,6 @@ pub(super) struct Running<'a, R> {
     pub(super) acc: &'a mut [R],
 }
 
-/// Puts exponentials of the scores less their maximum in the scores' place, rounded; the sum of
-/// those that are not rounded, in the order of [`sum_lanes`](crate::real::sum_lanes).
-#[inline(always)]
-fn exponentials<R: Real, S: Store<R>>(scores: &mut [R], max: R) -> R {
-    let mut lanes = [R::ZERO; 16];
-    let of_lane = |(score, lane): (&mut R, &mut R)| {
-        let p = (*score - max).exp_small();
-        *lane += p;
-        *score = S::round(p);
-    };
-    let (chunks, rest) = scores.as_chunks_mut::<16>();
-    for chunk in chunks {
-        chunk.iter_mut().zip(&mut lanes).for_each(of_lane);
-    }
-    rest.iter_mut().zip(&mut lanes).for_each(of_lane);
-    sum_lane_array(lanes)
-}
-
 /// Folds one tile of masked scores `[rows, tile]` into what is running, for the rows that see
 /// something of the tile, and leaves the probabilities that are to be multiplied with the values.
 ///
@@ -491,7 +473,18 @@ pub(super) fn online_softmax<R: Real, S: Store<R>>(
         }
         let active = |(r, _): &(usize, &mut [R])| is_active[*r];
         for (r, scores) in scores.chunks_mut(tile).enumerate().filter(active) {
-            sum[r] = sum[r] * shrink[r] + exponentials::<R, S>(scores, max[r]);
+            let max = max[r];
+            for s in scores {
+                *s = (*s - max).exp_small();
+            }
+        }
+        for (r, scores) in scores.chunks_mut(tile).enumerate().filter(active) {
+            sum[r] = sum[r] * shrink[r] + sum_slices([&*scores], |[x]| x);
+        }
+        for (_, scores) in scores.chunks_mut(tile).enumerate().filter(active) {
+            for s in scores {
+                *s = S::round(*s);
+            }
         }
         for (r, acc) in acc.chunks_mut(e).enumerate().filter(active) {
             let shrink = shrink[r];

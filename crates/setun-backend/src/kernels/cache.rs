@@ -253,22 +253,20 @@ struct Sums<'a, R> {
 /// Pairs of a row and a head from which on a unit for bf16 is worth packing tiles for it.
 const WORTH_A_UNIT: usize = 64;
 
-/// Most rows of a segment that [`cached_block`] takes for `heads` heads, which share a key head.
-pub fn most_rows<R: Real, S: Store<R>>(
+/// Rows that [`cached_block`] works on together for `heads` heads, which share a key head, where a
+/// segment has `q_len`; it takes more of them one run after the other.
+pub fn rows_together<R: Real, S: Store<R>>(
     view: &CachedView<'_, S>,
-    segment: &CachedSegment<'_>,
+    q_len: usize,
     heads: usize,
 ) -> usize {
-    let few = (view.tile / heads).max(1);
-    let is_worth_it = segment.q_len * heads >= WORTH_A_UNIT;
-    let is_chain = matches!(segment.among, Among::Chain);
-    let of_unit = units::cached_rows::<R, S>(view, heads).filter(|_| is_worth_it && is_chain);
-    of_unit.unwrap_or(few).max(few)
+    let of_unit = units::cached_rows::<R, S>(view, heads);
+    let of_unit = of_unit.filter(|_| q_len * heads >= WORTH_A_UNIT);
+    of_unit.unwrap_or((view.tile / heads).max(1))
 }
 
 /// Attention of the query heads `heads`, which share a key head and are at most `tile`, in rows
-/// `rows` of `segment`, at most [`most_rows`]; `put(row, head, values)`. `scratch` has
-/// [`scratch_len`](super::attention::scratch_len) and [`sums_len`](super::attention::sums_len)
+/// `rows` of `segment`; `put(row, head, values)`. `scratch` has [`scratch_len`](super::attention::scratch_len) and [`sums_len`](super::attention::sums_len)
 /// values.
 #[inline(always)]
 pub fn cached_block<R: Real, S: Store<R>>(
