@@ -12,7 +12,7 @@
 
 use crate::cpu::packed::{InputRows, MAX_ROWS, PANEL, PanelScratch};
 use crate::cpu::{Isa, Pool, RowParts, RowsMut, multiversion};
-use crate::kernels::topk::Best;
+use crate::kernels::topk::{Best, RUN};
 pub use crate::kernels::topk::{Candidate, Shaping, TILE, TileSum, Total, by_rank};
 use crate::real::Real;
 use std::ops::Range;
@@ -158,6 +158,39 @@ struct Bench {
 }
 
 impl Bench {
+    /// Looks at the tiles of some rows, whose sums go to `sums` `[tiles, group]`.
+    fn run(
+        &mut self,
+        isa: Isa,
+        source: Source<'_>,
+        wanted: TopK<'_>,
+        vocab_size: usize,
+        (rows, tiles): (Range<usize>, Range<usize>),
+        sums: &mut [TileSum],
+    ) {
+        let group = sums.len() / tiles.len();
+        for first in rows.clone().step_by(self.tile.len()) {
+            for (t, sums) in tiles.clone().zip(sums.chunks_mut(group)) {
+                let tile = t * TILE..vocab_size.min((t + 1) * TILE);
+                let sums = &mut sums[first - rows.start..];
+                if let Some(logits) = source.as_they_are(wanted) {
+                    let values = &logits[first * vocab_size..][tile.clone()];
+                    sums[0] = look_at(isa, tile.start, values, &mut self.best[first]);
+                    continue;
+                }
+                self.fill(isa, source, vocab_size, first, &tile);
+                for ((row, values), sum) in (first..).zip(&mut self.tile).zip(sums) {
+                    let values = &mut values[..tile.len()];
+                    if let Some(shaping) = wanted.shaping.get(row) {
+                        let occurred = wanted.occurred.get(row).map_or(&[][..], Vec::as_slice);
+                        shaping.apply(tile.start, occurred, values);
+                    }
+                    *sum = look_at(isa, tile.start, values, &mut self.best[row]);
+                }
+            }
+        }
+    }
+
     /// The logits of rows from `first` in one tile.
     fn fill(
         &mut self,
@@ -199,57 +232,96 @@ pub(crate) fn run(
     if rows == 0 {
         return *kept = Kept::default();
     }
-    let tiles = vocab_size.div_ceil(TILE);
+    let grid = Grid::new(pool, (rows, vocab_size), source);
     let none = TileSum { max: 0.0, sum: 0.0 };
-    let mut sums = vec![none; tiles * rows];
-    let out = RowsMut::new(&mut sums, rows.max(1));
+    let mut sums = vec![none; grid.groups() * grid.tiles * grid.group];
+    let out = RowsMut::new(&mut sums, grid.group);
     let k = wanted.k.min(vocab_size);
-    let together = source.step(rows);
     let benches: Vec<Mutex<Bench>> = (0..pool.threads())
         .map(|_| {
             Mutex::new(Bench {
                 best: vec![Best::new(k); rows],
-                tile: vec![[0.0; TILE]; together],
+                tile: vec![[0.0; TILE]; source.step(rows)],
                 panel: PanelScratch::default(),
             })
         })
         .collect();
-    let step = tiles.div_ceil(4 * pool.threads());
-    pool.run(tiles.div_ceil(step), &|task, worker| {
-        let task = task * step..tiles.min((task + 1) * step);
-        // SAFETY: a tile belongs to one task, which asks once.
-        let sums = unsafe { out.part(task.clone()) };
+    pool.run(grid.tasks(), &|task, worker| {
+        let (group, tiles) = grid.task(task);
+        let before = group * grid.tiles;
+        // SAFETY: a tile of a group belongs to one task, which asks once.
+        let sums = unsafe { out.part(before + tiles.start..before + tiles.end) };
         let mut bench = benches[worker]
             .lock()
             .expect("a lock that only its worker takes");
-        for first in (0..rows).step_by(together.max(1)) {
-            for t in task.clone() {
-                let tile = t * TILE..vocab_size.min((t + 1) * TILE);
-                let at = (t - task.start) * rows;
-                if let Some(logits) = source.as_they_are(wanted) {
-                    let values = &logits[first * vocab_size..][tile.clone()];
-                    sums[at + first] = look_at(isa, tile.start, values, &mut bench.best[first]);
-                    continue;
-                }
-                bench.fill(isa, source, vocab_size, first, &tile);
-                let Bench {
-                    best, tile: buffer, ..
-                } = &mut *bench;
-                for (row, values) in (first..).zip(buffer) {
-                    let values = &mut values[..tile.len()];
-                    if let Some(shaping) = wanted.shaping.get(row) {
-                        let occurred = wanted.occurred.get(row).map_or(&[][..], Vec::as_slice);
-                        shaping.apply(tile.start, occurred, values);
-                    }
-                    sums[at + row] = look_at(isa, tile.start, values, &mut best[row]);
-                }
-            }
-        }
+        let group = group * grid.group..rows.min((group + 1) * grid.group);
+        bench.run(isa, source, wanted, vocab_size, (group, tiles), sums);
     });
-    collect(rows, &sums, benches, kept);
+    collect(&grid, &sums, benches, kept);
 }
 
-fn collect(rows: usize, sums: &[TileSum], benches: Vec<Mutex<Bench>>, kept: &mut Kept) {
+/// How rows and tiles are shared out.
+struct Grid {
+    rows: usize,
+    tiles: usize,
+    /// Rows whose tiles a task takes.
+    group: usize,
+    /// Tiles that a task takes.
+    step: usize,
+}
+
+impl Grid {
+    /// Whole rows where there are enough of them: the best of a row are then sought once, and
+    /// not by each thread among the tiles that it had.
+    fn new(pool: &Pool, (rows, vocab_size): (usize, usize), source: Source<'_>) -> Self {
+        let (tiles, tasks) = (vocab_size.div_ceil(TILE), 4 * pool.threads());
+        let group = match source {
+            Source::Logits(_) => rows.div_ceil(tasks),
+            Source::Head { .. } => rows,
+        };
+        let step = tiles.div_ceil(tasks.div_ceil(rows.div_ceil(group)));
+        Self {
+            rows,
+            tiles,
+            group,
+            step,
+        }
+    }
+
+    fn groups(&self) -> usize {
+        self.rows.div_ceil(self.group)
+    }
+
+    fn steps(&self) -> usize {
+        self.tiles.div_ceil(self.step)
+    }
+
+    fn tasks(&self) -> usize {
+        self.groups() * self.steps()
+    }
+
+    /// Group and tiles of a task.
+    fn task(&self, task: usize) -> (usize, Range<usize>) {
+        let first = task % self.steps() * self.step;
+        (
+            task / self.steps(),
+            first..self.tiles.min(first + self.step),
+        )
+    }
+
+    /// The sums of the tiles of a row, in ascending order.
+    fn of_row<'a>(
+        &self,
+        sums: &'a [TileSum],
+        row: usize,
+    ) -> impl Iterator<Item = TileSum> + Clone + use<'a> {
+        let (tiles, group, at) = (self.tiles, self.group, row % self.group);
+        let sums = &sums[row / group * tiles * group..][..tiles * group];
+        sums.chunks(group).map(move |tile| tile[at])
+    }
+}
+
+fn collect(grid: &Grid, sums: &[TileSum], benches: Vec<Mutex<Bench>>, kept: &mut Kept) {
     let mut best = benches.into_iter().map(|bench| {
         let bench = bench.into_inner();
         bench.expect("no panic while the lock is held").best
@@ -264,20 +336,65 @@ fn collect(rows: usize, sums: &[TileSum], benches: Vec<Mutex<Bench>>, kept: &mut
     kept.totals.clear();
     for (row, best) in all.iter_mut().enumerate() {
         kept.candidates.push(best.sorted());
-        let tiles = sums.chunks(rows).map(|tile| tile[row]);
-        kept.totals.push(Total::of(tiles));
+        kept.totals.push(Total::of(grid.of_row(sums, row)));
     }
 }
 
+/// The sum of a tile, whose best entries are kept.
+fn look_at(isa: Isa, first: usize, tile: &[f32], best: &mut Best) -> TileSum {
+    #[cfg(target_arch = "x86_64")]
+    if let (true, (runs, [])) = (isa.has_avx512(), tile.as_chunks()) {
+        // SAFETY: an `Isa` that has AVX-512 is made by `Isa::available` only, after CPUID has
+        // shown it.
+        return unsafe { look_at_avx512(first, runs, best) };
+    }
+    look_at_any(isa, first, tile, best)
+}
+
 multiversion! {
-    /// The sum of a tile, whose best entries are kept.
-    fn look_at[][](first: usize, tile: &[f32], best: &mut Best) -> TileSum = look_at_kernel;
+    fn look_at_any[][](first: usize, tile: &[f32], best: &mut Best) -> TileSum = look_at_kernel;
 }
 
 #[inline(always)]
 fn look_at_kernel(first: usize, tile: &[f32], best: &mut Best) -> TileSum {
     best.add(first, tile);
     TileSum::of(tile)
+}
+
+/// As [`look_at_kernel`], to the bit: one pass finds the maximum and the runs with something to
+/// keep, another adds up.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn look_at_avx512(first: usize, runs: &[[f32; RUN]], best: &mut Best) -> TileSum {
+    use crate::cpu::lanes::{Largest, W, exp_small, load, sum_of_lanes};
+    use std::arch::x86_64::*;
+
+    let mut largest = Largest::none();
+    for (run, values) in runs.iter().enumerate() {
+        let threshold = best.threshold();
+        let least = _mm512_set1_ps(threshold.unwrap_or_default());
+        let mut above = 0;
+        for (i, values) in values.as_chunks::<W>().0.iter().enumerate() {
+            let values = load(values);
+            largest.add(values);
+            let mask = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(values, least);
+            above |= u64::from(mask) << (i * W);
+        }
+        if threshold.is_none() {
+            above = u64::MAX;
+        }
+        if above != 0 {
+            best.take(first + run * RUN, values, above);
+        }
+    }
+    let max = largest.get();
+    let mut sums = _mm512_setzero_ps();
+    for values in runs.as_flattened().as_chunks::<W>().0 {
+        let less = _mm512_sub_ps(load(values), _mm512_set1_ps(max));
+        sums = _mm512_add_ps(sums, exp_small(less));
+    }
+    let sum = sum_of_lanes(sums);
+    TileSum { max, sum }
 }
 
 #[cfg(test)]
@@ -437,14 +554,17 @@ mod tests {
 
     #[test]
     fn rows_are_independent_and_bad_arguments_are_refused() {
-        let logits = random(8, 4 * 3000);
-        let (p, ids) = fused(&logits, 3000, 17);
-        for row in 0..4 {
-            let alone = fused(&logits[row * 3000..(row + 1) * 3000], 3000, 17);
-            assert_eq!(
-                (&p[row * 17..][..17], &ids[row * 17..][..17]),
-                (&*alone.0, &*alone.1)
-            );
+        // Few rows, whose tiles are shared out, and many, which threads take whole.
+        for (rows, vocab_size) in [(4, 3000), (29, 1088), (29, 1089)] {
+            let logits = random(8, rows * vocab_size);
+            let (p, ids) = fused(&logits, vocab_size, 17);
+            for (row, logits) in logits.chunks(vocab_size).enumerate() {
+                let alone = fused(logits, vocab_size, 17);
+                assert_eq!(
+                    (&p[row * 17..][..17], &ids[row * 17..][..17]),
+                    (&*alone.0, &*alone.1)
+                );
+            }
         }
         let pool = Pool::new(1);
         let mut out = ([0.0; 2], [0u32; 2]);

@@ -15,6 +15,8 @@ pub(crate) mod bf16;
 pub mod gemm;
 pub mod int8;
 pub(crate) mod isa;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod lanes;
 pub mod operand;
 pub mod packed;
 pub mod peak;

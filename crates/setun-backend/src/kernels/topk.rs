@@ -8,10 +8,8 @@ use crate::real::{Real, sum_slices};
 
 /// Entries of the vocabulary that are handled together.
 pub const TILE: usize = 1024;
-/// Entries that are compared with the threshold at once.
-const RUN: usize = 64;
-/// Of a run in which one is above it, entries that are compared again.
-const SHORT_RUN: usize = 8;
+/// Entries that are compared with the threshold at once, as many as a mask has bits.
+pub(crate) const RUN: usize = 64;
 
 /// What a row of logits goes through before its softmax, in this order. The defaults
 /// change nothing.
@@ -203,31 +201,32 @@ impl Best {
     #[inline(always)]
     pub fn add(&mut self, first: usize, tile: &[f32]) {
         for (run, values) in tile.chunks(RUN).enumerate() {
-            if !self.has_above(values) {
-                continue;
-            }
-            for (short, values) in values.chunks(SHORT_RUN).enumerate() {
-                if !self.has_above(values) {
-                    continue;
-                }
-                for (i, &value) in values.iter().enumerate() {
-                    if self.threshold.is_none_or(|threshold| value > threshold) {
-                        let id = (first + run * RUN + short * SHORT_RUN + i) as u32;
-                        self.kept.push(Rank::of(Candidate { value, id }));
-                    }
-                }
-            }
-            if self.kept.len() >= Self::room(self.k) || self.is_first_full() {
-                self.shrink();
+            let above = match self.threshold {
+                Some(threshold) => above(values, threshold),
+                None => u64::MAX >> (RUN - values.len()),
+            };
+            if above != 0 {
+                self.take(first + run * RUN, values, above);
             }
         }
     }
 
-    /// Whether one of the values may be among the best.
-    #[inline(always)]
-    fn has_above(&self, values: &[f32]) -> bool {
-        let above = |threshold| values.iter().fold(false, |any, &x| any | (x > threshold));
-        self.threshold.is_none_or(above)
+    /// What values must be above to be among the best; `None` if any may be.
+    pub(crate) fn threshold(&self) -> Option<f32> {
+        self.threshold
+    }
+
+    /// Keeps those of the values of a run from entry `first` on whose bits are set in `above`.
+    pub(crate) fn take(&mut self, first: usize, values: &[f32], mut above: u64) {
+        while above != 0 {
+            let i = above.trailing_zeros() as usize;
+            above &= above - 1;
+            let (id, value) = ((first + i) as u32, values[i]);
+            self.kept.push(Rank::of(Candidate { value, id }));
+        }
+        if self.kept.len() >= Self::room(self.k) || self.is_first_full() {
+            self.shrink();
+        }
     }
 
     /// As soon as there are `k`, there is a threshold.
@@ -255,6 +254,18 @@ impl Best {
         self.shrink();
         self.kept.sort_unstable_by(|a, b| b.cmp(a));
         self.kept.iter().map(|rank| rank.candidate()).collect()
+    }
+}
+
+/// Which values of a run are above a threshold.
+#[inline(always)]
+fn above(values: &[f32], threshold: f32) -> u64 {
+    // Hardly any run has one: that is asked first.
+    let any = values.iter().fold(false, |any, &x| any | (x > threshold));
+    let bit = |(i, &x): (usize, &f32)| u64::from(x > threshold) << i;
+    match any {
+        true => values.iter().enumerate().map(bit).sum(),
+        false => 0,
     }
 }
 
