@@ -558,7 +558,7 @@ unsafe fn both_chains<const M: usize, T: Stored>(
 ) {
     let step = |r: usize, chains: &mut [[__m256; 2]; M]| {
         if let Some(ahead) = ahead {
-            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(r * lanes).cast());
+            _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(r * lanes).cast());
         }
         // SAFETY: the caller's promise, as `r < n`; the loads need no alignment.
         unsafe {
@@ -597,7 +597,7 @@ unsafe fn row_chains<const M: usize, T: Stored>(
 ) {
     for _ in 0..n {
         if let Some(ahead) = &mut ahead {
-            _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+            _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
             *ahead = ahead.wrapping_add(2 * lanes);
         }
         // SAFETY: the caller's promise; the loads need no alignment.

@@ -496,33 +496,39 @@ impl<R: Real> Sums<'_, R> {
             return false;
         }
         self.scores.fill(R::ZERO);
-        let [mut keys, mut values] = [[&[] as &[bf16]; STORED_BLOCKS]; 2];
+        let [mut keys, mut values, mut next_keys, mut next_values] =
+            [[&[] as &[bf16]; STORED_BLOCKS]; 4];
         for (i, &block) in now.iter().enumerate() {
             (keys[i], values[i]) = (&k[place(block)], &v[place(block)]);
+        }
+        let next = &next[..next.len().min(now.len())];
+        for (i, &block) in next.iter().enumerate() {
+            (next_keys[i], next_values[i]) = (&k[place(block)], &v[place(block)]);
         }
         let blocks: [StoredRows<'_>; STORED_BLOCKS] = std::array::from_fn(|i| StoredRows {
             pieces: &keys[i..=i],
             steps: e,
             lanes: CACHE_BLOCK,
-            ahead: &values[i..=i],
+            ahead: match i < next.len() {
+                true => &next_keys[i..=i],
+                false => &[],
+            },
         });
         let scores = (&mut *self.scores, lanes);
         if !stored_mat(view.isa, pairs, (self.q, e), &blocks[..now.len()], scores) {
             return false;
         }
         self.soften::<S>(view, 0..pairs, &end_of);
-        let mut ahead: [&[bf16]; STORED_BLOCKS] = [&[]; STORED_BLOCKS];
-        for (piece, &block) in ahead.iter_mut().zip(next) {
-            *piece = &k[place(block)];
-        }
         let pieces = &values[..now.len()];
-        let exponents = pieces.iter().map(|piece| min_exponent_bf16(piece));
-        let min_value = exponents.min().unwrap_or(i32::MAX);
+        let mut min_value = i32::MAX;
+        for piece in pieces {
+            min_value = min_value.min(min_exponent_bf16(piece));
+        }
         let values = StoredRows {
             pieces,
             steps: CACHE_BLOCK,
             lanes: e,
-            ahead: &ahead[..next.len().min(now.len())],
+            ahead: &next_values[..next.len()],
         };
         let all_seen = self.max.iter().all(|&max| max != R::NEG_INFINITY);
         let is_calm = !needs_flush(S::ORDER, R::min_exponent(self.scores), min_value);

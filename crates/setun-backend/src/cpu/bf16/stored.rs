@@ -124,7 +124,7 @@ unsafe fn multiply<const M: usize>(
             for row in (0..steps).step_by(FOUR) {
                 if let Some(ahead) = ahead {
                     for r in row..row + FOUR {
-                        _mm_prefetch::<_MM_HINT_T0>(
+                        _mm_prefetch::<_MM_HINT_T1>(
                             ahead.as_ptr().wrapping_add(r * lanes + at).cast(),
                         );
                     }
