@@ -21,6 +21,7 @@ pub mod operand;
 pub mod packed;
 pub mod peak;
 pub mod pool;
+pub(crate) mod widen;
 
 pub use isa::Isa;
 pub(crate) use isa::multiversion;
@@ -36,6 +37,20 @@ pub(crate) fn prefetch<T>(values: &[T], at: usize) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a hint for an address inside a slice; SSE is in the baseline of x86-64.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast()) };
+    }
+    let _ = value;
+}
+
+/// As [`prefetch`], into the second-level cache only: for what is read when so much else has been
+/// that the first level would have lost it.
+#[inline(always)]
+pub(crate) fn prefetch_early<T>(values: &[T], at: usize) {
+    let Some(value) = values.get(at) else { return };
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: as in `prefetch`.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(value).cast()) };
     }
     let _ = value;
 }

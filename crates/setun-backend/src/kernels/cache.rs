@@ -12,12 +12,15 @@
 use super::attention::{
     Panel, Running, Store, load_row, mask, multiply_active, multiply_rows, online_softmax, units,
 };
-use super::product::{Order, StoredRows, most_stored_rows, needs_flush, stored_mat};
+use super::product::{Order, most_stored_rows, needs_flush, stored_mat};
 use crate::cache::{Among, CACHE_BLOCK, CachedSegment};
 use crate::cpu::{Isa, prefetch};
 use crate::real::{Real, min_exponent_bf16};
 use half::bf16;
 use std::ops::Range;
+use stored::STORED_BLOCKS;
+
+mod stored;
 
 /// Keys and values of one layer, as they are stored.
 #[derive(Clone, Copy)]
@@ -238,9 +241,6 @@ fn block_of<T>(values: &[T], at: usize) -> &[T; CACHE_BLOCK] {
     values[at..].first_chunk().expect("whole blocks")
 }
 
-/// Most blocks of a tile that is read so.
-const STORED_BLOCKS: usize = 4;
-
 /// Sums of the (row, head) pairs of a block.
 struct Sums<'a, R> {
     acc: &'a mut [R],
@@ -453,8 +453,8 @@ impl<R: Real> Sums<'_, R> {
         multiply_active::<R, S>(view.isa, scores, (lanes, n), &values, e, acc, seen);
     }
 
-    /// As [`add`](Self::add) for all pairs and the tile of `n` positions from `j0`, as it is
-    /// stored; no later pair sees less. False where there are too many pairs, a pair sees
+    /// As [`add`](Self::add) for all pairs and the tile of `n` positions from `j0`, in bf16 as it
+    /// is stored; no later pair sees less. False where there are too many pairs, a pair sees
     /// nothing, or products may be denormal; what was done then, `add` begins anew.
     #[inline(always)]
     fn add_stored<S: Store<R>>(
@@ -465,75 +465,33 @@ impl<R: Real> Sums<'_, R> {
         end_of: impl Fn(usize) -> usize,
         loaded: &mut Tile<'_, R>,
     ) -> bool {
-        let CacheView::Bf16(k, v) = view.cache else {
-            return false;
-        };
         let (e, lanes, pairs) = (view.head_dim, view.tile, self.max.len());
-        let mut blocks = segment.blocks[j0 / CACHE_BLOCK..].chunks(lanes / CACHE_BLOCK);
-        let (now, next) = (blocks.next().unwrap_or(&[]), blocks.next().unwrap_or(&[]));
-        let now = &now[..n.div_ceil(CACHE_BLOCK)];
-        let is_few = pairs <= most_stored_rows::<R>(view.isa) && now.len() <= STORED_BLOCKS;
+        let is_few = pairs <= most_stored_rows::<R>(view.isa) && n <= STORED_BLOCKS * CACHE_BLOCK;
         if S::ORDER != Order::EvenOdd || !is_few || end_of(0) == 0 {
             return false;
         }
-        let place = |block: u32| {
-            let head = block as usize * view.num_kv_heads + kv_head;
-            head * e * CACHE_BLOCK..(head + 1) * e * CACHE_BLOCK
+        let Some(stored) = view.stored(segment, (kv_head, j0, n), loaded) else {
+            return false;
         };
-        let mut min_key = i32::MAX;
-        for (i, &block) in now.iter().enumerate() {
-            min_key = min_key.min(min_exponent_bf16(&k[place(block)]));
-            // Values that not all pairs see are multiplied with zeros.
-            let seen = end_of(0).saturating_sub(i * CACHE_BLOCK).min(CACHE_BLOCK);
-            let unseen = &v[place(block)][seen * e..];
-            // Not `all`, which looks at one after the other.
-            let magnitudes = unseen.iter().map(|v| v.to_bits() & 0x7fff);
-            if magnitudes.fold(0, u16::max) >= bf16::INFINITY.to_bits() {
-                return false;
-            }
-        }
-        if needs_flush(S::ORDER, R::min_exponent(self.q), min_key) {
+        // Values that not all pairs see are multiplied with zeros.
+        if !stored.is_finite_from(end_of(0), e)
+            || needs_flush(S::ORDER, R::min_exponent(self.q), stored.min_key())
+        {
             return false;
         }
         self.scores.fill(R::ZERO);
-        let [mut keys, mut values, mut next_keys, mut next_values] =
-            [[&[] as &[bf16]; STORED_BLOCKS]; 4];
-        for (i, &block) in now.iter().enumerate() {
-            (keys[i], values[i]) = (&k[place(block)], &v[place(block)]);
-        }
-        let next = &next[..next.len().min(now.len())];
-        for (i, &block) in next.iter().enumerate() {
-            (next_keys[i], next_values[i]) = (&k[place(block)], &v[place(block)]);
-        }
-        let blocks: [StoredRows<'_>; STORED_BLOCKS] = std::array::from_fn(|i| StoredRows {
-            pieces: &keys[i..=i],
-            steps: e,
-            lanes: CACHE_BLOCK,
-            ahead: match i < next.len() {
-                true => &next_keys[i..=i],
-                false => &[],
-            },
-        });
         let scores = (&mut *self.scores, lanes);
-        if !stored_mat(view.isa, pairs, (self.q, e), &blocks[..now.len()], scores) {
+        let keys = stored.keys(e);
+        if !stored_mat(view.isa, pairs, (self.q, e), &keys[..stored.len], scores) {
             return false;
         }
         self.soften::<S>(view, 0..pairs, &end_of);
-        let pieces = &values[..now.len()];
-        let mut min_value = i32::MAX;
-        for piece in pieces {
-            min_value = min_value.min(min_exponent_bf16(piece));
-        }
-        let values = StoredRows {
-            pieces,
-            steps: CACHE_BLOCK,
-            lanes: e,
-            ahead: &next_values[..next.len()],
-        };
         let all_seen = self.max.iter().all(|&max| max != R::NEG_INFINITY);
-        let is_calm = !needs_flush(S::ORDER, R::min_exponent(self.scores), min_value);
+        let least = R::min_exponent(self.scores);
+        let is_calm = !needs_flush(S::ORDER, least, stored.min_value());
         let (scores, acc) = ((&*self.scores, lanes), (&mut *self.acc, e));
-        if !(all_seen && is_calm && stored_mat(view.isa, pairs, scores, &[values], acc)) {
+        let values = [stored.values(e)];
+        if !(all_seen && is_calm && stored_mat(view.isa, pairs, scores, &values, acc)) {
             view.load(segment, kv_head, (j0, n), loaded);
             self.add_values::<S>(view, 0..pairs, n, end_of, loaded);
         }
