@@ -11,6 +11,7 @@ use setun_backend::{
 };
 
 struct Case {
+    kind: CacheKind,
     num_heads: usize,
     num_kv_heads: usize,
     head_dim: usize,
@@ -55,7 +56,7 @@ fn attend_to(case: &Case, rows: Rows<'_>, (isa, threads): (Isa, usize)) -> Vec<u
     let row = case.num_kv_heads * case.head_dim;
     let mut rig = Rig::<f32>::new();
     let cache = rig.cache(CacheShape {
-        kind: CacheKind::Bf16,
+        kind: case.kind,
         num_blocks,
         num_kv_heads: case.num_kv_heads,
         head_dim: case.head_dim,
@@ -119,12 +120,19 @@ fn attend_to(case: &Case, rows: Rows<'_>, (isa, threads): (Isa, usize)) -> Vec<u
 
 #[test]
 fn every_machine_gives_the_same_bits() {
+    for kind in [CacheKind::Bf16, CacheKind::Int8] {
+        same_bits_of_a_cache_of(kind);
+    }
+}
+
+fn same_bits_of_a_cache_of(kind: CacheKind) {
     let tiny = 2.0f32.powi(-70);
     for (num_heads, num_kv_heads) in [(2, 2), (4, 2), (3, 1), (4, 1)] {
         for head_dim in [20, 48, 128] {
             for (past, q_len) in [(5, 1), (63, 1), (64, 1), (150, 1), (200, 2), (30, 70)] {
                 for sizes in [[1.0; 3], [tiny, tiny, 1.0], [1.0, 1.0, tiny * tiny.sqrt()]] {
                     let case = Case {
+                        kind,
                         num_heads,
                         num_kv_heads,
                         head_dim,
@@ -137,8 +145,8 @@ fn every_machine_gives_the_same_bits() {
                     assert!(expected.iter().any(|&bits| bits << 1 != 0), "all zero");
                     for machine in machines() {
                         let name = format!(
-                            "{num_heads}/{num_kv_heads} heads of {head_dim}, {past} + {q_len} \
-                             tokens, {sizes:?}, {machine:?}"
+                            "{kind:?}, {num_heads}/{num_kv_heads} heads of {head_dim}, {past} + \
+                             {q_len} tokens, {sizes:?}, {machine:?}"
                         );
                         assert!(attend(&case, machine) == expected, "{name}");
                     }
@@ -152,6 +160,12 @@ fn every_machine_gives_the_same_bits() {
 /// one; whatever lies in the slots that they do not see.
 #[test]
 fn rows_of_a_chain_see_their_own_past_alone() {
+    for kind in [CacheKind::Bf16, CacheKind::Int8] {
+        rows_see_their_own_past_in_a_cache_of(kind);
+    }
+}
+
+fn rows_see_their_own_past_in_a_cache_of(kind: CacheKind) {
     for (past, q_len) in [
         (0, 1),
         (0, 9),
@@ -165,6 +179,7 @@ fn rows_of_a_chain_see_their_own_past_alone() {
         (0, 300),
     ] {
         let case = |memory| Case {
+            kind,
             num_heads: 4,
             num_kv_heads: 2,
             head_dim: 32,
@@ -178,7 +193,7 @@ fn rows_of_a_chain_see_their_own_past_alone() {
         let parents: Vec<u32> = (0..q_len as u32).map(|i| i.wrapping_sub(1)).collect();
         let tree = Rows::Together(Among::Tree(&parents));
         for machine in machines() {
-            let name = format!("{past} + {q_len} tokens, {machine:?}");
+            let name = format!("{kind:?}, {past} + {q_len} tokens, {machine:?}");
             let used = attend(&case(Memory::Used), machine);
             assert!(used == expected, "used, {name}");
             let tree = attend_to(&case(Memory::Used), tree, machine);
@@ -195,6 +210,7 @@ fn rows_of_a_chain_see_their_own_past_alone() {
 fn rows_of_a_block_see_each_other() {
     for (past, q_len) in [(0, 1), (0, 6), (60, 4), (60, 9), (130, 17), (250, 70)] {
         let case = Case {
+            kind: CacheKind::Bf16,
             num_heads: 4,
             num_kv_heads: 2,
             head_dim: 32,
@@ -215,6 +231,7 @@ fn rows_of_a_block_see_each_other() {
 #[test]
 fn a_group_of_heads_may_be_wider_than_a_tile() {
     let case = |num_heads: usize, sizes: [f32; 3]| Case {
+        kind: CacheKind::Bf16,
         num_heads,
         num_kv_heads: 2,
         head_dim: 256,
