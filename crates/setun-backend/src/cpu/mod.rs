@@ -41,16 +41,23 @@ pub(crate) fn prefetch<T>(values: &[T], at: usize) {
     let _ = value;
 }
 
-/// As [`prefetch`], into the second-level cache only: for what is read when so much else has been
+/// As [`prefetch`], into the second-level cache only: for what is used when so much else has been
 /// that the first level would have lost it.
 #[inline(always)]
 pub(crate) fn prefetch_early<T>(values: &[T], at: usize) {
-    let Some(value) = values.get(at) else { return };
+    if let Some(value) = values.get(at) {
+        prefetch_early_at(value);
+    }
+}
+
+/// As [`prefetch_early`], of the line of an address, whatever is there.
+#[inline(always)]
+pub(crate) fn prefetch_early_at<T>(address: *const T) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: as in `prefetch`.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(value).cast()) };
+        // SAFETY: a hint, which reads nothing; SSE is in the baseline of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) };
     }
-    let _ = value;
+    let _ = address;
 }

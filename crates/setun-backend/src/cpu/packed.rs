@@ -16,7 +16,7 @@
 //! over ascending groups, as [`int8_dot`](crate::kernels::product::int8_dot) defines it.
 
 use crate::cpu::int8::Int8Rows;
-use crate::cpu::{Isa, Pool, RowsMut};
+use crate::cpu::{Isa, Pool, RowsMut, prefetch_early_at};
 use crate::real::Real;
 use half::f16;
 use setun_ternary::groups_per_row;
@@ -438,6 +438,12 @@ impl<R: Real> Part<'_, R> {
     /// Multiplies one panel with all rows, the first of which is row `first` of the results.
     fn panel(&self, isa: Isa, inputs: &InputRows<'_>, first: usize, panel: usize) {
         SCRATCH.with_borrow_mut(|scratch| {
+            for row in first..first + inputs.rows {
+                // Results of many rows are too far apart for the stores to wait for them.
+                let to = self.y.start.wrapping_add(row * self.shape.out + panel * PANEL);
+                prefetch_early_at(to);
+                prefetch_early_at(to.wrapping_add(PANEL / 2));
+            }
             inputs.panel(isa, self.shape, self.weights, panel, scratch);
             let n = PANEL.min(self.shape.out - panel * PANEL);
             for (row, values) in scratch.y.iter().enumerate().take(inputs.rows) {
