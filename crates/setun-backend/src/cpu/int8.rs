@@ -6,7 +6,7 @@
 //! `t + 1` in quads of the reduction, sixteen outputs side by side; the dot of the codes
 //! is corrected by the sum of the row's values.
 
-use crate::cpu::{Isa, Pool, RowParts, RowsMut};
+use crate::cpu::{Isa, Pool, RowParts, RowsMut, multiversion};
 use crate::real::Real;
 use setun_ternary::groups_per_row;
 use std::ops::Range;
@@ -148,7 +148,7 @@ pub fn int8_linear<R: Real>(
             unsafe { super::amx::int8::task(shape, x, w, scratch, &mut |r, n, y| write(r, n, y)) };
             return;
         }
-        let mut block = RowBlock::pack(shape, x, rows, scratch);
+        let mut block = RowBlock::pack(isa, shape, x, rows, scratch);
         for n0 in outputs.step_by(LANES) {
             let n = LANES.min(shape.out - n0);
             block.pack_weights(isa, w, n0, n);
@@ -157,6 +157,40 @@ pub fn int8_linear<R: Real>(
             });
         }
     });
+}
+
+multiversion! {
+    /// A block of rows of whole quads, and the sums of their groups.
+    fn pack_whole_rows[][](
+        rows: [&[i8]; MR],
+        group_size: usize,
+        inputs: &mut [i8],
+        sums: &mut [i32],
+    ) = pack_whole_rows_kernel;
+}
+
+#[inline(always)]
+fn pack_whole_rows_kernel(
+    rows: [&[i8]; MR],
+    group_size: usize,
+    inputs: &mut [i8],
+    sums: &mut [i32],
+) {
+    let [a, b, c, d] = rows;
+    let [a, b, c, d] = [a.as_chunks(), b.as_chunks(), c.as_chunks(), d.as_chunks()];
+    let quads = a.0.iter().zip(b.0).zip(c.0).zip(d.0);
+    let to = inputs.as_chunks_mut::<4>().0.as_chunks_mut::<MR>().0;
+    for (to, (((&a, &b), &c), &d)) in to.iter_mut().zip(quads) {
+        *to = [a, b, c, d];
+    }
+    for (g, sums) in sums.as_chunks_mut::<MR>().0.iter_mut().enumerate() {
+        for (sum, row) in sums.iter_mut().zip(rows) {
+            *sum = 0;
+            for &q in row[g * group_size..].iter().take(group_size) {
+                *sum += i32::from(q);
+            }
+        }
+    }
 }
 
 /// Packed rows of a task, and one panel of weights at a time.
@@ -174,7 +208,13 @@ struct RowBlock<'s> {
 }
 
 impl<'s> RowBlock<'s> {
-    fn pack(shape: Int8Shape, x: Int8Rows<'_>, rows: Range<usize>, scratch: &'s mut [u8]) -> Self {
+    fn pack(
+        isa: Isa,
+        shape: Int8Shape,
+        x: Int8Rows<'_>,
+        rows: Range<usize>,
+        scratch: &'s mut [u8],
+    ) -> Self {
         let (groups, quads) = (shape.groups(), shape.quads());
         let padded = rows.len().next_multiple_of(MR);
         let (codes, rest) = scratch.split_at_mut(4 * LANES * quads);
@@ -188,29 +228,31 @@ impl<'s> RowBlock<'s> {
             inputs: bytemuck::cast_slice_mut(&mut rest[..4 * padded * quads]),
             sums: bytemuck::cast_slice_mut(sums),
         };
-        block.pack_inputs(x);
+        block.pack_inputs(isa, x);
         block
     }
 
-    fn pack_inputs(&mut self, x: Int8Rows<'_>) {
-        let (width, groups, quads) = (self.shape.width, self.shape.groups(), self.shape.quads());
-        let last = self.rows.len().div_ceil(MR) - 1;
-        self.inputs[last * 4 * MR * quads..].fill(0);
-        self.sums[last * MR * groups..].fill(0);
-        for (r, row) in self.rows.clone().enumerate() {
-            let inputs = &mut self.inputs[r / MR * 4 * MR * quads..][..4 * MR * quads];
-            let row = &x.q[row * width..(row + 1) * width];
-            let mut slots = inputs.chunks_exact_mut(4).skip(r % MR).step_by(MR);
-            for (g, group) in row.chunks(self.shape.group_size).enumerate() {
-                let sum: i32 = group.iter().map(|&q| i32::from(q)).sum();
-                self.sums[(r / MR * groups + g) * MR + r % MR] = sum;
-                for (four, slot) in group.chunks(4).zip(&mut slots) {
-                    match <[i8; 4]>::try_from(four) {
-                        Ok(four) => slot.copy_from_slice(&four),
-                        Err(_) => {
-                            slot.fill(0);
-                            slot[..four.len()].copy_from_slice(four);
-                        }
+    fn pack_inputs(&mut self, isa: Isa, x: Int8Rows<'_>) {
+        let (width, group_size) = (self.shape.width, self.shape.group_size);
+        let (groups, quads) = (self.shape.groups(), self.shape.quads());
+        let inputs = self.inputs.chunks_exact_mut(4 * MR * quads);
+        let blocks = inputs.zip(self.sums.chunks_exact_mut(MR * groups));
+        for (r0, (inputs, sums)) in self.rows.clone().step_by(MR).zip(blocks) {
+            let row = |r: usize| &x.q[r * width..(r + 1) * width];
+            let is_whole = r0 + MR <= self.rows.end;
+            if is_whole && width.is_multiple_of(4) && group_size.is_multiple_of(4) {
+                let rows = [row(r0), row(r0 + 1), row(r0 + 2), row(r0 + 3)];
+                pack_whole_rows(isa, rows, group_size, inputs, sums);
+                continue;
+            }
+            inputs.fill(0);
+            sums.fill(0);
+            for r in r0..self.rows.end.min(r0 + MR) {
+                let mut slots = inputs.chunks_exact_mut(4).skip(r - r0).step_by(MR);
+                for (g, group) in row(r).chunks(group_size).enumerate() {
+                    sums[g * MR + r - r0] = group.iter().map(|&q| i32::from(q)).sum();
+                    for (four, slot) in group.chunks(4).zip(&mut slots) {
+                        slot[..four.len()].copy_from_slice(four);
                     }
                 }
             }
