@@ -440,7 +440,10 @@ impl<R: Real> Part<'_, R> {
         SCRATCH.with_borrow_mut(|scratch| {
             for row in first..first + inputs.rows {
                 // Results of many rows are too far apart for the stores to wait for them.
-                let to = self.y.start.wrapping_add(row * self.shape.out + panel * PANEL);
+                let to = self
+                    .y
+                    .start
+                    .wrapping_add(row * self.shape.out + panel * PANEL);
                 prefetch_early_at(to);
                 prefetch_early_at(to.wrapping_add(PANEL / 2));
             }

@@ -98,6 +98,37 @@ fn rows_f32<R: Real>(lease: &mut Lease<'_>, x: AttnBuf<R>, len: usize) -> Vec<f3
     }
 }
 
+/// Heads of keys or values in int8, and the scale of each.
+fn quantize(pool: &Pool, isa: Isa, x: &[f32], head_dim: usize) -> (Vec<i8>, Vec<f32>) {
+    /// Heads that one task rounds.
+    const HEADS: usize = 64;
+    let heads = x.len() / head_dim;
+    let (mut q, mut scales) = (vec![0; x.len()], vec![0.0; heads]);
+    let to = (RowsMut::new(&mut q, head_dim), RowsMut::new(&mut scales, 1));
+    pool.run(heads.div_ceil(HEADS), &|task, _| {
+        let run = task * HEADS..heads.min((task + 1) * HEADS);
+        let x = &x[run.start * head_dim..run.end * head_dim];
+        // SAFETY: a head belongs to one task, which asks once.
+        let (q, scales) = unsafe { to.part(run) };
+        quantize_heads(isa, x, q, scales);
+    });
+    (q, scales)
+}
+
+multiversion! {
+    /// Rounds heads to int8, as many as there are scales.
+    fn quantize_heads[][](x: &[f32], q: &mut [i8], scales: &mut [f32]) = quantize_heads_kernel;
+}
+
+#[inline(always)]
+fn quantize_heads_kernel(x: &[f32], q: &mut [i8], scales: &mut [f32]) {
+    let head_dim = x.len() / scales.len();
+    let heads = x.chunks_exact(head_dim).zip(q.chunks_exact_mut(head_dim));
+    for (scale, (x, q)) in scales.iter_mut().zip(heads) {
+        *scale = quantize_head(x, q);
+    }
+}
+
 impl<R: Real> Host<R> {
     pub(super) fn cache_store_op(&mut self, op: CacheStore<'_, R>) {
         let width = op.cache.shape.num_kv_heads * op.cache.shape.head_dim;
@@ -131,17 +162,17 @@ impl<R: Real> Host<R> {
                 k_scales,
                 v_scales,
             } => {
-                let (to_k, to_v) = (lease.write(to_k), lease.write(to_v));
+                let round = |x: &[f32]| quantize(&self.pool, self.isa, x, op.cache.shape.head_dim);
+                let ((k, k_rounded), (v, v_rounded)) = (round(&k), round(&v));
+                let to = (lease.write(to_k), lease.write(to_v));
+                put_rows(&self.pool, &slots, (&k, &v), to);
                 let (k_scales, v_scales) = (lease.write(k_scales), lease.write(v_scales));
-                let rows = k.chunks(width).zip(v.chunks(width)).zip(slots);
-                for ((k, v), slot) in rows {
-                    for head in 0..slot.num_kv_heads {
-                        let at = head * slot.head_dim..(head + 1) * slot.head_dim;
-                        let put = |d: usize, q: i8| to_k[slot.key(head, d)] = q;
-                        k_scales[slot.scale(head)] = quantize_head(&k[at.clone()], put);
-                        let put = |d: usize, q: i8| to_v[slot.value(head) + d] = q;
-                        v_scales[slot.scale(head)] = quantize_head(&v[at], put);
-                    }
+                let scales = k_rounded.into_iter().zip(v_rounded);
+                let heads = slots
+                    .iter()
+                    .flat_map(|&slot| (0..slot.num_kv_heads).map(move |head| slot.scale(head)));
+                for (at, (k, v)) in heads.zip(scales) {
+                    (k_scales[at], v_scales[at]) = (k, v);
                 }
             }
         }

@@ -499,15 +499,21 @@ impl<R: Real> Sums<'_, R> {
     }
 }
 
-/// Rounds one head of a token to int8: the scale, and the values through `put`.
+/// Rounds one head of a token to int8 and returns the scale.
 #[inline(always)]
-pub fn quantize_head(x: &[f32], mut put: impl FnMut(usize, i8)) -> f32 {
-    let absmax = x.iter().fold(0.0f32, |max, x| Real::maximum(max, x.abs()));
-    let a = absmax / 127.0;
-    let usable = a >= f32::MIN_POSITIVE;
-    for (d, &x) in x.iter().enumerate() {
-        let q = (x / a).round_ties_even().clamp(-127.0, 127.0);
-        put(d, if usable { q as i8 } else { 0 });
+pub fn quantize_head(x: &[f32], q: &mut [i8]) -> f32 {
+    // Magnitudes as integers: those of NaN are the largest.
+    let mut absmax = 0;
+    for x in x {
+        absmax = absmax.max(x.to_bits() & !(1 << 31));
     }
-    if a < f32::MIN_POSITIVE { 0.0 } else { a }
+    let a = f32::from_bits(absmax) / 127.0;
+    if a < f32::MIN_POSITIVE || a.is_nan() {
+        q.fill(0);
+        return if a.is_nan() { a } else { 0.0 };
+    }
+    for (q, &x) in q.iter_mut().zip(x) {
+        *q = (x / a).round_ties_even().clamp(-127.0, 127.0) as i8;
+    }
+    a
 }

@@ -3,8 +3,8 @@
 
 use super::{CacheView, CachedView, Tile, block_of};
 use crate::cache::{CACHE_BLOCK, CachedSegment};
-use crate::cpu::prefetch_early;
 use crate::cpu::widen::widen;
+use crate::cpu::{Isa, prefetch_early};
 use crate::kernels::product::StoredRows;
 use crate::real::{Real, min_exponent_bf16};
 use half::bf16;
@@ -140,7 +140,11 @@ impl<S> CachedView<'_, S> {
                 let to = keys.chunks_mut(size).zip(values.chunks_mut(size));
                 for (i, (&block, (keys, values))) in now.iter().zip(to).enumerate() {
                     let next = next.get(i).map(|&block| head(block));
-                    if !self.write_bf16(head(block), next, (keys, values)) {
+                    let how = (self.isa, self.head_dim);
+                    if !self
+                        .cache
+                        .write_bf16(how, head(block), next, (keys, values))
+                    {
                         return None;
                     }
                     (tile.keys[i], tile.values[i]) = (keys, values);
@@ -149,20 +153,23 @@ impl<S> CachedView<'_, S> {
         }
         Some(tile)
     }
+}
 
+impl CacheView<'_> {
     /// Numbers of a head of a block from int8, of which those of `next` will be read later. False
     /// where one may be none: a scale is zero or normal, and so are its products then.
     #[inline(always)]
-    fn write_bf16(
-        &self,
+    pub(crate) fn write_bf16(
+        self,
+        (isa, head_dim): (Isa, usize),
         head: usize,
         next: Option<usize>,
         (keys, values): (&mut [bf16], &mut [bf16]),
     ) -> bool {
-        let CacheView::Int8(k, v, k_scales, v_scales) = self.cache else {
+        let CacheView::Int8(k, v, k_scales, v_scales) = self else {
             unreachable!("called for int8 only");
         };
-        let (e, size) = (self.head_dim, keys.len());
+        let size = keys.len();
         if let Some(next) = next {
             for at in (next * size..(next + 1) * size).step_by(LINE) {
                 prefetch_early(k, at);
@@ -175,10 +182,10 @@ impl<S> CachedView<'_, S> {
         for scale in k_scales.iter().chain(&v_scales) {
             is_finite &= scale.is_finite();
         }
-        widen(self.isa, &k[head * size..][..size], &k_scales, keys);
-        let v = v[head * size..][..size].chunks_exact(e);
-        for ((to, v), scale) in values.chunks_exact_mut(e).zip(v).zip(v_scales) {
-            widen(self.isa, v, &[scale; CACHE_BLOCK], to);
+        widen(isa, &k[head * size..][..size], &k_scales, keys);
+        let v = v[head * size..][..size].chunks_exact(head_dim);
+        for ((to, v), scale) in values.chunks_exact_mut(head_dim).zip(v).zip(v_scales) {
+            widen(isa, v, &[scale; CACHE_BLOCK], to);
         }
         is_finite
     }

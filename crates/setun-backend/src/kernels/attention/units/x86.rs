@@ -73,8 +73,8 @@ pub(super) fn cached_rows<R: Real, S: Store<R>>(
     heads: usize,
 ) -> Option<usize> {
     let suits = has_unit::<R, S>(view.isa, [view.tile, view.head_dim]);
-    let is_bf16 = matches!(view.cache, CacheView::Bf16(..));
-    (suits && is_bf16 && heads <= CACHED_BLOCKS).then_some(CACHED_BLOCKS / heads * view.tile)
+    let is_exact = !matches!(view.cache, CacheView::F32(..));
+    (suits && is_exact && heads <= CACHED_BLOCKS).then_some(CACHED_BLOCKS / heads * view.tile)
 }
 
 /// Attention to a cache of rows of a chain, as many as [`cached_rows`] says; `put(row, head,
@@ -87,12 +87,9 @@ pub(super) fn forward_cached<S: bytemuck::Pod>(
     put: &mut dyn FnMut(usize, usize, &[f32]),
     scratch: &mut [f32],
 ) -> bool {
-    let CacheView::Bf16(k, v) = of_cache.cache else {
-        return false;
-    };
     let keys = CachedKeys {
-        k,
-        v,
+        cache: of_cache.cache,
+        isa: of_cache.isa,
         blocks: segment.blocks,
         num_kv_heads: of_cache.num_kv_heads,
         head_dim: of_cache.head_dim,
@@ -109,9 +106,8 @@ pub(super) fn forward_cached<S: bytemuck::Pod>(
         sight: Sight::Causal,
     };
     let key_head = view.key_head(heads.start);
-    let mut unseen = segment.end(rows.0)..segment.end(rows.1 - 1);
-    let is_finite = |position| keys.value(position, key_head).iter().all(|v| v.is_finite());
-    if !unseen.all(is_finite) {
+    let unseen = (segment.end(rows.0), segment.end(rows.1 - 1));
+    if !keys.is_finite(unseen, key_head) {
         return false;
     }
     let segment = Segment {
@@ -228,6 +224,7 @@ unsafe fn forward_on<U: Unit>(
     let (e, tile) = (view.head_dim, view.tile);
     let mut room = Room(scratch);
     let [keys, values] = [(); 2].map(|()| room.halves(packed_len(tile, e)));
+    let widened = room.halves(source.room_len(tile));
     // Not a `Vec`: training allocates nothing.
     let mut blocks = [const { None::<Queries<'_>> }; CACHED_BLOCKS];
     let of_head = (rows.1 - rows.0).div_ceil(tile);
@@ -251,7 +248,7 @@ unsafe fn forward_on<U: Unit>(
     };
     let mut tiles = seen.tiles(tile).peekable();
     while let Some(of_tile) = tiles.next() {
-        let (keys, values) = source.pack(U::PAIRS, of_tile, tile, (keys, values));
+        let (keys, values) = source.pack(U::PAIRS, of_tile, tile, widened, (keys, values));
         if let Some(&next) = tiles.peek() {
             source.prefetch(next);
         }
