@@ -17,7 +17,7 @@ pub enum Isa {
     /// [`Self::Avx512`], and dots of bf16.
     #[non_exhaustive]
     Avx512Bf16,
-    /// [`Self::Avx512`], and matrix tiles of bf16 and int8.
+    /// [`Self::Avx512Bf16`], and matrix tiles of bf16 and int8.
     #[non_exhaustive]
     Amx,
     /// AArch64, whose baseline has NEON and FMA.
@@ -34,11 +34,12 @@ impl Isa {
             all.push(Self::Avx2);
             if has_avx512() {
                 all.push(Self::Avx512);
+                // Every processor with AMX has dots of bf16 too, which attention uses beside it.
                 if std::is_x86_feature_detected!("avx512bf16") {
                     all.push(Self::Avx512Bf16);
-                }
-                if super::amx::available() {
-                    all.push(Self::Amx);
+                    if super::amx::available() {
+                        all.push(Self::Amx);
+                    }
                 }
             }
         }

@@ -131,7 +131,8 @@ fn quantize_heads_kernel(x: &[f32], q: &mut [i8], scales: &mut [f32]) {
 
 impl<R: Real> Host<R> {
     pub(super) fn cache_store_op(&mut self, op: CacheStore<'_, R>) {
-        let width = op.cache.shape.num_kv_heads * op.cache.shape.head_dim;
+        let shape = op.cache.shape;
+        let width = shape.num_kv_heads * shape.head_dim;
         let mut lease = self.arena.lease();
         let slots = op.slots.iter().map(|&slot| Slot::of(&op.cache, slot));
         let slots: Vec<Slot> = slots.collect();
@@ -162,17 +163,19 @@ impl<R: Real> Host<R> {
                 k_scales,
                 v_scales,
             } => {
-                let round = |x: &[f32]| quantize(&self.pool, self.isa, x, op.cache.shape.head_dim);
-                let ((k, k_rounded), (v, v_rounded)) = (round(&k), round(&v));
+                let round = |x: &[f32]| quantize(&self.pool, self.isa, x, shape.head_dim);
+                let ((k, of_k), (v, of_v)) = (round(&k), round(&v));
                 let to = (lease.write(to_k), lease.write(to_v));
                 put_rows(&self.pool, &slots, (&k, &v), to);
                 let (k_scales, v_scales) = (lease.write(k_scales), lease.write(v_scales));
-                let scales = k_rounded.into_iter().zip(v_rounded);
-                let heads = slots
-                    .iter()
-                    .flat_map(|&slot| (0..slot.num_kv_heads).map(move |head| slot.scale(head)));
-                for (at, (k, v)) in heads.zip(scales) {
-                    (k_scales[at], v_scales[at]) = (k, v);
+                let of_slots = of_k
+                    .chunks(shape.num_kv_heads)
+                    .zip(of_v.chunks(shape.num_kv_heads));
+                for (slot, (of_k, of_v)) in slots.iter().zip(of_slots) {
+                    for head in 0..shape.num_kv_heads {
+                        let at = slot.scale(head);
+                        (k_scales[at], v_scales[at]) = (of_k[head], of_v[head]);
+                    }
                 }
             }
         }

@@ -140,11 +140,8 @@ impl<S> CachedView<'_, S> {
                 let to = keys.chunks_mut(size).zip(values.chunks_mut(size));
                 for (i, (&block, (keys, values))) in now.iter().zip(to).enumerate() {
                     let next = next.get(i).map(|&block| head(block));
-                    let how = (self.isa, self.head_dim);
-                    if !self
-                        .cache
-                        .write_bf16(how, head(block), next, (keys, values))
-                    {
+                    let (how, to) = ((self.isa, self.head_dim), (&mut *keys, &mut *values));
+                    if !self.cache.write_bf16(how, head(block), next, to) {
                         return None;
                     }
                     (tile.keys[i], tile.values[i]) = (keys, values);

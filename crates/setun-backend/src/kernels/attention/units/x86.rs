@@ -73,8 +73,8 @@ pub(super) fn cached_rows<R: Real, S: Store<R>>(
     heads: usize,
 ) -> Option<usize> {
     let suits = has_unit::<R, S>(view.isa, [view.tile, view.head_dim]);
-    let is_exact = !matches!(view.cache, CacheView::F32(..));
-    (suits && is_exact && heads <= CACHED_BLOCKS).then_some(CACHED_BLOCKS / heads * view.tile)
+    let is_in_bf16 = !matches!(view.cache, CacheView::F32(..));
+    (suits && is_in_bf16 && heads <= CACHED_BLOCKS).then_some(CACHED_BLOCKS / heads * view.tile)
 }
 
 /// Attention to a cache of rows of a chain, as many as [`cached_rows`] says; `put(row, head,
