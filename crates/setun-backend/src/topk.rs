@@ -12,7 +12,9 @@
 
 use crate::cpu::packed::{InputRows, MAX_ROWS, PANEL, PanelScratch};
 use crate::cpu::{Isa, Pool, RowParts, RowsMut, multiversion};
-use crate::kernels::topk::{Best, RUN};
+use crate::kernels::topk::Best;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::topk::avx512;
 pub use crate::kernels::topk::{Candidate, Shaping, TILE, TileSum, Total, by_rank};
 use crate::real::Real;
 use std::ops::Range;
@@ -346,7 +348,7 @@ fn look_at(isa: Isa, first: usize, tile: &[f32], best: &mut Best) -> TileSum {
     if let (true, (runs, [])) = (isa.has_avx512(), tile.as_chunks()) {
         // SAFETY: an `Isa` that has AVX-512 is made by `Isa::available` only, after CPUID has
         // shown it.
-        return unsafe { look_at_avx512(first, runs, best) };
+        return unsafe { avx512::look_at(first, runs, best) };
     }
     look_at_any(isa, first, tile, best)
 }
@@ -359,42 +361,6 @@ multiversion! {
 fn look_at_kernel(first: usize, tile: &[f32], best: &mut Best) -> TileSum {
     best.add(first, tile);
     TileSum::of(tile)
-}
-
-/// As [`look_at_kernel`], to the bit: one pass finds the maximum and the runs with something to
-/// keep, another adds up.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn look_at_avx512(first: usize, runs: &[[f32; RUN]], best: &mut Best) -> TileSum {
-    use crate::cpu::lanes::{Largest, W, exp_small, load, sum_of_lanes};
-    use std::arch::x86_64::*;
-
-    let mut largest = Largest::none();
-    for (run, values) in runs.iter().enumerate() {
-        let threshold = best.threshold();
-        let least = _mm512_set1_ps(threshold.unwrap_or_default());
-        let mut above = 0;
-        for (i, values) in values.as_chunks::<W>().0.iter().enumerate() {
-            let values = load(values);
-            largest.add(values);
-            let mask = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(values, least);
-            above |= u64::from(mask) << (i * W);
-        }
-        if threshold.is_none() {
-            above = u64::MAX;
-        }
-        if above != 0 {
-            best.take(first + run * RUN, values, above);
-        }
-    }
-    let max = largest.get();
-    let mut sums = _mm512_setzero_ps();
-    for values in runs.as_flattened().as_chunks::<W>().0 {
-        let less = _mm512_sub_ps(load(values), _mm512_set1_ps(max));
-        sums = _mm512_add_ps(sums, exp_small(less));
-    }
-    let sum = sum_of_lanes(sums);
-    TileSum { max, sum }
 }
 
 #[cfg(test)]

@@ -6,10 +6,13 @@
 
 use crate::real::{Real, sum_slices};
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+
 /// Entries of the vocabulary that are handled together.
 pub const TILE: usize = 1024;
 /// Entries that are compared with the threshold at once, as many as a mask has bits.
-pub(crate) const RUN: usize = 64;
+const RUN: usize = 64;
 
 /// What a row of logits goes through before its softmax, in this order. The defaults
 /// change nothing.
@@ -211,13 +214,8 @@ impl Best {
         }
     }
 
-    /// What values must be above to be among the best; `None` if any may be.
-    pub(crate) fn threshold(&self) -> Option<f32> {
-        self.threshold
-    }
-
     /// Keeps those of the values of a run from entry `first` on whose bits are set in `above`.
-    pub(crate) fn take(&mut self, first: usize, values: &[f32], mut above: u64) {
+    fn take(&mut self, first: usize, values: &[f32], mut above: u64) {
         while above != 0 {
             let i = above.trailing_zeros() as usize;
             above &= above - 1;
