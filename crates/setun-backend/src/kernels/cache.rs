@@ -266,7 +266,8 @@ pub fn rows_together<R: Real, S: Store<R>>(
 }
 
 /// Attention of the query heads `heads`, which share a key head and are at most `tile`, in rows
-/// `rows` of `segment`; `put(row, head, values)`. `scratch` has [`scratch_len`](super::attention::scratch_len) and [`sums_len`](super::attention::sums_len)
+/// `rows` of `segment`; `put(row, head, values)`. `scratch` has
+/// [`scratch_len`](super::attention::scratch_len) and [`sums_len`](super::attention::sums_len)
 /// values.
 #[inline(always)]
 pub fn cached_block<R: Real, S: Store<R>>(
