@@ -27,7 +27,17 @@ const TILE_BYTES: usize = TILE * ROW_BYTES;
 /// Whether the processor has tiles of bf16 and int8 and the system lets this process use them.
 pub(super) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| processor_has_tiles() && system_saves_tiles() && permitted())
+    *AVAILABLE.get_or_init(|| {
+        processor_has_tiles() && system_saves_tiles() && permitted() || in_software()
+    })
+}
+
+/// Whether the tiles are those of `setun-tiles`: for tests, and of no use for anything else.
+pub(super) fn in_software() -> bool {
+    #[cfg(feature = "software-tiles")]
+    return setun_tiles::install();
+    #[cfg(not(feature = "software-tiles"))]
+    false
 }
 
 /// CPUID, leaf 7: AMX-BF16, AMX-TILE, AMX-INT8.

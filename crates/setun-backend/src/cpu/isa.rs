@@ -50,7 +50,10 @@ impl Isa {
 
     /// The fastest one.
     pub fn detect() -> Self {
-        Self::available().pop().unwrap_or(Self::Reference)
+        let mut all = Self::available();
+        #[cfg(target_arch = "x86_64")]
+        all.retain(|&isa| isa != Self::Amx || !super::amx::in_software());
+        all.pop().unwrap_or(Self::Reference)
     }
 
     /// Whether kernels for AVX2 may run.
