@@ -10,7 +10,7 @@
 //! Results do not depend on threads or instruction set: tiles are fixed, their sums are
 //! added in ascending order, and ties go to the lower id.
 
-use crate::cpu::packed::{InputRows, MAX_ROWS, PANEL, PanelScratch};
+use crate::cpu::packed::{Held, InputRows, MAX_ROWS, PANEL, PanelScratch};
 use crate::cpu::{Isa, Pool, RowParts, RowsMut, multiversion};
 use crate::kernels::topk::Best;
 #[cfg(target_arch = "x86_64")]
@@ -141,6 +141,14 @@ impl<'a> Source<'a> {
         }
     }
 
+    /// What a thread that computes many of them keeps.
+    fn hold(self, isa: Isa) -> Option<Held> {
+        match self {
+            Self::Logits(_) => None,
+            Self::Head { inputs, .. } => Some(inputs.hold(isa)),
+        }
+    }
+
     /// Rows that share a tile: all of them where weights are read for it.
     fn step(&self, rows: usize) -> usize {
         match self {
@@ -171,6 +179,7 @@ impl Bench {
         sums: &mut [TileSum],
     ) {
         let group = sums.len() / tiles.len();
+        let _held = source.hold(isa);
         for first in rows.clone().step_by(self.tile.len()) {
             for (t, sums) in tiles.clone().zip(sums.chunks_mut(group)) {
                 let tile = t * TILE..vocab_size.min((t + 1) * TILE);

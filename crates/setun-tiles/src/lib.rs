@@ -8,7 +8,7 @@
 //! them, which run natively.
 //!
 //! An instruction takes microseconds; no timing says anything about AMX. [`counts`] does: how
-//! many dots and how many loads and stores a product takes.
+//! many dots, loads and stores a product takes.
 //!
 //! What the manual makes an exception (a shape that does not fit, tiles without a
 //! configuration) ends the process with a message.
@@ -23,6 +23,8 @@ mod unit;
 /// Instructions done so far, by all threads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
+    /// LDTILECFG.
+    pub configurations: u64,
     /// TDPBSSD, TDPBSUD, TDPBUSD, TDPBUUD.
     pub dots_int8: u64,
     /// TDPBF16PS.

@@ -13,6 +13,7 @@ thread_local! {
     static UNIT: RefCell<Unit> = const { RefCell::new(Unit::NEW) };
 }
 
+static CONFIGURATIONS: AtomicU64 = AtomicU64::new(0);
 static DOTS_INT8: AtomicU64 = AtomicU64::new(0);
 static DOTS_BF16: AtomicU64 = AtomicU64::new(0);
 static LOADS: AtomicU64 = AtomicU64::new(0);
@@ -51,6 +52,7 @@ fn processor_has_tiles() -> bool {
 
 pub(crate) fn counts() -> Counts {
     Counts {
+        configurations: CONFIGURATIONS.load(Relaxed),
         dots_int8: DOTS_INT8.load(Relaxed),
         dots_bf16: DOTS_BF16.load(Relaxed),
         loads: LOADS.load(Relaxed),
@@ -119,6 +121,7 @@ extern "C" fn on_undefined(
 
 fn count(instruction: Instruction) {
     let counter = match instruction {
+        Instruction::Configure(_) => &CONFIGURATIONS,
         Instruction::Dot {
             numbers: Numbers::Bf16,
             ..

@@ -16,6 +16,7 @@ pub(super) mod int8;
 
 use super::bf16::{PAIR, Pairs, Strip, TILE, Unit};
 use std::arch::asm;
+use std::cell::Cell;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 
@@ -121,22 +122,36 @@ static CONFIG: Config = Config {
 };
 
 impl Tiles {
-    /// Configures the tiles of this thread.
+    /// Configures the tiles of this thread, if nobody has: whoever calls what needs them again and
+    /// again holds them in between, as a configuration takes longer than a product of tiles.
     ///
     /// # Safety
     /// [`available`] is true.
     pub(super) unsafe fn configure() -> Self {
-        // SAFETY: the processor has tiles, and palette 1 has eight of this size.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly)) };
+        if HOLDERS.replace(HOLDERS.get() + 1) == 0 {
+            // SAFETY: the processor has tiles, and palette 1 has eight of this size.
+            unsafe {
+                asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly));
+            }
+        }
         Self { _here: PhantomData }
     }
 }
 
+thread_local! {
+    /// [`Tiles`] of this thread.
+    static HOLDERS: Cell<usize> = const { Cell::new(0) };
+}
+
 impl Drop for Tiles {
     fn drop(&mut self) {
-        // SAFETY: a `Tiles` exists only where the processor has tiles. From here on the system
-        // need not keep them when it switches threads.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        let others = HOLDERS.get() - 1;
+        HOLDERS.set(others);
+        if others == 0 {
+            // SAFETY: a `Tiles` exists only where the processor has tiles. From here on the
+            // system need not keep them when it switches threads.
+            unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        }
     }
 }
 
