@@ -259,3 +259,115 @@ fn a_group_of_heads_may_be_wider_than_a_tile() {
         }
     }
 }
+
+/// Tokens of sequences that begin alike, and queries of each.
+struct Family {
+    kind: CacheKind,
+    heads: (usize, usize),
+    shared: usize,
+    /// Tokens behind those, and how many of them are queries.
+    own: Vec<(usize, usize)>,
+    /// Whether the queries branch.
+    are_trees: bool,
+}
+
+impl Family {
+    const HEAD_DIM: usize = 32;
+
+    /// Outputs of all sequences, computed in runs of `at_once` sequences.
+    fn attend(&self, at_once: usize, (isa, threads): (Isa, usize)) -> Vec<u32> {
+        let (num_heads, num_kv_heads) = self.heads;
+        let row = num_kv_heads * Self::HEAD_DIM;
+        let mut rig = Rig::<f32>::new();
+        let mut fresh = 0u32..;
+        let prefix: Vec<u32> = fresh.by_ref().take(self.shared / CACHE_BLOCK).collect();
+        let tables: Vec<Vec<u32>> = self
+            .own
+            .iter()
+            .map(|(len, _)| {
+                let own = fresh.by_ref().take(len.div_ceil(CACHE_BLOCK));
+                prefix.iter().copied().chain(own).collect()
+            })
+            .collect();
+        let cache = rig.cache(CacheShape {
+            kind: self.kind,
+            num_blocks: fresh.start as usize,
+            num_kv_heads,
+            head_dim: Self::HEAD_DIM,
+        });
+        let slots = fresh.start as usize * CACHE_BLOCK;
+        let [k, v] = [2, 3].map(|i| AttnBuf::Bf16(rig.put(&stored(i, slots * row, 1.0))));
+        let rows: usize = self.own.iter().map(|own| own.1).sum();
+        let len = rows * num_heads * Self::HEAD_DIM;
+        let q = AttnBuf::Bf16(rig.put(&stored(1, len, 1.0)));
+        let out = rig.room::<f32>(len);
+        let limits = Limits {
+            width: 1,
+            head_dim: Self::HEAD_DIM,
+            group_size: 32,
+        };
+        let mut host = rig.host(isa, threads, limits);
+        host.cache_store(CacheStore {
+            k,
+            v,
+            slots: &(0..slots as u32).collect::<Vec<_>>(),
+            cache,
+        });
+        // Two guesses for the first place, and what follows the first of them.
+        let parents = [u32::MAX, u32::MAX, 0, 2];
+        let mut q_start = 0;
+        let each = self.own.iter().zip(&tables).map(|(&(own, q_len), blocks)| {
+            q_start += q_len;
+            CachedSegment {
+                q_start: q_start - q_len,
+                q_len,
+                past: self.shared + own - q_len,
+                blocks,
+                among: match self.are_trees {
+                    true => Among::Tree(&parents[..q_len]),
+                    false => Among::Chain,
+                },
+            }
+        });
+        for segments in each.collect::<Vec<_>>().chunks(at_once) {
+            host.cached_attention(CachedAttention {
+                q,
+                out,
+                cache,
+                segments,
+                num_heads,
+            });
+        }
+        content_bits(&host, out)
+    }
+}
+
+#[test]
+fn sequences_that_begin_alike_do_not_notice_each_other() {
+    for kind in [CacheKind::Bf16, CacheKind::F32, CacheKind::Int8] {
+        for heads in [(2, 2), (8, 2)] {
+            for shared in [64, 112, 256] {
+                for (own, are_trees) in [
+                    (vec![(1, 1); 4], false),
+                    (vec![(1, 1), (90, 1), (17, 3), (64, 2)], false),
+                    (vec![(4, 4), (70, 3), (130, 1)], true),
+                    (vec![(30, 20), (5, 2)], false),
+                ] {
+                    let name = format!("{kind:?}, {heads:?} heads, {shared} and {own:?}");
+                    let family = Family {
+                        kind,
+                        heads,
+                        shared,
+                        own,
+                        are_trees,
+                    };
+                    let expected = family.attend(1, (Isa::Reference, 1));
+                    for machine in machines() {
+                        let together = family.attend(4, machine);
+                        assert!(together == expected, "{name}, {machine:?}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -182,7 +182,7 @@ impl Case {
     fn disturb(&mut self) {
         let i = self.numbers.between(0, self.texts.len() - 1);
         let sequence = self.texts[i].sequence;
-        match self.numbers.between(0, 4) {
+        match self.numbers.between(0, 5) {
             0 => {
                 let len = self.numbers.between(0, self.len(i));
                 self.engine.truncate(sequence, len).unwrap();
@@ -201,8 +201,24 @@ impl Case {
                 self.texts[i].sequence = self.engine.start(&self.texts[i].tokens);
             }
             3 => self.tree(i),
+            4 => self.follow(i),
             _ => {}
         }
+    }
+
+    /// Another text goes on from where text `i` has been the same: in its blocks.
+    fn follow(&mut self, i: usize) {
+        let j = self.numbers.between(0, self.texts.len() - 1);
+        if i == j {
+            return;
+        }
+        let both = self.texts[i].tokens.iter().zip(&self.texts[j].tokens);
+        let same = both.take_while(|(a, b)| a == b).count();
+        let fork = self.engine.fork(self.texts[i].sequence).unwrap();
+        let len = same.min(self.len(i));
+        self.engine.truncate(fork, len).unwrap();
+        let before = std::mem::replace(&mut self.texts[j].sequence, fork);
+        self.engine.free(before).unwrap();
     }
 
     fn run(mut self) {

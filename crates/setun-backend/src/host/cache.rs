@@ -5,7 +5,9 @@ use crate::cache::{CACHE_BLOCK, CacheBuf, CacheData, CacheStore, CachedAttention
 use crate::cpu::multiversion;
 use crate::cpu::{Isa, Pool, RowParts, RowsMut};
 use crate::kernels::attention::Store;
-use crate::kernels::cache::{CacheView, CachedView, cached_block, quantize_head, rows_together};
+use crate::kernels::cache::{
+    Bundle, CacheView, CachedView, cached_block, quantize_head, rows_together,
+};
 use crate::memory::Lease;
 use crate::ops::AttnBuf;
 use crate::real::Real;
@@ -271,8 +273,8 @@ fn view<'a, R, S>(
     }
 }
 
-/// Tasks are a segment, a block of its rows and a key head, whose query heads are split
-/// where they are more than a tile.
+/// Tasks are a bundle of segments, or a run of rows of one, and a key head, whose query heads
+/// are split where they are more than a tile.
 fn attend<R: Real, S: Store<R>>(
     pool: &Pool,
     view: CachedView<'_, S>,
@@ -291,22 +293,24 @@ fn attend<R: Real, S: Store<R>>(
     // Many rows share the work on a tile of keys; but no thread is to be without any.
     let most = (all * parts / (2 * pool.threads())).next_multiple_of(TILE);
     let step = rows_together::<R, S>(&view, longest, group.min(TILE)).min(most.max(TILE));
-    let blocks = segments.iter().map(|s| s.q_len.div_ceil(step));
-    pool.run(blocks.sum::<usize>() * parts, &|task, worker| {
-        let (segment, start) = block_of(segments, step, task / parts);
+    // As many rows as a tile has room for, likewise.
+    let most = (all * parts / (2 * pool.threads())).min(TILE / group.min(TILE));
+    let bundles = || Bundle::of(segments, most, TILE);
+    let tasks: usize = bundles().map(|bundle| bundle.runs(step)).sum();
+    pool.run(tasks * parts, &|task, worker| {
+        let (bundle, index) = at_run(bundles(), step, task / parts);
         let (kv_head, run) = (task % parts / runs, task % runs);
         let first = kv_head * group + run * TILE;
         let of_task = first..(first + TILE).min((kv_head + 1) * group);
-        let rows = (start, segment.q_len.min(start + step));
         let mut put = |row: usize, head: usize, values: &[R]| {
-            let at = (segment.q_start + row) * heads + head;
+            let at = row * heads + head;
             // SAFETY: row `at` of this head belongs to this task alone: segments share none.
             unsafe { out.part(at..at + 1) }.copy_from_slice(values);
         };
         // SAFETY: a worker runs one task at a time, and a task asks once.
         let scratch = unsafe { scratch.part(worker..worker + 1) };
-        let segment = &segment.simplified();
-        cached_task(view.isa, view, segment, of_task, rows, &mut put, scratch);
+        let rows = bundle.rows(index, step);
+        cached_task(view.isa, view, bundle, of_task, rows, &mut put, scratch);
     });
 }
 
@@ -319,18 +323,18 @@ pub(super) fn assert_disjoint(runs: impl Iterator<Item = (usize, usize)>) {
     }
 }
 
-/// The segment that holds block `index` of `step` rows, and the block's first row.
-fn block_of<'a, 's>(
-    segments: &'a [CachedSegment<'s>],
+/// The bundle that holds run `index` of all, and the run's number in it.
+fn at_run<'a, 's>(
+    bundles: impl Iterator<Item = Bundle<'a, 's>>,
     step: usize,
     mut index: usize,
-) -> (&'a CachedSegment<'s>, usize) {
-    for segment in segments {
-        let blocks = segment.q_len.div_ceil(step);
-        if index < blocks {
-            return (segment, index * step);
+) -> (Bundle<'a, 's>, usize) {
+    for bundle in bundles {
+        let runs = bundle.runs(step);
+        if index < runs {
+            return (bundle, index);
         }
-        index -= blocks;
+        index -= runs;
     }
     unreachable!("a task outside of the segments")
 }
@@ -342,7 +346,7 @@ multiversion! {
     /// [`cached_block`]
     fn cached_task[R: Real, S: Store<R>][R, S](
         view: CachedView<'_, S>,
-        segment: &CachedSegment<'_>,
+        bundle: Bundle<'_, '_>,
         heads: Range<usize>,
         rows: (usize, usize),
         put: &mut PutHead<'_, R>,

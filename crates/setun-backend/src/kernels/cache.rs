@@ -4,7 +4,8 @@
 //! position 0, lane = position mod tile. Only where a key comes from differs, so one query,
 //! a chunk, a batch and a tree give a row the same bits as the training pass does. A tile
 //! is widened once for all queries of a group of heads and of a block of rows, and some rows at a
-//! time go through it; for few (row, head) pairs the products read it as it is stored. Where rows
+//! time go through it; for few (row, head) pairs the products read it as it is stored. Sequences that
+//! begin with the same blocks, as beams of one prompt do, go through those together. Where rows
 //! see different ends of a tile, each has zeros as the probabilities of what it does not see. In a
 //! tree that branches, the lanes behind the shared past are gathered anew for each row, along
 //! its path.
@@ -241,6 +242,85 @@ fn block_of<T>(values: &[T], at: usize) -> &[T; CACHE_BLOCK] {
     values[at..].first_chunk().expect("whole blocks")
 }
 
+/// Segments whose rows are computed together.
+#[derive(Clone, Copy)]
+pub struct Bundle<'a, 's> {
+    segments: &'a [CachedSegment<'s>],
+    /// Positions that lie in the same blocks for all of them and are seen by all of their rows;
+    /// whole tiles, and 0 for a segment alone.
+    shared: usize,
+}
+
+impl<'a, 's> Bundle<'a, 's> {
+    /// Of the first of `segments` and those behind it that go together with it; and the rest.
+    fn split(
+        segments: &'a [CachedSegment<'s>],
+        most: usize,
+        tile: usize,
+    ) -> (Self, &'a [CachedSegment<'s>]) {
+        let first = &segments[0];
+        let (mut len, mut rows, mut shared) = (1, first.q_len, 0);
+        for next in &segments[1..] {
+            rows += next.q_len;
+            let same = first.blocks.iter().zip(next.blocks);
+            let same = CACHE_BLOCK * same.take_while(|(a, b)| a == b).count();
+            let same = same.min(first.past).min(next.past) / tile * tile;
+            // One that shares little would take more from the others than it brings.
+            if rows > most || same == 0 || same < shared / 2 {
+                break;
+            }
+            shared = if len == 1 { same } else { shared.min(same) };
+            len += 1;
+        }
+        let (segments, rest) = segments.split_at(len);
+        (Self { segments, shared }, rest)
+    }
+
+    /// Bundles that have all of some segments, one after the other; with several segments, a bundle
+    /// has at most `most` rows.
+    pub fn of(
+        mut segments: &'a [CachedSegment<'s>],
+        most: usize,
+        tile: usize,
+    ) -> impl Iterator<Item = Self> {
+        std::iter::from_fn(move || {
+            let bundle;
+            (bundle, segments) =
+                (!segments.is_empty()).then(|| Self::split(segments, most, tile))?;
+            Some(bundle)
+        })
+    }
+
+    /// Runs of at most `step` rows that are computed apart from each other.
+    pub fn runs(self, step: usize) -> usize {
+        match self.segments {
+            [segment] => segment.q_len.div_ceil(step),
+            _ => 1,
+        }
+    }
+
+    /// Rows of run `index`.
+    pub fn rows(self, index: usize, step: usize) -> (usize, usize) {
+        match self.segments {
+            [segment] => (index * step, segment.q_len.min((index + 1) * step)),
+            _ => (0, self.segments.iter().map(|s| s.q_len).sum()),
+        }
+    }
+
+    /// Each segment and the rows of it that are computed: `rows` if it is alone, else all.
+    #[inline(always)]
+    fn parts(
+        self,
+        rows: (usize, usize),
+    ) -> impl Iterator<Item = (CachedSegment<'s>, (usize, usize))> {
+        let is_alone = self.segments.len() == 1;
+        self.segments.iter().map(move |segment| {
+            let rows = if is_alone { rows } else { (0, segment.q_len) };
+            (segment.simplified(), rows)
+        })
+    }
+}
+
 /// Sums of the (row, head) pairs of a block.
 struct Sums<'a, R> {
     acc: &'a mut [R],
@@ -266,29 +346,36 @@ pub fn rows_together<R: Real, S: Store<R>>(
 }
 
 /// Attention of the query heads `heads`, which share a key head and are at most `tile`, in rows
-/// `rows` of `segment`; `put(row, head, values)`. `scratch` has
-/// [`scratch_len`](super::attention::scratch_len) and [`sums_len`](super::attention::sums_len)
-/// values.
+/// `rows` of the segment of a bundle, or in all rows if it has several; `put(row, head, values)` with
+/// rows as `view` counts them. `scratch` has [`scratch_len`](super::attention::scratch_len) and
+/// [`sums_len`](super::attention::sums_len) values.
 #[inline(always)]
 pub fn cached_block<R: Real, S: Store<R>>(
     view: CachedView<'_, S>,
-    segment: &CachedSegment<'_>,
+    bundle: Bundle<'_, '_>,
     heads: Range<usize>,
     rows: (usize, usize),
     mut put: impl FnMut(usize, usize, &[R]),
     scratch: &mut [R],
 ) {
+    let [segment] = bundle.segments else {
+        return cached_pairs(view, bundle, heads, rows, &mut put, scratch);
+    };
+    let segment = &segment.simplified();
     let few = (view.tile / heads.len()).max(1);
     let is_worth_it = (rows.1 - rows.0) * heads.len() >= WORTH_A_UNIT;
     if is_worth_it && matches!(segment.among, Among::Chain) {
         let (heads, scratch) = (heads.clone(), &mut *scratch);
+        let mut put = |row: usize, head: usize, values: &[R]| {
+            put(segment.q_start + row, head, values);
+        };
         if units::forward_cached(&view, segment, heads, rows, &mut put, scratch) {
             return;
         }
     }
     for start in (rows.0..rows.1).step_by(few) {
         let (heads, rows) = (heads.clone(), (start, rows.1.min(start + few)));
-        cached_pairs(view, segment, heads, rows, &mut put, scratch);
+        cached_pairs(view, bundle, heads, rows, &mut put, scratch);
     }
 }
 
@@ -296,7 +383,7 @@ pub fn cached_block<R: Real, S: Store<R>>(
 #[inline(always)]
 fn cached_pairs<R: Real, S: Store<R>>(
     view: CachedView<'_, S>,
-    segment: &CachedSegment<'_>,
+    bundle: Bundle<'_, '_>,
     heads: Range<usize>,
     rows: (usize, usize),
     put: &mut impl FnMut(usize, usize, &[R]),
@@ -305,82 +392,142 @@ fn cached_pairs<R: Real, S: Store<R>>(
     let (e, tile) = (view.head_dim, view.tile);
     let kv_head = heads.start / (view.num_heads / view.num_kv_heads);
     let group = heads.len();
-    let pairs = (rows.1 - rows.0) * group;
+    let parts = || bundle.parts(rows);
+    let pairs = parts().map(|(_, rows)| rows.1 - rows.0).sum::<usize>() * group;
     let (keys, scratch) = scratch.split_at_mut(e * tile);
     let (values, scratch) = scratch.split_at_mut(e * tile);
-    let (acc, scratch) = scratch.split_at_mut(e * pairs);
-    let (max, scratch) = scratch.split_at_mut(pairs);
-    let (sum, scratch) = scratch.split_at_mut(pairs);
-    let (scores, scratch) = scratch.split_at_mut(tile * pairs);
-    let q = &mut scratch[..e * pairs];
-    acc.fill(R::ZERO);
-    max.fill(R::NEG_INFINITY);
-    sum.fill(R::ZERO);
-    for (i, q) in (rows.0..rows.1).zip(q.chunks_mut(group * e)) {
-        let at = (segment.q_start + i) * view.num_heads + heads.start;
-        load_row(view.q, at * e, q);
+    let mut sums = Sums::new(pairs, (e, tile), scratch);
+    let mut q = sums.q.chunks_mut(group * e);
+    for (segment, rows) in parts() {
+        for (i, q) in (rows.0..rows.1).zip(&mut q) {
+            let at = (segment.q_start + i) * view.num_heads + heads.start;
+            load_row(view.q, at * e, q);
+        }
     }
-    let mut sums = Sums {
-        acc,
-        max,
-        sum,
-        scores,
-        q,
-    };
     let mut loaded = Tile {
         keys,
         values,
         min_key: i32::MAX,
         min_value: i32::MAX,
     };
-    let ends = (rows.0..rows.1).map(|i| segment.end(i));
-    let last_end = ends.max().unwrap_or(0);
-    // Every row sees all keys below this.
-    let shared = segment.common_end(rows.0);
-    let is_tree = matches!(segment.among, Among::Tree(_));
-    for j0 in (0..last_end).step_by(tile) {
-        let own_lanes = is_tree && j0 + tile > segment.past;
-        let end = if own_lanes { segment.past } else { last_end };
-        let n = end.saturating_sub(j0).min(tile);
-        let end_of = |i: usize| segment.end(i).saturating_sub(j0);
-        let is_same = j0 + tile <= shared;
-        let end_of_pair = |pair| match is_same {
-            true => tile,
-            false => end_of(rows.0 + pair / group),
-        };
-        let of_tile = (kv_head, j0, n);
-        if !own_lanes && sums.add_stored::<S>(&view, segment, of_tile, end_of_pair, &mut loaded) {
-            continue;
-        }
-        view.load(segment, kv_head, (j0, n), &mut loaded);
-        if is_same || !own_lanes && loaded.is_finite(end_of_pair(0)..n, e) {
-            sums.add::<S>(&view, 0..pairs, n, end_of_pair, &loaded);
-            continue;
-        }
-        for i in rows.0..rows.1 {
-            let end = end_of(i);
-            if end == 0 {
-                continue;
-            }
-            if own_lanes {
-                view.gather(segment, kv_head, i, j0, &mut loaded);
-            }
-            let first = (i - rows.0) * group;
-            sums.add::<S>(&view, first..first + group, end.min(tile), |_| end, &loaded);
+    for j0 in (0..bundle.shared).step_by(tile) {
+        let (segment, of_tile) = (&bundle.segments[0], (kv_head, j0, tile));
+        if !sums.add_stored::<S>(&view, segment, of_tile, |_| tile, &mut loaded) {
+            view.load(segment, kv_head, (j0, tile), &mut loaded);
+            sums.add::<S>(&view, 0..pairs, tile, |_| tile, &loaded);
         }
     }
-    for (pair, (acc, &sum)) in sums.acc.chunks_mut(e).zip(&*sums.sum).enumerate() {
-        let factor = if sum == R::ZERO {
-            R::ZERO
-        } else {
-            R::ONE / sum
-        };
-        acc.iter_mut().for_each(|x| *x = *x * factor);
-        put(rows.0 + pair / group, heads.start + pair % group, acc);
+    let mut first = 0;
+    for (segment, rows) in parts() {
+        let end = first + (rows.1 - rows.0) * group;
+        let mut sums = sums.part(first..end, (e, tile));
+        let of_part = (kv_head, rows, bundle.shared);
+        sums.add_tiles::<S>(&view, &segment, of_part, &mut loaded);
+        for (pair, acc) in sums.finish(e).enumerate() {
+            let row = segment.q_start + rows.0 + pair / group;
+            put(row, heads.start + pair % group, acc);
+        }
+        first = end;
     }
 }
 
-impl<R: Real> Sums<'_, R> {
+impl<'a, R: Real> Sums<'a, R> {
+    /// Of `pairs` pairs that have seen nothing, cut from `scratch`.
+    #[inline(always)]
+    fn new(pairs: usize, (e, tile): (usize, usize), scratch: &'a mut [R]) -> Self {
+        let (acc, scratch) = scratch.split_at_mut(e * pairs);
+        let (max, scratch) = scratch.split_at_mut(pairs);
+        let (sum, scratch) = scratch.split_at_mut(pairs);
+        let (scores, scratch) = scratch.split_at_mut(tile * pairs);
+        let q = &mut scratch[..e * pairs];
+        acc.fill(R::ZERO);
+        max.fill(R::NEG_INFINITY);
+        sum.fill(R::ZERO);
+        Self {
+            acc,
+            max,
+            sum,
+            scores,
+            q,
+        }
+    }
+
+    /// Those of neighbouring pairs.
+    #[inline(always)]
+    fn part(&mut self, pairs: Range<usize>, (e, tile): (usize, usize)) -> Sums<'_, R> {
+        Sums {
+            acc: &mut self.acc[pairs.start * e..pairs.end * e],
+            max: &mut self.max[pairs.clone()],
+            sum: &mut self.sum[pairs.clone()],
+            scores: &mut self.scores[pairs.start * tile..pairs.end * tile],
+            q: &mut self.q[pairs.start * e..pairs.end * e],
+        }
+    }
+
+    /// Folds the tiles from position `from` on into the pairs, all those of rows `rows` of a
+    /// segment.
+    #[inline(always)]
+    fn add_tiles<S: Store<R>>(
+        &mut self,
+        view: &CachedView<'_, S>,
+        segment: &CachedSegment<'_>,
+        (kv_head, rows, from): (usize, (usize, usize), usize),
+        loaded: &mut Tile<'_, R>,
+    ) {
+        let (e, tile, pairs) = (view.head_dim, view.tile, self.max.len());
+        let group = pairs / (rows.1 - rows.0);
+        let ends = (rows.0..rows.1).map(|i| segment.end(i));
+        let last_end = ends.max().unwrap_or(0);
+        // Every row sees all keys below this.
+        let shared = segment.common_end(rows.0);
+        let is_tree = matches!(segment.among, Among::Tree(_));
+        for j0 in (from..last_end).step_by(tile) {
+            let own_lanes = is_tree && j0 + tile > segment.past;
+            let end = if own_lanes { segment.past } else { last_end };
+            let n = end.saturating_sub(j0).min(tile);
+            let end_of = |i: usize| segment.end(i).saturating_sub(j0);
+            let is_same = j0 + tile <= shared;
+            let end_of_pair = |pair| match is_same {
+                true => tile,
+                false => end_of(rows.0 + pair / group),
+            };
+            let of_tile = (kv_head, j0, n);
+            if !own_lanes && self.add_stored::<S>(view, segment, of_tile, end_of_pair, loaded) {
+                continue;
+            }
+            view.load(segment, kv_head, (j0, n), loaded);
+            if is_same || !own_lanes && loaded.is_finite(end_of_pair(0)..n, e) {
+                self.add::<S>(view, 0..pairs, n, end_of_pair, loaded);
+                continue;
+            }
+            for i in rows.0..rows.1 {
+                let end = end_of(i);
+                if end == 0 {
+                    continue;
+                }
+                if own_lanes {
+                    view.gather(segment, kv_head, i, j0, loaded);
+                }
+                let first = (i - rows.0) * group;
+                self.add::<S>(view, first..first + group, end.min(tile), |_| end, loaded);
+            }
+        }
+    }
+
+    /// The outputs of the pairs.
+    #[inline(always)]
+    fn finish(&mut self, e: usize) -> impl Iterator<Item = &[R]> {
+        for (acc, &sum) in self.acc.chunks_mut(e).zip(&*self.sum) {
+            let factor = if sum == R::ZERO {
+                R::ZERO
+            } else {
+                R::ONE / sum
+            };
+            acc.iter_mut().for_each(|x| *x = *x * factor);
+        }
+        self.acc.chunks(e)
+    }
+
     /// Folds the first `n` lanes of a tile into neighbouring pairs, each of which sees those
     /// below its `end_of`.
     #[inline(always)]
@@ -517,4 +664,49 @@ pub fn quantize_head(x: &[f32], q: &mut [i8]) -> f32 {
         *q = (x / a).round_ties_even().clamp(-127.0, 127.0) as i8;
     }
     a
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TILE: usize = 64;
+
+    /// Lengths and shared positions of the bundles of sequences with these blocks, a row each.
+    fn bundles<'a>(blocks: &[&'a [u32]], most: usize) -> Vec<(usize, usize)> {
+        let segment = |(q_start, &blocks): (usize, &&'a [u32])| CachedSegment {
+            q_start,
+            q_len: 1,
+            past: blocks.len() * CACHE_BLOCK - 1,
+            blocks,
+            among: Among::Chain,
+        };
+        let segments: Vec<_> = blocks.iter().enumerate().map(segment).collect();
+        let each = Bundle::of(&segments, most, TILE);
+        each.map(|bundle| (bundle.segments.len(), bundle.shared))
+            .collect()
+    }
+
+    #[test]
+    fn sequences_go_together_as_far_as_they_are_the_same() {
+        let prompt: Vec<u32> = (0..20).collect();
+        let with = |len: usize, own: &[u32]| [&prompt[..len], own].concat();
+        let (a, b, c) = (with(9, &[50]), with(9, &[51, 52]), with(9, &[53]));
+        // 144 positions, of which 128 are whole tiles.
+        assert_eq!(bundles(&[&a, &b, &c], 8), [(3, 128)]);
+        assert_eq!(bundles(&[&a, &b, &c], 2), [(2, 128), (1, 0)]);
+        assert_eq!(bundles(&[&a, &b, &c], 0), [(1, 0); 3]);
+        // The last position of the shared blocks is a row's own.
+        assert_eq!(bundles(&[&prompt[..4], &prompt[..4]], 8), [(1, 0); 2]);
+        // One that would take half of what the others share, and one that takes less.
+        let (short, less) = (with(4, &[60, 61]), with(8, &[62]));
+        let long = [with(20, &[54]), with(20, &[55])];
+        assert_eq!(
+            bundles(&[&long[0], &long[1], &short], 8),
+            [(2, 320), (1, 0)]
+        );
+        assert_eq!(bundles(&[&a, &b, &less], 8), [(3, 128)]);
+        // Others in between.
+        assert_eq!(bundles(&[&a, &[70, 71, 72, 73, 74], &b], 8), [(1, 0); 3]);
+    }
 }

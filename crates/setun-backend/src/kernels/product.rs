@@ -113,7 +113,7 @@ pub fn most_stored_rows<R: Real>(isa: Isa) -> usize {
     #[cfg(target_arch = "x86_64")]
     if isa.has_avx2() && TypeId::of::<R>() == TypeId::of::<f32>() {
         return match isa {
-            Isa::Avx512Bf16 => units::stored::MOST_ROWS,
+            isa if isa.has_bf16() => units::stored::MOST_ROWS,
             _ => avx2::MOST_STORED,
         };
     }
@@ -138,8 +138,9 @@ pub fn stored_mat<R: Real>(
         && ys.iter().all(|y| y.lanes.is_multiple_of(16))
     {
         let (x, acc) = (bytemuck::cast_slice(x), bytemuck::cast_slice_mut(acc));
-        if isa == Isa::Avx512Bf16 {
-            // SAFETY: it is made by `Isa::available` only, after CPUID has shown AVX512-BF16.
+        if isa.has_bf16() {
+            // SAFETY: such an `Isa` is made by `Isa::available` only, after CPUID has shown
+            // AVX512-BF16.
             let is_done = unsafe {
                 units::stored::even_odd(rows, (x, x_stride), ys, (&mut *acc, acc_stride))
             };

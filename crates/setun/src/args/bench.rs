@@ -87,6 +87,8 @@ pub struct DecodingArgs {
     pub tokens: usize,
     /// Rows of a step, or of logits; 0 where they are fixed.
     pub batch: usize,
+    /// Whether sequences are forks of one, and have its tokens in common.
+    pub forked: bool,
     /// Entries to keep; 0 where none are.
     pub k: usize,
     /// How keys and values are stored; `None` for exactly.
@@ -199,6 +201,7 @@ pub(super) fn bench(matches: &ArgMatches) -> Option<BenchArgs> {
             model: optional(matches, "model"),
             tokens: of_some(matches, "tokens").unwrap_or(0),
             batch: of_some(matches, "batch").unwrap_or(0),
+            forked: of_some(matches, "forked").unwrap_or(false),
             k: of_some(matches, "k").unwrap_or(0),
             kv: of_some(matches, "kv"),
         }),

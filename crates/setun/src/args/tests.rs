@@ -257,6 +257,7 @@ fn benchmarks_of_decoding_have_the_flags_that_they_use() {
         model: None,
         tokens: 0,
         batch: 3,
+        forked: false,
         k: 64,
         kv: None,
     });
@@ -491,7 +492,7 @@ bench attention: --threads --repeat --json --seq --head-dim --heads
 bench layer-norm: --threads --repeat --json --rows --width
 bench train: --threads --repeat --json --shape --batch-size --seq-len --profile
 bench speculate: --threads --repeat --json --model --draft --text --tokens
-bench decode: --threads --repeat --json --model --tokens --batch --kv
+bench decode: --threads --repeat --json --model --tokens --batch --forked --kv
 bench prefill: --threads --repeat --json --model --tokens --batch --kv
 bench verify-width: --threads --repeat --json --model --tokens --kv
 bench softmax-topk: --threads --repeat --json --model --batch --k

@@ -4,7 +4,7 @@ use super::{
     draft_flag, json_flag, kv_flag, length, model_flag, number, path_flag, threads_flag, within,
 };
 use crate::args::{Decoding, Shape};
-use clap::{Arg, Command};
+use clap::{Arg, ArgAction, Command};
 
 /// Largest number of anything: products of a few of them still are sizes.
 const MOST: usize = 1 << 20;
@@ -93,7 +93,12 @@ fn decoding(what: Decoding) -> Command {
     let batch = |help| bounded("batch", help).default_value("1");
     let held = "Tokens in the cache before";
     command.arg(model).args(match what {
-        Decoding::Decode => vec![tokens(held), batch("Sequences"), kv_flag()],
+        Decoding::Decode => {
+            let help = "The sequences are forks of one, as beams and texts with one prompt are";
+            let forked = Arg::new("forked").long("forked").help(help);
+            let forked = forked.action(ArgAction::SetTrue);
+            vec![tokens(held), batch("Sequences"), forked, kv_flag()]
+        }
         Decoding::Prefill => {
             let tokens = tokens("Tokens of the prompt");
             vec![tokens, batch("Sequences"), kv_flag()]

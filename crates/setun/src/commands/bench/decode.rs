@@ -156,15 +156,19 @@ fn random_tokens(stream: u64, n: usize, vocab_size: usize) -> Vec<u32> {
         .collect()
 }
 
-/// Sequences that hold `tokens` tokens each.
+/// Sequences that hold `tokens` tokens each, the same ones if they are forked.
 fn filled(
     engine: &mut Engine,
-    sequences: usize,
+    (sequences, forked): (usize, bool),
     tokens: usize,
 ) -> Result<Vec<Sequence>, Box<dyn Error>> {
     let vocab_size = engine.spec().config.vocab_size;
     let mut all = Vec::new();
     for s in 0..sequences {
+        if let (true, Some(&first)) = (forked, all.first()) {
+            all.push(engine.fork(first)?);
+            continue;
+        }
         let sequence = engine.start(&[]);
         let text = random_tokens(s as u64, tokens, vocab_size);
         let chunk = Chunk {
@@ -203,17 +207,21 @@ fn step(engine: &mut Engine, sequences: &[Sequence], width: usize) -> Result<(),
 
 fn decode(bench: &Bench, args: &DecodingArgs) -> Figures {
     let mut engine = engine(bench, args, args.batch, args.tokens + 1)?;
-    let sequences = filled(&mut engine, args.batch, args.tokens)?;
+    let sequences = filled(&mut engine, (args.batch, args.forked), args.tokens)?;
     let seconds = median(bench, || step(&mut engine, &sequences, 1))?;
     let weights = weight_bytes(&mut engine) as f64;
     let kind = args.kv.unwrap_or(exact_cache(engine.spec().numerics));
     let shape = cache_shape(&engine.spec().config, kind);
     let cache = shape.token_bytes() * engine.spec().config.num_hidden_layers;
-    let cache = (cache * args.tokens * args.batch) as f64;
+    let texts = if args.forked { 1 } else { args.batch };
+    let cache = (cache * args.tokens * texts) as f64;
     let bandwidth = machine::bandwidth(bench).rate();
     let tokens = args.batch as f64;
     Ok(vec![Figure {
-        name: format!("decode, {} at {} tokens", args.batch, args.tokens),
+        name: match args.forked {
+            true => format!("decode, {} at the same {} tokens", args.batch, args.tokens),
+            false => format!("decode, {} at {} tokens", args.batch, args.tokens),
+        },
         seconds,
         work: tokens,
         unit: Unit::Tokens,
@@ -262,7 +270,7 @@ fn prefill(bench: &Bench, args: &DecodingArgs) -> Figures {
 
 fn verify_width(bench: &Bench, args: &DecodingArgs) -> Figures {
     let mut engine = engine(bench, args, 1, args.tokens + 64)?;
-    let sequences = filled(&mut engine, 1, args.tokens)?;
+    let sequences = filled(&mut engine, (1, false), args.tokens)?;
     let mut times = Vec::new();
     for width in [1, 2, 4, 8, 16, 32, 64] {
         let seconds = median(bench, || step(&mut engine, &sequences, width))?;
