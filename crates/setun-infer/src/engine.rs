@@ -9,19 +9,21 @@ use crate::kv::{KvError, KvTables, Sequence};
 use crate::sampler::SamplerError;
 use setun_backend::topk::{Candidate, Kept, Shaping, TopK, Total};
 use setun_backend::{
-    Backend, CACHE_BLOCK, CacheKind, CachedSegment, Host, HostWorkspace, Isa, PACKED_ROWS, Plan,
+    Backend, CACHE_BLOCK, CacheKind, CachedSegment, Host, HostWorkspace, Isa, Plan,
 };
-use setun_io::{IoError, Matrix, OpenModel};
+use setun_io::{IoError, OpenModel};
 use setun_model::{
     BlockDrafter, CachedRows, DecodeShape, DrafterSpec, ModelSpec, ParameterUse, Parameters,
-    Purpose, Qwen3, Scheme, SetError,
+    Purpose, Qwen3, SetError,
 };
 use setun_ternary::Numerics;
 use thiserror::Error;
 
 mod blocks;
+mod load;
 
 use blocks::Unread;
+pub use load::{exact_cache, load_parameters, spec_of};
 
 /// Rows of logits that exist at a time.
 const HEAD_ROWS: usize = 64;
@@ -135,96 +137,6 @@ impl EngineOptions {
     }
 }
 
-/// The kind of cache that stores what attention reads in `numerics` as it is.
-pub fn exact_cache(numerics: Numerics) -> CacheKind {
-    match numerics {
-        Numerics::F32 => CacheKind::F32,
-        Numerics::Bf16 | Numerics::Int8 => CacheKind::Bf16,
-    }
-}
-
-/// What a model on disk computes. Dense models without another wish run in f32.
-pub fn spec_of(model: &OpenModel, numerics: Option<Numerics>) -> Result<ModelSpec, EngineError> {
-    let ternary = model.ternary();
-    let recorded = ternary.map_or(Numerics::F32, |t| t.numerics);
-    let numerics = numerics.unwrap_or(recorded);
-    if ternary.is_none() && numerics == Numerics::Int8 {
-        return Err(EngineError::DenseInt8);
-    }
-    let scheme = ternary.map(|t| Scheme {
-        group_size: t.group_size,
-        scale_rule: t.scale_rule,
-    });
-    Ok(ModelSpec {
-        config: model.config().clone(),
-        scheme,
-        numerics,
-    })
-}
-
-/// Fills the parameters from files; latents from a ternary model are those that project
-/// onto it.
-///
-/// # Errors
-/// What the files or the parameters refuse.
-pub fn load_parameters<B: Backend<Real = f32>>(
-    model: &OpenModel,
-    parameters: &Parameters<f32>,
-    backend: &mut B,
-) -> Result<(), EngineError> {
-    for p in parameters.list.iter().filter(|p| p.packed.is_none()) {
-        if !p.is_matrix {
-            parameters.set_values(backend, &p.name, &model.norm(&p.name)?)?;
-            continue;
-        }
-        match model.matrix(&p.name)? {
-            Matrix::Ternary(m) => parameters.set_ternary(backend, &p.name, &m)?,
-            Matrix::Dense(values) => parameters.set_values(backend, &p.name, &values)?,
-        }
-    }
-    load_packed(model, parameters, backend)
-}
-
-/// Bytes of packed weights that are read at a time: few, so that they are laid out while they
-/// are in a cache, and their memory is used again.
-const LOADED_AT_A_TIME: usize = 1 << 18;
-/// Parts of that size that wait to be laid out.
-const READ_AHEAD: usize = 2;
-
-/// The matrices that stay packed, some rows after the others; a thread of its own reads and
-/// checks what comes next.
-fn load_packed<B: Backend<Real = f32>>(
-    model: &OpenModel,
-    parameters: &Parameters<f32>,
-    backend: &mut B,
-) -> Result<(), EngineError> {
-    let packed = parameters.list.iter().filter(|p| p.packed.is_some());
-    let mut parts = packed.flat_map(|p| {
-        let rows = (4 * LOADED_AT_A_TIME / p.cols).max(1);
-        let step = rows.next_multiple_of(PACKED_ROWS);
-        let starts = (0..p.rows).step_by(step);
-        starts.map(move |first| (p, first..p.rows.min(first + step)))
-    });
-    std::thread::scope(|scope| {
-        let (sender, parts_read) = std::sync::mpsc::sync_channel(READ_AHEAD);
-        // Ends with the last part, or when nobody listens any more: after the first error.
-        scope.spawn(move || {
-            parts.try_for_each(|(p, rows)| {
-                let first = rows.start;
-                sender.send((p, first, model.matrix_rows(&p.name, rows)))
-            })
-        });
-        for (p, first, matrix) in parts_read {
-            match matrix? {
-                Matrix::Ternary(m) => parameters.set_packed_rows(backend, &p.name, first, &m)?,
-                // Refused, with the parameter's name.
-                Matrix::Dense(values) => parameters.set_values(backend, &p.name, &values)?,
-            }
-        }
-        Ok(())
-    })
-}
-
 /// Tokens of one sequence in a step.
 #[derive(Clone, Copy, Debug)]
 pub struct Chunk<'a> {
@@ -333,6 +245,8 @@ pub struct Engine {
     unread: Unread,
     context: usize,
     tables: KvTables,
+    /// Tokens of prompts that were found in the cache.
+    reused: usize,
     /// The tree of each sequence that waits for its commit.
     pending: Vec<Pending>,
     /// Most rows of logits at a time.
@@ -438,6 +352,7 @@ impl Engine {
             unread: Unread::default(),
             context,
             tables: KvTables::new(shape.num_blocks),
+            reused: 0,
             pending: Vec::new(),
             head_rows: shape.head_chunk,
             logits: Vec::new(),
@@ -476,7 +391,15 @@ impl Engine {
     /// [`KvTables::create_with_prefix`]. The tokens behind [`len`](Self::len) are to be
     /// computed.
     pub fn start(&mut self, prompt: &[u32]) -> Sequence {
-        self.tables.create_with_prefix(prompt)
+        let sequence = self.tables.create_with_prefix(prompt);
+        self.reused += self.tables.tokens(sequence).map_or(0, <[u32]>::len);
+        sequence
+    }
+
+    /// Tokens that did not have to be computed so far, since the cache had them behind the same
+    /// text.
+    pub fn reused(&self) -> usize {
+        self.reused
     }
 
     /// Tokens of a sequence.
@@ -533,7 +456,8 @@ impl Engine {
     }
 
     /// Adds the tokens of all chunks to their sequences, no two of which are alike, and
-    /// hands over the logits that are wanted, in the order of chunks and tokens.
+    /// hands over the logits that are wanted, in the order of chunks and tokens. What chunks have
+    /// in common at their beginnings is computed once, unless all their logits are wanted.
     ///
     /// # Errors
     /// No tokens, too many, one outside of the vocabulary, a bad tree: nothing has
@@ -589,6 +513,12 @@ impl Engine {
             self.batch.clear();
             while index < chunks.len() {
                 let chunk = &chunks[index];
+                if done == 0 {
+                    match self.begin(chunks, chunk)? {
+                        Some(known) => done = known,
+                        None => break,
+                    }
+                }
                 let room = max_rows - self.batch.ids.len();
                 let left = chunk.tokens.len() - done;
                 let whole = chunk.parents.is_some();
@@ -610,6 +540,40 @@ impl Engine {
             self.hand_over(chunks, output);
         }
         Ok(())
+    }
+
+    /// Counts what the cache has of the beginning of a chunk to its sequence and returns the number
+    /// of tokens. `None`, and nothing is done, if the batch is about to compute more of it.
+    fn begin(
+        &mut self,
+        chunks: &[Chunk<'_>],
+        chunk: &Chunk<'_>,
+    ) -> Result<Option<usize>, EngineError> {
+        let is_text = chunk.parents.is_none() && !matches!(chunk.logits, Wanted::All);
+        let before = self.tables.tokens(chunk.sequence)?;
+        // A block, and the token that is left for its logits.
+        let is_long = chunk.tokens.len() > CACHE_BLOCK;
+        if !is_text || !is_long || !before.len().is_multiple_of(CACHE_BLOCK) {
+            return Ok(Some(0));
+        }
+        let known = self.tables.known(chunk.sequence, chunk.tokens)?;
+        let last = chunk.tokens.len() - 1;
+        for &(index, first, n) in &self.batch.pieces {
+            let other = &chunks[index];
+            let others = self.tables.tokens(other.sequence)?.iter();
+            let others = others.chain(&other.tokens[first..first + n]);
+            let own = before.iter().chain(&chunk.tokens[..last]);
+            let same = own.zip(others).take_while(|(a, b)| a == b).count();
+            if other.parents.is_none() && same / CACHE_BLOCK * CACHE_BLOCK > before.len() + known {
+                return Ok(None);
+            }
+        }
+        if known > 0 {
+            self.tables
+                .advance(chunk.sequence, &chunk.tokens[..known])?;
+            self.reused += known;
+        }
+        Ok(Some(known))
     }
 
     fn check(&self, chunk: &Chunk<'_>) -> Result<(), EngineError> {

@@ -134,6 +134,29 @@ impl KvTables {
         sequence
     }
 
+    /// How many of `tokens`, which are to lie behind those of `sequence`, are known behind the same
+    /// text: in whole blocks, and never the last one, which is left for its logits.
+    ///
+    /// # Errors
+    /// [`KvError::Unknown`]
+    pub fn known(&self, sequence: Sequence, tokens: &[u32]) -> Result<usize, KvError> {
+        let table = self.table(sequence)?;
+        if !table.tokens.len().is_multiple_of(CACHE_BLOCK) {
+            return Ok(0);
+        }
+        let mut parent = table.entries.last().copied().unwrap_or(NO_ENTRY);
+        let reusable = &tokens[..tokens.len().saturating_sub(1)];
+        let blocks = reusable.as_chunks::<CACHE_BLOCK>().0;
+        let found = blocks.iter().take_while(|tokens| {
+            let entry = self.index.get(&(parent, **tokens));
+            entry.is_some_and(|&id| {
+                parent = id;
+                true
+            })
+        });
+        Ok(CACHE_BLOCK * found.count())
+    }
+
     /// A copy of `sequence` that shares all its blocks.
     ///
     /// # Errors
@@ -273,7 +296,8 @@ impl KvTables {
         Ok(())
     }
 
-    /// Counts `tokens`, whose keys and values now lie behind the others, to `sequence`.
+    /// Counts `tokens`, whose keys and values now lie behind the others or are
+    /// [known](Self::known), to `sequence`.
     ///
     /// # Errors
     /// [`KvError::Unknown`]
@@ -469,6 +493,34 @@ mod tests {
         let other: Vec<u32> = tokens(40).iter().map(|t| t + 1).collect();
         let d = kv.create_with_prefix(&other);
         assert_eq!(kv.tokens(d).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn what_another_sequence_has_computed_meanwhile_is_known() {
+        let mut kv = KvTables::new(16);
+        let (first, second) = (kv.create(), kv.create());
+        let text = tokens(50);
+        for sequence in [first, second] {
+            kv.reserve(sequence, 50, &mut Vec::new()).unwrap();
+        }
+        assert_eq!(kv.known(second, &text).unwrap(), 0);
+        kv.advance(first, &text).unwrap();
+        assert_eq!(kv.known(second, &text).unwrap(), 48);
+        // The last token is left, and so is what differs.
+        assert_eq!(kv.known(second, &text[..48]).unwrap(), 32);
+        let other = [&text[..40], &[7; 10]].concat();
+        assert_eq!(kv.known(second, &other).unwrap(), 32);
+        let before = kv.available();
+        kv.advance(second, &text[..32]).unwrap();
+        assert_eq!(
+            kv.blocks(first).unwrap()[..2],
+            kv.blocks(second).unwrap()[..2]
+        );
+        assert_eq!(kv.available(), before + 2);
+        assert_eq!(kv.known(second, &text[32..]).unwrap(), 16);
+        // In the middle of a block nothing is.
+        kv.advance(second, &text[32..34]).unwrap();
+        assert_eq!(kv.known(second, &text[34..]).unwrap(), 0);
     }
 
     #[test]

@@ -150,3 +150,38 @@ fn requests_of_a_batch_keep_their_own_options() {
         assert_eq!(&engine.generate(request, |_| {}).unwrap(), text);
     }
 }
+
+/// Prompts that arrive together and begin alike: one of them computes the beginning.
+#[test]
+fn prompts_of_a_batch_compute_once_what_they_have_in_common() {
+    let mut numbers = Numbers::new(4);
+    let model = Model::random(&mut numbers, Numerics::Int8);
+    let vocab_size = model.spec.config.vocab_size;
+    let common = numbers.tokens(70, vocab_size);
+    // All of it, which leaves a token of the last block; a part of it; and what only two share.
+    let mut prompts: Vec<Vec<u32>> = [70, 64, 40, 70, 70]
+        .iter()
+        .map(|&len| common[..len].to_vec())
+        .collect();
+    let more = numbers.tokens(30, vocab_size);
+    prompts[3].extend(&more);
+    prompts[4].extend(&more[..20]);
+    let requests: Vec<Request> = prompts.into_iter().map(request).collect();
+    let engine = |max_rows| {
+        let options = EngineOptions::new(120, 1, Isa::detect());
+        model.engine(EngineOptions {
+            max_rows,
+            ..options
+        })
+    };
+    for max_rows in [7, 32, 256] {
+        let mut together = engine(max_rows);
+        let all = together.generate_batch(&requests, |_, _| {}).unwrap();
+        // Whole blocks of 16, and never the last token.
+        assert_eq!(together.reused(), 48 + 32 + 64 + 80, "{max_rows} rows");
+        for (request, expected) in requests.iter().zip(&all) {
+            let alone = engine(256).generate(request, |_| {}).unwrap();
+            assert_eq!(&alone, expected, "{max_rows} rows");
+        }
+    }
+}

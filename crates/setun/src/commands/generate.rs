@@ -72,7 +72,7 @@ pub fn generate(args: GenerateArgs, environment: &Environment) -> CommandResult 
         console::tell(format_args!(
             "loaded in {loading:.2} s; reading the tokenizer took {tokenizing:.2} s"
         ));
-        timer.tell();
+        timer.tell(engine.reused());
         decoder.tell();
     }
     Ok(Outcome::Success)
@@ -373,7 +373,8 @@ impl Timer {
         self.num_new += tokens;
     }
 
-    fn tell(&self) {
+    /// `reused` tokens of prompts were found in the cache.
+    fn tell(&self, reused: usize) {
         let all = self.start.elapsed().as_secs_f64();
         let (num_prompt, num_new) = (self.num_prompt, self.num_new);
         let rate = num_new as f64 / all;
@@ -384,8 +385,12 @@ impl Timer {
             return;
         }
         if self.num_requests > 1 {
+            let found = match reused {
+                0 => String::new(),
+                _ => format!(" ({reused} of them computed for another prompt)"),
+            };
             console::tell(format_args!(
-                "{num_prompt} prompt tokens and {num_new} new tokens in {all:.2} s, {rate:.1} new \
+                "{num_prompt} prompt tokens{found} and {num_new} new tokens in {all:.2} s, {rate:.1} new \
                  tokens/s"
             ));
             return;
