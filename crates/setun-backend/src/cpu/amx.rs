@@ -122,8 +122,8 @@ static CONFIG: Config = Config {
 };
 
 impl Tiles {
-    /// Configures the tiles of this thread, if nobody has: whoever calls what needs them again and
-    /// again holds them in between, as a configuration takes longer than a product of tiles.
+    /// Configures the tiles of this thread unless they are: whoever calls what needs them again and
+    /// again holds them in between.
     ///
     /// # Safety
     /// [`available`] is true.

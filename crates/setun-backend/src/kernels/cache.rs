@@ -262,11 +262,14 @@ impl<'a, 's> Bundle<'a, 's> {
         let (mut len, mut rows, mut shared) = (1, first.q_len, 0);
         for next in &segments[1..] {
             rows += next.q_len;
+            if rows > most {
+                break;
+            }
             let same = first.blocks.iter().zip(next.blocks);
             let same = CACHE_BLOCK * same.take_while(|(a, b)| a == b).count();
             let same = same.min(first.past).min(next.past) / tile * tile;
             // One that shares little would take more from the others than it brings.
-            if rows > most || same == 0 || same < shared / 2 {
+            if same == 0 || same < shared / 2 {
                 break;
             }
             shared = if len == 1 { same } else { shared.min(same) };

@@ -230,7 +230,7 @@ pub(super) fn in_tiles(isa: Isa, shape: PackedShape, rows: usize) -> bool {
 }
 
 /// Lays out the values of a group as row `i` of `m` and returns their sum.
-pub(super) fn spread_group(isa: Isa, values: &[i8], (m, i): (usize, usize), to: &mut [i8]) -> i32 {
+fn spread_group(isa: Isa, values: &[i8], (m, i): (usize, usize), to: &mut [i8]) -> i32 {
     #[cfg(target_arch = "x86_64")]
     if isa.has_avx2() && values.len().is_multiple_of(2 * WORD) {
         // SAFETY: an `Isa` that has AVX2 is made by `Isa::available` only, after CPUID has shown it.
