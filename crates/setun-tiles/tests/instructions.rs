@@ -50,6 +50,9 @@ fn bytes(seed: usize, n: usize) -> Vec<u8> {
 /// Rows, columns and groups of four bytes along the reduction of a dot.
 type Sizes = (usize, usize, usize);
 
+/// Sums, left and right, in rows of `STRIDE` bytes.
+type Dot = fn(Sizes, &mut [u8], &[u8], &[u8]);
+
 /// `dot` on tiles of `sizes`, from and to rows of `STRIDE` bytes.
 macro_rules! dot {
     ($name:ident, $dot:literal) => {
@@ -104,7 +107,7 @@ fn value_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 #[test]
 fn dots_of_bytes_are_their_sums_and_nothing_else_changes() {
     is_in_software();
-    let kinds: [(fn(Sizes, &mut [u8], &[u8], &[u8]), [bool; 2]); 4] = [
+    let kinds: [(Dot, [bool; 2]); 4] = [
         (signed_signed, [true, true]),
         (signed_unsigned, [true, false]),
         (unsigned_signed, [false, true]),

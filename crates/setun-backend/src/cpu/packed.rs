@@ -24,7 +24,6 @@ use crate::cpu::int8::Int8Rows;
 use crate::cpu::{Isa, Pool, prefetch_early_at};
 use crate::real::Real;
 use half::f16;
-use inputs::in_tiles;
 use setun_ternary::groups_per_row;
 use std::cell::RefCell;
 
@@ -306,7 +305,7 @@ fn multiply(
     scratch: &mut PanelScratch,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if in_tiles(isa, shape, rows) {
+    if inputs::in_tiles(isa, shape, rows) {
         // SAFETY: `Isa::Amx` is made by `Isa::available` only, where there is AMX.
         return unsafe { super::amx::int8::multiply_packed(shape, panel, rows, x, scratch) };
     }
