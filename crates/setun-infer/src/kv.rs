@@ -112,23 +112,15 @@ impl KvTables {
     /// never with all of them: the last one is left for its logits.
     pub fn create_with_prefix(&mut self, prompt: &[u32]) -> Sequence {
         let sequence = self.create();
-        let reusable = &prompt[..prompt.len().saturating_sub(1)];
         let mut table = Table::default();
-        let mut parent = NO_ENTRY;
         self.uses += 1;
-        for tokens in reusable.as_chunks::<CACHE_BLOCK>().0 {
-            let Some(&id) = self.index.get(&(parent, *tokens)) else {
-                break;
-            };
-            let Some(entry) = self.entries.get_mut(&id) else {
-                break;
-            };
+        for id in self.matching(NO_ENTRY, prompt) {
+            let entry = self.entries.get_mut(&id).expect("an indexed entry");
             entry.last_use = self.uses;
             self.holders[entry.block as usize] += 1;
             table.blocks.push(entry.block);
-            table.tokens.extend_from_slice(tokens);
+            table.tokens.extend_from_slice(&entry.tokens);
             table.entries.push(id);
-            parent = id;
         }
         self.tables.insert(sequence, table);
         sequence
@@ -144,17 +136,23 @@ impl KvTables {
         if !table.tokens.len().is_multiple_of(CACHE_BLOCK) {
             return Ok(0);
         }
-        let mut parent = table.entries.last().copied().unwrap_or(NO_ENTRY);
+        let parent = table.entries.last().copied().unwrap_or(NO_ENTRY);
+        Ok(CACHE_BLOCK * self.matching(parent, tokens).len())
+    }
+
+    /// Entries of the blocks of `tokens` behind `parent`, as far as there are any, but for that of
+    /// the last token.
+    fn matching(&self, mut parent: u64, tokens: &[u32]) -> Vec<u64> {
         let reusable = &tokens[..tokens.len().saturating_sub(1)];
-        let blocks = reusable.as_chunks::<CACHE_BLOCK>().0;
-        let found = blocks.iter().take_while(|tokens| {
-            let entry = self.index.get(&(parent, **tokens));
-            entry.is_some_and(|&id| {
-                parent = id;
-                true
-            })
-        });
-        Ok(CACHE_BLOCK * found.count())
+        let mut found = Vec::new();
+        for tokens in reusable.as_chunks::<CACHE_BLOCK>().0 {
+            let Some(&id) = self.index.get(&(parent, *tokens)) else {
+                break;
+            };
+            found.push(id);
+            parent = id;
+        }
+        found
     }
 
     /// A copy of `sequence` that shares all its blocks.
